@@ -1,0 +1,94 @@
+# For a machine with Python 3.10 or newer, g++ and make. Every target makes and updates its own .venv
+# from constraints.txt; nothing else on the machine is touched.
+#   PYTHON=python3.12 make test   another interpreter      ARGS="..." make bench   more arguments
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD := build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null)
+NATIVE := CMakeLists.txt setup.py fastrnn/_version.py $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES := $(filter %.cc %.h %.cu %.cuh,$(NATIVE))
+HYPOTHESIS_CASES ?= 20000
+
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help build test pytest cpp-test wheel wheel-test bench bench-full lint format fuzz sanitize clean
+
+help:
+	@echo "make test        C++ tests, pytest, then the wheel in an empty environment"
+	@echo "make bench       fastrnn verified against torch.nn and timed beside it, then a real training run"
+	@echo "make bench-full  the whole grid, results under benchmarks/results"
+	@echo "make wheel       sdist and wheel under dist/"
+	@echo "make lint        ruff, clang-format, mypy        make format    ruff and clang-format in place"
+	@echo "make fuzz        $(HYPOTHESIS_CASES) random cases per hypothesis test"
+	@echo "make sanitize    C++ tests under ASan + UBSan, then TSan"
+	@echo "make build       .venv with the library installed in place"
+
+# ---- environment -------------------------------------------------------------------------------------------
+$(VENV)/.tools: constraints.txt scripts/preflight.sh
+	@PYTHON="$(PYTHON)" scripts/preflight.sh
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(PIP) install --quiet setuptools cmake ninja pybind11
+	@touch $@
+
+# No build isolation here: the build tools are pinned in .venv already, and the build folder keeps its objects.
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE)
+	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
+	@cat $(BUILD)/summary.txt
+	@touch $@
+
+build: $(VENV)/.installed
+
+# ---- tests ---------------------------------------------------------------------------------------------------
+test: cpp-test pytest wheel-test
+
+cpp-test: build
+	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_BUILD_TESTS=ON > $(BUILD)/configure.log
+	$(BIN)/cmake --build $(BUILD) --target fastrnn_tests
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+
+pytest: build
+	$(BIN)/python -m pytest -m "not wheel and not slow" $(ARGS)
+
+wheel-test: wheel
+	FASTRNN_WHEEL="$$(ls dist/*.whl)" $(BIN)/python -m pytest -m wheel tests/packaging
+
+fuzz: build
+	FASTRNN_HYPOTHESIS_CASES=$(HYPOTHESIS_CASES) $(BIN)/python -m pytest tests/test_hypothesis.py $(ARGS)
+
+sanitize: $(VENV)/.tools
+	scripts/sanitize.sh $(BIN)/cmake address,undefined
+	scripts/sanitize.sh $(BIN)/cmake thread
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------
+bench: build
+	$(BIN)/python -m benchmarks --quick $(ARGS)
+	$(BIN)/python examples/sequential_digits.py
+
+bench-full: build
+	$(BIN)/python -m benchmarks --full $(ARGS)
+
+# ---- release and style -------------------------------------------------------------------------------------------
+# Under build isolation, as a stranger's pip; the wheel takes the objects that `build` has compiled.
+wheel: build
+	@rm -rf dist build/lib.* build/bdist.*
+	$(BIN)/python -m build --sdist --wheel --outdir dist
+
+lint: build
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: build
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info fastrnn/*.so

@@ -1,0 +1,1 @@
+"""The benchmark suite: verify, then time, beside torch.nn and ONNX Runtime."""

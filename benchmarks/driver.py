@@ -1,0 +1,174 @@
+"""Runs cases: verifies, times, measures memory; the result file is kept up to date meanwhile."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import memory, roofline, verify
+from benchmarks.cases import Case
+from benchmarks.peers import Contestant, Problem, build
+from benchmarks.schema import Record, Results, environment
+from benchmarks.timing import LocalRunner, Runner, measure
+from benchmarks.worker import RemoteRunner, Worker
+
+SAVE_EVERY = 10
+ASSUMED_FLOPS = 6e10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """quick: the short list. budget: timing seconds per case. threads: of every contestant."""
+
+    quick: bool
+    threads: int
+    budget: float
+    min_rounds: int
+    verify_only: bool = False
+
+
+def quick_settings(threads: int, verify_only: bool = False) -> Settings:
+    return Settings(True, threads, budget=0.5, min_rounds=3, verify_only=verify_only)
+
+
+def full_settings(threads: int, verify_only: bool = False) -> Settings:
+    return Settings(False, threads, budget=1.6, min_rounds=4, verify_only=verify_only)
+
+
+class Workers:
+    """Worker processes by contestant name ("fastrnn@avx2"), started when first needed."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._workers: dict[str, Worker] = {}
+
+    def get(self, name: str) -> Worker:
+        if name not in self._workers:
+            isa = name.partition("@")[2]
+            self._workers[name] = Worker(
+                self._threads, {} if isa == "auto" else {"FASTRNN_ISA": isa}
+            )
+        return self._workers[name]
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+
+
+def expected_seconds(case: Case, settings: Settings) -> float:
+    """A rough guess of a case's duration, for the progress bar's estimate only."""
+    once = case.flops / ASSUMED_FLOPS
+    if case.group == "memory":
+        return len(case.contestants) * (0.3 + once)
+    timing = max(settings.budget, 1.5 * settings.min_rounds * len(case.contestants) * once)
+    return 5 * once + (0 if settings.verify_only else timing)
+
+
+def run(
+    cases: Sequence[Case],
+    settings: Settings,
+    out: Path | None,
+    progress: Callable[[Case, float], None],
+) -> Results:
+    """Runs every case, calling `progress(case, expected seconds)` before each; saves as it goes."""
+    torch.set_num_threads(settings.threads)
+    results = Results(environment(settings.threads), {**vars(settings)})
+    ceiling = roofline.measure(settings.threads)
+    results.roofline = ceiling.to_dict()
+    timed = [case for case in cases if case.group != "memory"]
+    workers = Workers(settings.threads)
+    try:
+        for index, case in enumerate(timed):
+            progress(case, expected_seconds(case, settings))
+            results.records.append(run_case(case, settings, ceiling, workers))
+            if out is not None and index % SAVE_EVERY == SAVE_EVERY - 1:
+                results.save(out)
+    finally:
+        workers.close()
+    if out is not None:
+        results.save(out)
+    sized = [] if settings.verify_only else [case for case in cases if case.group == "memory"]
+    _measure_memory(sized, settings, results, progress)
+    results.roofline = ceiling.to_dict()
+    if out is not None:
+        results.save(out)
+    return results
+
+
+def run_case(
+    case: Case, settings: Settings, ceiling: roofline.Roofline, workers: Workers
+) -> Record:
+    """Verifies, then times one case. What a library raises is the record's error: a red line."""
+    record = Record(case)
+    try:
+        if case.group == "isa":
+            _run_isa(record, settings, workers)
+        else:
+            _run_local(record, settings)
+        if case.group in ("grid", "options") and not case.ragged:
+            record.bound_seconds = ceiling.bound_seconds(case)
+    except Exception as error:
+        record.error = "".join(traceback.format_exception_only(error)).strip()
+    return record
+
+
+def _run_local(record: Record, settings: Settings) -> None:
+    case = record.case
+    problem = Problem(case)
+    contestants = [build(case, name, problem) for name in case.contestants]
+    record.backends = {each.name: each.backend for each in contestants if each.backend}
+    _verify(record, problem, contestants)
+    if record.ok and not settings.verify_only:
+        runners: dict[str, Runner] = {
+            each.name: LocalRunner(each.call, each.context) for each in contestants
+        }
+        record.timings = measure(runners, budget=settings.budget, min_rounds=settings.min_rounds)
+
+
+def _verify(record: Record, problem: Problem, contestants: Sequence[Contestant]) -> None:
+    expected = verify.truth(record.case, problem)
+    peers = {}
+    for contestant in contestants:
+        if contestant.name.startswith("torch"):
+            continue
+        precision = "bf16" if contestant.name.endswith("bf16") else "fp32"
+        if precision not in peers:
+            peers[precision] = verify.peer_outputs(record.case, problem, contestant.name)
+        record.checks[contestant.name] = verify.check(
+            contestant, expected, peers[precision]
+        ).to_dict()
+
+
+def _run_isa(record: Record, settings: Settings, workers: Workers) -> None:
+    """Both instruction sets, each verified and timed in its own worker."""
+    case = record.case
+    record.checks = {name: workers.get(name).ask(case, "check") for name in case.contestants}
+    digests = [workers.get(name).ask(case, "digest") for name in case.contestants]
+    record.bits_equal = all(each == digests[0] for each in digests)
+    record.backends = {name: workers.get(name).ask(case, "isa") for name in case.contestants}
+    if record.ok and not settings.verify_only:
+        runners: dict[str, Runner] = {
+            name: RemoteRunner(workers.get(name), case) for name in case.contestants
+        }
+        record.timings = measure(runners, budget=settings.budget, min_rounds=settings.min_rounds)
+
+
+def _measure_memory(
+    cases: Sequence[Case],
+    settings: Settings,
+    results: Results,
+    progress: Callable[[Case, float], None],
+) -> None:
+    measured = memory.measure(cases, settings.threads) if cases else iter(())
+    for case in cases:
+        progress(case, expected_seconds(case, settings))
+        _, peaks = next(measured, (case, {"error": "not reached"}))
+        if "error" in peaks:
+            results.records.append(Record(case, error=f"peak memory: {peaks['error']}"))
+        else:
+            results.memory.append((case, peaks))

@@ -1,0 +1,147 @@
+"""How fast could it be: peak FLOP/s and bandwidth of this run, and the bound they give a case.
+
+The model, per direction, with G gates, H hidden units, I inputs, R recurrent inputs (R = H without
+projection):
+
+    input GEMM   2 T N G H I flops, all steps at once; streams its G H I weights at least once
+    recurrence   2 N G H R flops per step; every step streams the G H R recurrent weights
+                 (with a projection, its H R weights and their flops as well)
+    bound(phase) = max(flops / peak, bytes / bandwidth); each step of the recurrence is a phase
+    forward  = input GEMM + T x recurrence
+    training = forward + T x recurrence (dh = dgates W_hh) + input GEMM (dx)
+               + weight gradients (2 T N G H (I + R) flops)
+
+Bandwidth is the one measured for a working set of each thread's share of the weights, so it is L2,
+L3 or DRAM as it falls. For N >= 8 the flops bind and the bound is flops / peak; for N = 1 it is the
+weight stream. Activations, cell updates and the writing of gradients are left out, so 100% cannot
+quite be reached.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.cases import GATES, Case
+
+FLOAT_BYTES = 4
+TRIES = 3
+TABLE_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+
+
+@dataclass
+class Roofline:
+    """Measured ceilings at a thread count. Bandwidths are measured when first asked for."""
+
+    threads: int
+    peak_flops: float
+    source: str
+    bandwidths: dict[int, float] = field(default_factory=dict)
+    _measure: Callable[[int], float] | None = None
+
+    def bandwidth(self, bytes_per_thread: int) -> float:
+        """Bytes per second, all threads together, each streaming a working set of its own."""
+        size = _grain(bytes_per_thread)
+        if size not in self.bandwidths:
+            if self._measure is None:
+                nearest = min(self.bandwidths, key=lambda known: abs(known - size))
+                return self.bandwidths[nearest]
+            self.bandwidths[size] = self._measure(size)
+        return self.bandwidths[size]
+
+    def bound_seconds(self, case: Case) -> float:
+        """The time below which no float32 implementation of the case gets, by the model above."""
+        gates, rows, output = GATES[case.cell] * case.H, case.T * case.N, case.output_size
+        recurrent = gates * output + case.H * case.proj
+        input_gemm = self._phase(2.0 * rows * gates * case.input_size, gates * case.input_size)
+        recurrence = case.T * self._phase(2.0 * case.N * recurrent, recurrent)
+        forward = input_gemm + recurrence
+        if case.mode == "training":
+            weight_gradients = 2.0 * rows * (gates * case.input_size + recurrent) / self.peak_flops
+            return case.directions * (forward + recurrence + input_gemm + weight_gradients)
+        return case.directions * forward
+
+    def _phase(self, flops: float, weights: int) -> float:
+        streamed = weights * FLOAT_BYTES
+        return max(flops / self.peak_flops, streamed / self.bandwidth(streamed // self.threads))
+
+    def to_dict(self) -> dict[str, Any]:
+        table = [
+            {"bytes_per_thread": size, "bytes_per_second": rate}
+            for size, rate in sorted(self.bandwidths.items())
+        ]
+        return {
+            "threads": self.threads,
+            "peak_flops": self.peak_flops,
+            "source": self.source,
+            "bandwidth": table,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Roofline:
+        table = {row["bytes_per_thread"]: row["bytes_per_second"] for row in data["bandwidth"]}
+        return cls(data["threads"], data["peak_flops"], data["source"], table)
+
+
+def measure(threads: int, seconds: float = 0.15) -> Roofline:
+    """Measures the ceilings with fastrnn's native probes; the best of a few tries each."""
+    native = _native()
+    if native is None:
+        return _torch_roofline(threads, seconds)
+    peak = max(float(native.measure_peak_flops(threads, seconds)) for _ in range(TRIES))
+
+    def stream(size: int) -> float:
+        return max(
+            float(native.measure_bandwidth(threads, size, seconds / 3)) for _ in range(TRIES)
+        )
+
+    roofline = Roofline(threads, peak, "fastrnn._cpu probes", _measure=stream)
+    for size in TABLE_BYTES:
+        roofline.bandwidth(size)
+    return roofline
+
+
+def _native() -> Any:
+    try:
+        from fastrnn import _cpu
+    except ImportError:
+        return None
+    return (
+        _cpu if hasattr(_cpu, "measure_peak_flops") and hasattr(_cpu, "measure_bandwidth") else None
+    )
+
+
+def _torch_roofline(threads: int, seconds: float) -> Roofline:
+    """Without the native probes: torch.mm and a sum, lower than the real ceilings."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    peak = 2.0 * 1024**3 / _best(lambda: torch.mm(a, b), seconds)
+
+    def stream(size: int) -> float:
+        block = torch.ones(max(1024, size * threads // FLOAT_BYTES))
+        return block.numel() * FLOAT_BYTES / _best(lambda: block.sum(), seconds / 3)
+
+    roofline = Roofline(threads, peak, "torch.mm and torch.sum (no native probes)", _measure=stream)
+    for size in TABLE_BYTES:
+        roofline.bandwidth(size)
+    return roofline
+
+
+def _best(call: Callable[[], object], seconds: float) -> float:
+    best, begin = float("inf"), time.perf_counter()
+    call()
+    while time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best if best < float("inf") else time.perf_counter() - begin
+
+
+def _grain(size: int) -> int:
+    """Rounds up to two significant bits, so that neighbouring sizes share one measurement."""
+    size = max(size, 4 << 10)
+    step = 1 << (size.bit_length() - 2)
+    return -(-size // step) * step

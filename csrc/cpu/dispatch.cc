@@ -1,0 +1,107 @@
+// Chooses the instruction set at run time: CPUID, or FASTRNN_ISA, which announces itself.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "layer.h"
+
+namespace fastrnn {
+
+int tape_slots(Cell cell) {
+  switch (cell) {
+    case Cell::lstm:
+    case Cell::gru: return 4;
+    case Cell::gru_reset_before: return 3;
+    default: return 0;
+  }
+}
+
+#define FASTRNN_DECLARE(isa)  \
+  namespace isa_##isa {       \
+  extern const Kernels table; \
+  }
+// FASTRNN_HAVE_*: the sets this build was given objects for (CMakeLists.txt).
+FASTRNN_DECLARE(baseline)
+#if FASTRNN_HAVE_AVX512BF16
+FASTRNN_DECLARE(avx512bf16)
+#endif
+#if FASTRNN_HAVE_AVX512
+FASTRNN_DECLARE(avx512)
+#endif
+#if FASTRNN_HAVE_AVX2
+FASTRNN_DECLARE(avx2)
+#endif
+
+namespace {
+
+struct Entry {
+  const Kernels* kernels;
+  bool usable;
+};
+
+constexpr int kEntries = 4;
+
+struct Registry {
+  Entry entries[kEntries];
+  const char* names[kEntries + 1] = {};
+  int count = 0;
+  std::atomic<const Kernels*> chosen{nullptr};
+
+  void add(const Kernels& k, bool usable) {
+    if (usable) names[count] = k.isa, entries[count++] = {&k, usable};
+  }
+  const Kernels* find(const char* name) const {
+    for (int i = 0; i < count; i++)
+      if (std::strcmp(entries[i].kernels->isa, name) == 0) return entries[i].kernels;
+    return nullptr;
+  }
+  Registry() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if FASTRNN_HAVE_AVX512BF16
+    add(isa_avx512bf16::table, avx512 && __builtin_cpu_supports("avx512bf16"));
+#endif
+#if FASTRNN_HAVE_AVX512
+    add(isa_avx512::table, avx512);
+#endif
+#if FASTRNN_HAVE_AVX2
+    add(isa_avx2::table, avx2);
+#endif
+#endif
+    add(isa_baseline::table, true);
+    chosen = entries[0].kernels;
+    const char* wanted = std::getenv("FASTRNN_ISA");
+    if (!wanted || !*wanted) return;
+    if (const Kernels* k = find(wanted)) {
+      chosen = k;
+      std::fprintf(stderr, "fastrnn: instruction set %s, because FASTRNN_ISA is set; unset it to use %s\n",
+                   wanted, names[0]);
+    } else {
+      std::fprintf(stderr, "fastrnn: FASTRNN_ISA=%s is unknown or not on this machine; using %s. Available:",
+                   wanted, names[0]);
+      for (int i = 0; i < count; i++) std::fprintf(stderr, " %s", names[i]);
+      std::fprintf(stderr, "\n");
+    }
+  }
+};
+
+Registry& registry() {
+  static Registry r;
+  return r;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *registry().chosen.load(std::memory_order_acquire); }
+const char* const* available_isas() { return registry().names; }
+bool select_isa(const char* name) {
+  const Kernels* k = registry().find(name);
+  if (k) registry().chosen.store(k, std::memory_order_release);
+  return k != nullptr;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,272 @@
+// Forward of one layer: all steps, both directions, inside one team call.
+//
+// The input term of about kChunkRows rows at a time goes through the same micro-kernel into a scratch
+// that the recurrent steps read back while it is in cache: the pre-activations of a whole sequence
+// never exist. A step is one or two stages (a matmul against packed weights plus the cell's pointwise
+// part, from an L1-resident tile). Threads own blocks of units, with one barrier per stage, or rows of
+// the batch, with none.
+#pragma once
+#include "cells_cpu.h"
+#include "plan.h"
+#include "sequence.h"
+#include "team.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+template <class E, class C>
+class Forward {
+  using T = typename E::T;
+  using IO = typename E::IO;
+  using A = typename E::A;
+  static constexpr bool kShadow = !std::is_same<A, IO>::value;  // operand differs from the tensor
+
+ public:
+  static size_t workspace(const ForwardArgs& args) {
+    Arena arena;
+    Forward f(args, arena);
+    return arena.used;
+  }
+  static void run(const ForwardArgs& args) {
+    Arena arena{static_cast<char*>(args.workspace), 0};
+    Forward f(args, arena);
+    team(f.plan_.threads, [&](int tid, int nt) { f.work(tid, nt); });
+  }
+
+ private:
+  struct Lane {  // per thread
+    RowList list;
+    const A** x_rows;
+    const A** h_rows;
+    const A** mid_rows;
+    RowState<E>* states;
+    T* scratch;
+    A* x_copy;
+    Lane(Arena& a, const Forward& f)
+        : list(a, f.steps_, f.args_.N),
+          x_rows(a.take<const A*>(f.steps_ * f.args_.N)),
+          h_rows(a.take<const A*>(f.args_.N)),
+          mid_rows(a.take<const A*>(f.args_.N)),
+          states(a.take<RowState<E>>(f.args_.N)),
+          scratch(a.take<T>(f.scratch_)),
+          x_copy(kShadow ? a.take<A>(f.steps_ * f.args_.N * f.args_.I) : nullptr) {}
+  };
+  struct Direction {
+    char* packed;
+    T *c, *z;
+    A *mid, *shadow;
+    Barrier barrier;
+  };
+
+  const ForwardArgs& args_;
+  const Plan plan_;
+  const PackedLayout<E> layout_;
+  const Sequence seq_;
+  const int64_t steps_;  // per chunk
+  size_t scratch_ = 0;
+  Arena lanes_;
+  size_t lane_bytes_ = 0;
+  char* zero_;
+  Direction dir_[2];
+  Barrier all_;
+
+  Forward(const ForwardArgs& args, Arena& arena)
+      : args_(args),
+        plan_(choose_plan(args)),
+        layout_(args),
+        seq_(args, arena),
+        steps_(imin(args.T, imax(1, kChunkRows / args.N))) {
+    const int64_t NH = args.N * args.H, NO = args.N * args.O;
+    zero_ = arena.take<char>(imax(args.H, args.O) * sizeof(double));
+    if (arena.base) std::memset(zero_, 0, imax(args.H, args.O) * sizeof(double));
+    for (int d = 0; d < args.directions; d++) {
+      dir_[d].packed = args.packed ? static_cast<char*>(const_cast<void*>(args.packed)) +
+                                         d * layout_.bytes
+                                   : arena.take<char>(layout_.bytes);
+      dir_[d].c = C::kCellState ? arena.take<T>(NH) : nullptr;
+      dir_[d].z = C::kStages == 2 && !args.projected ? arena.take<T>(NH) : nullptr;
+      dir_[d].mid = layout_.stages == 2 ? arena.take<A>(NH) : nullptr;
+      dir_[d].shadow = kShadow ? arena.take<A>(3 * NO) : nullptr;
+    }
+    // The team may come out smaller than asked for, so every thread could need all the units.
+    for (int i = 0; i < layout_.stages; i++)
+      if (layout_.stage[i].from_x) scratch_ += steps_ * args.N * layout_.stage[i].panels.total();
+    Arena sizing;
+    Lane measure(sizing, *this);
+    lane_bytes_ = sizing.used;
+    lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
+  }
+
+  void work(int tid, int nt) {
+    if (!args_.packed) {
+      for (int d = 0; d < args_.directions; d++)
+        pack_direction<E>(args_, layout_, args_.weights[d], dir_[d].packed, tid, nt);
+      all_.wait(nt);
+    }
+    Arena mine{lanes_.base + tid * lane_bytes_, 0};
+    Lane lane(mine, *this);
+    const Share share(args_.directions, tid, nt);
+    for (int d = share.direction_first; d < share.direction_last; d++) direction(d, share, lane);
+  }
+
+  int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
+
+  void direction(int d, const Share& share, Lane& lane) {
+    Direction& dir = dir_[d];
+    const bool split_units = plan_.units && share.count > 1;
+    const int64_t N = args_.N;
+    const int64_t n0 = split_units ? 0 : N * share.id / share.count;
+    const int64_t n1 = split_units ? N : N * (share.id + 1) / share.count;
+    // Initial states in compute type; rows split over the group either way.
+    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
+    init_states(d, i0, i1);
+    if (split_units) dir.barrier.wait(share.count);
+
+    for (int64_t s0 = 0; s0 < args_.T; s0 += steps_) {
+      const int64_t steps = imin(steps_, args_.T - s0);
+      lane.list.fill(seq_, steps, n0, n1, [&](int64_t i) { return time(d, s0 + i); });
+      input_term(d, share, split_units, lane, s0, steps);
+      for (int64_t i = 0; i < steps; i++) step(d, share, split_units, lane, s0, i);
+    }
+    final_states(d, i0, i1);
+  }
+
+  void init_states(int d, int64_t i0, int64_t i1) {
+    const int64_t H = args_.H, O = args_.O, N = args_.N;
+    if constexpr (C::kCellState)
+      convert_row(dir_[d].c + i0 * H, static_cast<const IO*>(args_.c0) + (d * N + i0) * H, (i1 - i0) * H);
+    if constexpr (kShadow)
+      convert_row(dir_[d].shadow + (2 * N + i0) * O, static_cast<const IO*>(args_.h0) + (d * N + i0) * O,
+                  (i1 - i0) * O);
+  }
+
+  void input_term(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t steps) {
+    const int64_t I = args_.I;
+    for (int64_t i = 0; i < steps; i++) {
+      const int64_t t = time(d, s0 + i);
+      for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
+        const IO* x = seq_.at<const IO>(args_.x, t, lane.list.n[m]);
+        if constexpr (kShadow) {
+          convert_row(lane.x_copy + m * I, x, I);
+          lane.x_rows[m] = lane.x_copy + m * I;
+        } else {
+          lane.x_rows[m] = x;
+        }
+      }
+    }
+    T* out = lane.scratch;
+    const int64_t M = lane.list.rows;
+    for (int j = 0; j < layout_.stages; j++) {
+      const Stage<E>& st = layout_.stage[j];
+      if (!st.from_x) continue;
+      const A* w = reinterpret_cast<const A*>(dir_[d].packed + st.x);
+      const T* bias = reinterpret_cast<const T*>(dir_[d].packed + st.bias);
+      const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
+      for (int64_t b = b0; b < b1; b++) {
+        const int64_t cols = st.panels.columns(b);
+        panel<E>(lane.x_rows, M, w + st.panels.stream(b, st.Kx), st.Kx, st.panels.vectors(b),
+                 bias + st.panels.offset(b), 0, out, cols);
+        out += M * cols;
+      }
+    }
+  }
+
+  static int64_t first_block(const Stage<E>& s, const Share& share, bool split) {
+    return split ? s.panels.blocks * share.id / share.count : 0;
+  }
+  static int64_t last_block(const Stage<E>& s, const Share& share, bool split) {
+    return split ? s.panels.blocks * (share.id + 1) / share.count : s.panels.blocks;
+  }
+
+  void gather(int d, Lane& lane, int64_t s, int64_t first, int64_t count) {
+    const Direction& dir = dir_[d];
+    const int64_t t = time(d, s), before = time(d, s - 1), H = args_.H, O = args_.O, N = args_.N;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t n = lane.list.n[first + i];
+      RowState<E>& st = lane.states[i];
+      const bool begins = s == 0 || (d && seq_.ragged() && t == seq_.length(n) - 1);
+      const bool reset = seq_.resets(t, n);
+      st.h_prev = reset    ? reinterpret_cast<const IO*>(zero_)
+                  : begins ? static_cast<const IO*>(args_.h0) + (d * N + n) * O
+                           : seq_.at<const IO>(args_.y, before, n) + d * O;
+      st.y = seq_.at<IO>(args_.y, t, n) + d * O;
+      if constexpr (kShadow) {
+        lane.h_rows[i] = reset    ? reinterpret_cast<const A*>(zero_)
+                         : begins ? dir.shadow + (2 * N + n) * O
+                                  : dir.shadow + ((s - 1) % 2 * N + n) * O;
+        st.shadow = dir.shadow + (s % 2 * N + n) * O;
+      } else {
+        lane.h_rows[i] = st.h_prev;
+      }
+      if constexpr (C::kCellState) {
+        st.c = dir.c + n * H;
+        st.c_prev = st.c;
+        if (args_.cells.data) {
+          if (!begins) st.c_prev = seq_.at<const T>(args_.cells, before, n) + d * H;
+          st.c = seq_.at<T>(args_.cells, t, n) + d * H;
+        }
+        if (reset) st.c_prev = reinterpret_cast<const T*>(zero_);
+      }
+      st.mid = dir.mid ? dir.mid + n * H : nullptr;
+      lane.mid_rows[i] = st.mid;
+      st.z = dir.z ? dir.z + n * H : nullptr;
+      st.tape = args_.gates ? static_cast<T*>(args_.gates) +
+                                  (d * seq_.rows() + seq_.index(t, n)) * C::kSlots * H
+                            : nullptr;
+    }
+  }
+
+  void step(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t i) {
+    const int64_t first = lane.list.start[i], count = lane.list.count(i);
+    gather(d, lane, s0 + i, first, count);
+    const T* term = lane.scratch;
+    alignas(64) T tile_out[kMaxRows * kMaxVectors * E::W];
+    for (int j = 0; j < layout_.stages; j++) {
+      const Stage<E>& st = layout_.stage[j];
+      const A* w = reinterpret_cast<const A*>(dir_[d].packed + st.h);
+      const T* h_bias = reinterpret_cast<const T*>(dir_[d].packed + st.h_bias);
+      const A* const* rows = j == 0 ? lane.h_rows : lane.mid_rows;
+      const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
+      const int64_t base = st.panels.offset(b0), M = lane.list.rows;
+      const bool ahead = count >= kPrefetchRows &&
+                         ((b1 > b0 ? st.panels.offset(b1 - 1) : base) - base) * st.Kh * sizeof(A) >= kPrefetchBytes;
+      for (int64_t k = b0; k < b1; k++) {
+        // Every other step walks the blocks backwards: what the last step left in cache comes first.
+        const int64_t b = (s0 + i) % 2 ? b1 - 1 - (k - b0) : k;
+        const int64_t cols = st.panels.columns(b), u0 = st.panels.first(b);
+        const int units = st.panels.units(b), nv = st.panels.vectors(b);
+        const T* gx = term + M * (st.panels.offset(b) - base) + first * cols;
+        const int64_t next = (s0 + i) % 2 ? b - 1 : b + 1;
+        const A* coming = ahead && k + 1 < b1 ? w + st.panels.stream(next, st.Kh) : nullptr;
+        row_blocks(count, nv, [&](int64_t m, int r) {
+          if (coming)
+            prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
+          const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx + m * cols;
+          tile_for<E>(r, nv)(rows + m, w + st.panels.stream(b, st.Kh), st.Kh, init,
+                             C::kApart ? 0 : cols, tile_out, cols);
+          C::finish(j, args_.projected, {lane.states + m, r, tile_out, gx + m * cols, cols, u0, units},
+                    args_.H);
+        });
+      }
+      if (st.from_x && b1 > b0)
+        term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
+      if (split_units) dir_[d].barrier.wait(share.count);
+    }
+  }
+
+  void final_states(int d, int64_t i0, int64_t i1) {
+    const int64_t H = args_.H, O = args_.O, N = args_.N;
+    for (int64_t n = i0; n < i1; n++) {
+      const int64_t t = d ? 0 : seq_.length(n) - 1;
+      std::memcpy(static_cast<IO*>(args_.h_n) + (d * N + n) * O, seq_.at<const IO>(args_.y, t, n) + d * O,
+                  O * sizeof(IO));
+      if constexpr (C::kCellState) {
+        const T* c = args_.cells.data ? seq_.at<const T>(args_.cells, t, n) + d * H : dir_[d].c + n * H;
+        convert_row(static_cast<IO*>(args_.c_n) + (d * N + n) * H, c, H);
+      }
+    }
+  }
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

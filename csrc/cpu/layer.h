@@ -1,0 +1,95 @@
+// The CPU library's C++ interface: one recurrent layer (one or two directions) over a whole sequence.
+//
+// Framework-free: raw pointers in, nothing allocated, nothing kept. The caller owns every buffer;
+// `workspace` is scratch of workspace_bytes() that carries nothing from one call to the next.
+//
+// Shapes: T steps, N rows, I inputs, H hidden units, O = P with a projection, else H; D directions.
+// G gates in torch's order. A "row" is one (t, n); x, y, cells, dx, dy are addressed by Grid.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastrnn {
+
+enum class Cell : int32_t { lstm = 0, gru = 1, gru_reset_before = 2, rnn_tanh = 3, rnn_relu = 4 };
+
+// Tensor type; compute is float for all but f64. f32_bf16: float tensors, but weights and the
+// operands that meet them are rounded to bfloat16 (inference only).
+enum class Type : int32_t { f32 = 0, f64 = 1, bf16 = 2, f32_bf16 = 3 };
+
+enum class Partition : int32_t { automatic = 0, units = 1, rows = 2 };
+
+// Address of row (t, n): data + t * stride_t + n * stride_n elements; rows are contiguous inside.
+// Packed sequences use stride_n alone, with n counted from the step's first row.
+struct Grid {
+  void* data = nullptr;
+  int64_t stride_t = 0, stride_n = 0;
+};
+
+struct Weights {  // torch layout, contiguous; biases and w_hr may be null
+  const void *w_ih = nullptr, *w_hh = nullptr, *b_ih = nullptr, *b_hh = nullptr, *w_hr = nullptr;
+};
+
+struct Problem {
+  Cell cell = Cell::lstm;
+  Type type = Type::f32;
+  Partition partition = Partition::automatic;
+  bool linear = false;  // activations replaced by straight lines: tests only
+  int threads = 1;
+  int directions = 1;
+  int64_t T = 0, N = 0, I = 0, H = 0, O = 0;
+  bool projected = false;
+  const int64_t* batch_sizes = nullptr;  // packed: rows active at each step, not increasing
+  const int64_t* lengths = nullptr;      // dense: steps of each row, 1..T
+  const uint8_t* reset = nullptr;        // state zeroed before step (t, n) where non-zero
+  int64_t reset_stride_t = 0, reset_stride_n = 0;
+};
+
+struct ForwardArgs : Problem {
+  Grid x, y, cells;  // y: O * D wide; cells: H * D wide in the compute type, may be null
+  const void *h0 = nullptr, *c0 = nullptr;  // (D, N, O), (D, N, H)
+  void *h_n = nullptr, *c_n = nullptr;
+  Weights weights[2];
+  const void* packed = nullptr;  // from pack(), or null: packed inside the call
+  void* gates = nullptr;         // tape (D, rows, slots(cell) * H) in the compute type, or null
+  void* workspace = nullptr;
+};
+
+struct BackwardArgs : Problem {
+  Grid x, y, cells, dx, dy, dcells;  // dx.data, dy.data, dcells.data may be null
+  const void *h0 = nullptr, *c0 = nullptr, *dh_n = nullptr, *dc_n = nullptr;
+  void *dh0 = nullptr, *dc0 = nullptr;  // null: not wanted
+  Weights weights[2];
+  const void* gates = nullptr;  // null: recomputed chunk by chunk from x, y and cells
+  struct {
+    void *w_ih = nullptr, *w_hh = nullptr, *b_ih = nullptr, *b_hh = nullptr, *w_hr = nullptr;
+  } grads[2];
+  bool want_weights = false;
+  void* workspace = nullptr;
+};
+
+// Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none.
+int tape_slots(Cell cell);
+
+// One instruction set's entry points.
+struct Kernels {
+  const char* isa;
+  Partition (*plan)(const Problem&, int* threads);  // what forward and backward will do
+  size_t (*packed_bytes)(const Problem&);
+  void (*pack)(const Problem&, const Weights* weights, void* packed);
+  size_t (*forward_workspace)(const ForwardArgs&);
+  void (*forward)(const ForwardArgs&);
+  size_t (*backward_workspace)(const BackwardArgs&);
+  void (*backward)(const BackwardArgs&);
+  double (*peak_flops)(int threads, double seconds);
+  double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
+};
+
+// The chosen set: the widest the machine has, or what FASTRNN_ISA names.
+const Kernels& kernels();
+// Names of the sets compiled in that this machine can run, widest first, null-terminated.
+const char* const* available_isas();
+// Selects a set by name; false if it is unknown or the machine lacks it.
+bool select_isa(const char* name);
+
+}  // namespace fastrnn

@@ -1,0 +1,173 @@
+// The one inner loop of the library: out[r][0..C) = init[r][0..C) + sum_k a[r][k] * b[k][0..C),
+// for up to kMaxRows rows and C = NV vectors of columns.
+//
+// Every output is one FMA chain in the order of k, whatever the row count, so results do not depend
+// on how rows are grouped: not on the batch, the thread count or the partition.
+// Rows come through pointers: the operand may be a strided view, an initial state or a zero row.
+// b is a packed panel, streamed once. Tiles: 32 registers hold 6 x 4 or 8 x 3 accumulators plus the
+// weights of one k; 16 registers hold 3 x 4 or 4 x 3.
+#pragma once
+#include "simd.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+// How a tensor type meets the arithmetic: T computes, IO is the tensors' type, A is the type of the
+// matmul operands (activations row-major, weights packed with kPair consecutive k side by side).
+template <class T_, class IO_, class A_>
+struct Types {
+  using T = T_;
+  using IO = IO_;
+  using A = A_;
+  using V = Vec<T>;
+  static constexpr int W = V::W;
+  static constexpr int kPair = sizeof(A) == 2 ? 2 : 1;
+};
+
+constexpr int kMaxVectors = 4;
+constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;
+constexpr int max_rows(int nv) {
+  return kRegisters == 32 ? (nv == 4 ? 6 : 8) : (nv == 4 ? 3 : 4);
+}
+
+constexpr int kPrefetch = 512;  // elements ahead, 2 KiB
+
+template <class E, int R, int NV>
+FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
+                             const typename E::A* b, int64_t K) {
+  using V = typename E::V;
+  constexpr int W = E::W;
+  if constexpr (E::kPair == 1) {
+    for (int64_t k = 0; k < K; k++) {
+      if constexpr (kRegisters == 32) {
+        V w[NV];
+        FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
+        // Weights beyond L2: with 2 to 4 rows the loop outruns the hardware's prefetch; with one it never does.
+        if constexpr (R >= 2 && R <= 4)
+          FASTRNN_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + kPrefetch + v * W);
+        FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+          V x = V::set1(a[r][k]);
+          FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(x, w[v], acc[r][v]);
+        }
+      } else {
+        V x[R];
+        FASTRNN_UNROLL for (int r = 0; r < R; r++) x[r] = V::set1(a[r][k]);
+        FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
+          V w = V::load(b + v * W);
+          FASTRNN_UNROLL for (int r = 0; r < R; r++) acc[r][v] = V::fma(x[r], w, acc[r][v]);
+        }
+      }
+      b += NV * W;
+    }
+  } else {
+    // bfloat16 pairs: lane j of a vector holds (k, k+1) of column j. An odd K ends in a zero weight;
+    // its activation partner is not read.
+    for (int64_t k = 0; k < K; k += 2) {
+      FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+#if defined(__AVX512BF16__)
+        int pair;
+        if (k + 1 < K)
+          std::memcpy(&pair, a[r] + k, 4);
+        else
+          pair = a[r][k].bits;
+        __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+        FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v].v = _mm512_dpbf16_ps(
+            acc[r][v].v, x, (__m512bh)_mm512_loadu_si512(b + v * 2 * W));
+#else
+        V even = V::set1(to_float(a[r][k])), odd = V::set1(k + 1 < K ? to_float(a[r][k + 1]) : 0.f);
+        FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
+          V lo, hi;
+          split_pair(b + v * 2 * W, lo, hi);
+          acc[r][v] = V::fma(odd, hi, V::fma(even, lo, acc[r][v]));
+        }
+#endif
+      }
+      b += NV * W * 2;
+    }
+  }
+}
+
+// What the inner loop depends on: tensor types of one pair share it.
+template <class T_, class A_>
+using Arithmetic = Types<T_, T_, A_>;
+
+template <class E, int R, int NV>
+static void tile(const typename E::A* const* rows, const typename E::A* b, int64_t K,
+                 const typename E::T* init, int64_t init_stride, typename E::T* out,
+                 int64_t out_stride) {
+  using V = typename E::V;
+  V acc[R][NV];
+  const typename E::A* a[R];
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+    a[r] = rows[r];
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
+        init ? V::load(init + r * init_stride + v * E::W) : V::zero();
+  }
+  multiply<E, R, NV>(acc, a, b, K);
+  FASTRNN_UNROLL for (int r = 0; r < R; r++)
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) V::store(out + r * out_stride + v * E::W, acc[r][v]);
+}
+
+template <class E>
+using TileFn = void (*)(const typename E::A* const*, const typename E::A*, int64_t,
+                        const typename E::T*, int64_t, typename E::T*, int64_t);
+
+template <class E, int R, int NV>
+constexpr TileFn<E> tile_or_null() {
+  if constexpr (R <= max_rows(NV))
+    return &tile<E, R, NV>;
+  else
+    return nullptr;
+}
+
+template <class E, int NV>
+struct TileRow {
+  static constexpr TileFn<E> fn[8] = {
+      tile_or_null<E, 1, NV>(), tile_or_null<E, 2, NV>(), tile_or_null<E, 3, NV>(),
+      tile_or_null<E, 4, NV>(), tile_or_null<E, 5, NV>(), tile_or_null<E, 6, NV>(),
+      tile_or_null<E, 7, NV>(), tile_or_null<E, 8, NV>()};
+};
+
+template <class E>
+FASTRNN_INLINE TileFn<E> tile_for(int rows, int nv) {
+  using M = Arithmetic<typename E::T, typename E::A>;
+  switch (nv) {
+    case 1: return TileRow<M, 1>::fn[rows - 1];
+    case 2: return TileRow<M, 2>::fn[rows - 1];
+    case 3: return TileRow<M, 3>::fn[rows - 1];
+    default: return TileRow<M, 4>::fn[rows - 1];
+  }
+}
+
+// Calls f(first, count) over [0, n) in near-equal blocks of at most max_rows(nv) rows.
+template <class F>
+FASTRNN_INLINE void row_blocks(int64_t n, int nv, F&& f) {
+  if (n <= 0) return;
+  int64_t blocks = (n + max_rows(nv) - 1) / max_rows(nv);
+  for (int64_t b = 0; b < blocks; b++) {
+    int64_t lo = n * b / blocks, hi = n * (b + 1) / blocks;
+    f(lo, static_cast<int>(hi - lo));
+  }
+}
+
+// Brings a panel towards L2 while an earlier one is in use: the share of rows [m0, m1) of M. Panels beyond L2 would else be
+// fetched by the first tile of rows that meets them, at a quarter of the speed of the others.
+FASTRNN_INLINE void prefetch_part(const void* panel, int64_t bytes, int64_t m0, int64_t m1, int64_t M) {
+  const char* p = static_cast<const char*>(panel);
+  for (int64_t at = bytes * m0 / M / 64 * 64; at < bytes * m1 / M; at += 64)
+    __builtin_prefetch(p + at, 0, 2);
+}
+
+// rows x panel for any number of rows: out[m][0..nv*W) = init[m] + a[m] . b
+template <class E>
+static void panel(const typename E::A* const* a, int64_t M, const typename E::A* b, int64_t K, int nv,
+                  const typename E::T* init, int64_t init_stride, typename E::T* out,
+                  int64_t out_stride) {
+  row_blocks(M, nv, [&](int64_t m, int r) {
+    tile_for<E>(r, nv)(a + m, b, K, init ? init + m * init_stride : nullptr, init_stride,
+                       out + m * out_stride, out_stride);
+  });
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

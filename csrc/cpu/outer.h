@@ -1,0 +1,176 @@
+// Weight gradients: C[m][c] += sum_k A[k][m] * B[k][c] over the rows k of a chunk, for several B that
+// share one A (the gate gradients meet the inputs and the previous states).
+//
+// A is repacked into panels of kOuterRows columns ([k][6]), which yields its column sums (the bias
+// gradients) on the way; B into panels of up to four vectors. Every output is one FMA chain per
+// kOuterK rows and the chains are added in the order of the rows, whatever the thread count.
+#pragma once
+#include "sequence.h"
+#include "team.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+constexpr int kOuterRows = max_rows(kMaxVectors);
+constexpr int64_t kOuterK = 512;
+
+template <class E>
+struct OuterJob {
+  using T = typename E::T;
+  int64_t column = 0, columns = 0;  // of A
+  const T* a = nullptr;
+  int64_t lda = 0;
+  T* sums = nullptr;  // column sums of A, or null
+  struct {
+    int operand = -1;  // which B, or none
+    T* c = nullptr;
+    int64_t ldc = 0;
+  } to[2];
+  int64_t panels() const { return ceil_div(columns, kOuterRows); }
+};
+
+template <class E>
+struct OuterOperand {
+  using IO = typename E::IO;
+  using T = typename E::T;
+  int64_t width = 0;
+  const IO** rows = nullptr;    // one pointer per row of the chunk ...
+  const T* block = nullptr;     // ... or a dense block of them
+  T* packed = nullptr;
+};
+
+template <class E, int NV>
+static void outer_tile(const typename E::T* a, const typename E::T* b, int64_t K, typename E::T* c,
+                       int64_t ldc, int rows, int width, bool add) {
+  using V = typename E::V;
+  constexpr int R = kOuterRows, W = E::W;
+  V acc[R][NV];
+  FASTRNN_UNROLL for (int r = 0; r < R; r++)
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::zero();
+  for (int64_t k = 0; k < K; k++) {
+    if constexpr (kRegisters == 32) {
+      V w[NV];
+      FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
+      FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+        V x = V::set1(a[r]);
+        FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(x, w[v], acc[r][v]);
+      }
+    } else {
+      V x[R];
+      FASTRNN_UNROLL for (int r = 0; r < R; r++) x[r] = V::set1(a[r]);
+      FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
+        V w = V::load(b + v * W);
+        FASTRNN_UNROLL for (int r = 0; r < R; r++) acc[r][v] = V::fma(x[r], w, acc[r][v]);
+      }
+    }
+    a += R;
+    b += NV * W;
+  }
+  const int tail = width - (NV - 1) * W;
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+    if (r >= rows) break;
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
+      const int n = v == NV - 1 ? tail : W;
+      typename E::T* p = c + r * ldc + v * W;
+      store_as<V>(p, add ? load_as<V>(p, n) + acc[r][v] : acc[r][v], n);
+    }
+  }
+}
+
+template <class E>
+static void outer_any(int nv, const typename E::T* a, const typename E::T* b, int64_t K, typename E::T* c,
+                      int64_t ldc, int rows, int width, bool add) {
+  using M = Arithmetic<typename E::T, typename E::T>;
+  switch (nv) {
+    case 1: return outer_tile<M, 1>(a, b, K, c, ldc, rows, width, add);
+    case 2: return outer_tile<M, 2>(a, b, K, c, ldc, rows, width, add);
+    case 3: return outer_tile<M, 3>(a, b, K, c, ldc, rows, width, add);
+    default: return outer_tile<M, 4>(a, b, K, c, ldc, rows, width, add);
+  }
+}
+
+// Panel p of a job: kOuterRows columns of A over K rows, short panels padded with zeros.
+template <class E>
+static void pack_outer(const OuterJob<E>& job, int64_t p, int64_t k0, int64_t K, typename E::T* dst,
+                       bool add) {
+  using T = typename E::T;
+  const int64_t m = p * kOuterRows;
+  const int width = static_cast<int>(imin(kOuterRows, job.columns - m));
+  const T* src = job.a + k0 * job.lda + job.column + m;
+  using V = typename E::V;
+  constexpr int kParts = (kOuterRows + V::W - 1) / V::W;
+  V total[kParts];
+  FASTRNN_UNROLL for (int i = 0; i < kParts; i++) total[i] = V::zero();
+  for (int64_t k = 0; k < K; k++)
+    FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
+      const int n = static_cast<int>(imin(V::W, width - i * V::W));
+      V v = n > 0 ? load_n(src + k * job.lda + i * V::W, n) : V::zero();
+      store_n(dst + k * kOuterRows + i * V::W, v, static_cast<int>(imin(V::W, kOuterRows - i * V::W)));
+      total[i] = total[i] + v;
+    }
+  T sum[kParts * V::W];
+  FASTRNN_UNROLL for (int i = 0; i < kParts; i++) V::store(sum + i * V::W, total[i]);
+  if (!job.sums) return;
+  for (int r = 0; r < width; r++)
+    job.sums[job.column + m + r] = (add ? job.sums[job.column + m + r] : T(0)) + sum[r];
+}
+
+// Columns [c, c + n) of an operand's rows [k0, k0 + K), n <= four vectors, zero-padded to whole ones.
+template <class E>
+static void pack_operand(const OuterOperand<E>& o, int64_t c, int n, int64_t k0, int64_t K,
+                         typename E::T* dst) {
+  using V = typename E::V;
+  for (int64_t k = k0; k < k0 + K; k++)
+    for (int j = 0; j < n; j += E::W, dst += E::W) {
+      const int w = static_cast<int>(imin(E::W, n - j));
+      V::store(dst, o.rows ? load_as<V>(o.rows[k] + c + j, w) : load_as<V>(o.block + k * o.width + c + j, w));
+    }
+}
+
+// The chunk's share of all jobs, by a group of `count` threads; `add` is false on the first chunk.
+template <class E>
+static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOperand<E>* operands,
+                           int operand_count, int64_t rows, typename E::T* panels, bool add, int id,
+                           int count, Barrier& barrier) {
+  using T = typename E::T;
+  constexpr int kWide = kMaxVectors * E::W;
+  int64_t total = 0;
+  for (int j = 0; j < job_count; j++) total += jobs[j].panels();
+  const int64_t mine0 = total * id / count, mine1 = total * (id + 1) / count;
+  for (int64_t k0 = 0; k0 < rows; k0 += kOuterK) {
+    const int64_t K = imin(kOuterK, rows - k0);
+    // Pack: each thread its own panels of A, and a share of every B.
+    int64_t base = 0;
+    for (int j = 0; j < job_count; base += jobs[j].panels(), j++)
+      for (int64_t p = imax(mine0 - base, 0); p < imin(mine1 - base, jobs[j].panels()); p++)
+        pack_outer<E>(jobs[j], p, k0, K, panels + (base + p) * K * kOuterRows, add);
+    for (int o = 0; o < operand_count; o++) {
+      const int64_t blocks = ceil_div(operands[o].width, kWide);
+      for (int64_t b = blocks * id / count; b < blocks * (id + 1) / count; b++) {
+        const int n = static_cast<int>(imin(kWide, operands[o].width - b * kWide));
+        pack_operand<E>(operands[o], b * kWide, n, k0, K, operands[o].packed + b * kWide * K);
+      }
+    }
+    barrier.wait(count);
+    for (int o = 0; o < operand_count; o++)
+      for (int64_t c = 0; c < operands[o].width; c += kWide) {
+        const int n = static_cast<int>(imin(kWide, operands[o].width - c));
+        const int nv = static_cast<int>(ceil_div(n, E::W));
+        const T* b = operands[o].packed + c * K;
+        base = 0;
+        for (int j = 0; j < job_count; base += jobs[j].panels(), j++)
+          for (const auto& to : jobs[j].to) {
+            if (to.operand != o) continue;
+            for (int64_t p = imax(mine0 - base, 0); p < imin(mine1 - base, jobs[j].panels()); p++)
+              outer_any<E>(nv, panels + (base + p) * K * kOuterRows, b, K,
+                           to.c + p * kOuterRows * to.ldc + c, to.ldc,
+                           static_cast<int>(imin(kOuterRows, jobs[j].columns - p * kOuterRows)), n, add);
+          }
+      }
+    barrier.wait(count);
+    add = true;
+  }
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

@@ -1,0 +1,271 @@
+// Weight layouts. A `Panels` splits `width` units of `gates` gates into blocks of U units; block b is
+// one contiguous stream [k][gates * w] for the micro-kernel (gate g of unit u in column g * w + u).
+// Gates of a narrow last block are packed densely, so an odd width wastes less than one vector.
+#pragma once
+#include "layer.h"
+#include "microkernel.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+FASTRNN_INLINE int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTRNN_INLINE int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTRNN_INLINE size_t align64(size_t n) { return (n + 63) / 64 * 64; }
+
+template <class E>
+struct Panels {
+  int gates = 0;
+  int64_t width = 0, unit = 0, blocks = 0;
+  Panels() = default;
+  // `vectors`: columns of a block, in vectors.
+  Panels(int g, int64_t w, int vectors = kMaxVectors)
+      : gates(g), width(w), unit(E::W * (vectors / g)), blocks(ceil_div(w, unit)) {}
+  int64_t first(int64_t b) const { return b * unit; }
+  int units(int64_t b) const { return static_cast<int>(imin(unit, width - b * unit)); }
+  int vectors(int64_t b) const { return static_cast<int>(ceil_div(gates * units(b), E::W)); }
+  int64_t columns(int64_t b) const { return vectors(b) * E::W; }
+  int64_t offset(int64_t b) const { return b * unit * gates; }  // columns before block b
+  int64_t total() const { return blocks ? offset(blocks - 1) + columns(blocks - 1) : 0; }
+  size_t elements(int64_t K) const { return total() * (ceil_div(K, E::kPair) * E::kPair); }
+  // Start of block b's stream, at row k (a multiple of kPair), in a buffer packed with K rows.
+  int64_t stream(int64_t b, int64_t K, int64_t k = 0) const {
+    return offset(b) * (ceil_div(K, E::kPair) * E::kPair) + k * columns(b);
+  }
+};
+
+template <class Dst, class Src>
+FASTRNN_INLINE Dst convert(Src x) {
+  if constexpr (sizeof(Src) == 2 && sizeof(Dst) == 2) {
+    return x;
+  } else if constexpr (sizeof(Src) == 2) {
+    return Dst(to_float(x));
+  } else if constexpr (sizeof(Dst) == 2) {
+    return to_bf16(float(x));
+  } else {
+    return Dst(x);
+  }
+}
+
+template <class Dst, class Src>
+FASTRNN_INLINE void convert_row(Dst* d, const Src* s, int64_t n) {
+  if constexpr (sizeof(Dst) == sizeof(Src)) {
+    std::memcpy(d, s, n * sizeof(Dst));
+  } else {
+    using V = Vec<float>;
+    for (int64_t i = 0; i < n; i += V::W) {
+      int w = static_cast<int>(imin(V::W, n - i));
+      store_as<V>(d + i, load_as<V>(s + i, w), w);
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+// 16 x 16 transpose in registers: s has rows of stride ld, d rows of stride ldd.
+FASTRNN_INLINE void transpose16(const float* s, int64_t ld, float* d, int64_t ldd) {
+  __m512 r[16], t[16];
+  FASTRNN_UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(s + i * ld);
+  FASTRNN_UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  FASTRNN_UNROLL for (int i = 0; i < 16; i += 4) {
+    __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+    __m512d c = _mm512_castps_pd(t[i + 2]), e = _mm512_castps_pd(t[i + 3]);
+    r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
+    r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+  }
+  FASTRNN_UNROLL for (int j = 0; j < 4; j++) {
+    t[j] = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+  FASTRNN_UNROLL for (int j = 0; j < 4; j++) {
+    _mm512_storeu_ps(d + j * ldd, _mm512_shuffle_f32x4(t[j], t[8 + j], 0x88));
+    _mm512_storeu_ps(d + (4 + j) * ldd, _mm512_shuffle_f32x4(t[4 + j], t[12 + j], 0x88));
+    _mm512_storeu_ps(d + (8 + j) * ldd, _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd));
+    _mm512_storeu_ps(d + (12 + j) * ldd, _mm512_shuffle_f32x4(t[4 + j], t[12 + j], 0xdd));
+  }
+}
+#elif defined(__AVX2__)
+FASTRNN_INLINE void transpose8(const float* s, int64_t ld, float* d, int64_t ldd) {
+  __m256 r[8], t[8];
+  FASTRNN_UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(s + i * ld);
+  FASTRNN_UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  FASTRNN_UNROLL for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  FASTRNN_UNROLL for (int j = 0; j < 4; j++) {
+    _mm256_storeu_ps(d + j * ldd, _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+    _mm256_storeu_ps(d + (4 + j) * ldd, _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+  }
+}
+#endif
+
+// dst[k][c] = src[c][k] for n rows of src (row stride ld) and K columns; dst rows of stride ldd.
+template <class E, class Src>
+static void transpose_strip(const Src* src, int64_t ld, int n, int64_t K, typename E::A* dst,
+                            int64_t ldd) {
+  using A = typename E::A;
+  int64_t k = 0;
+  if constexpr (sizeof(A) == 4 && sizeof(Src) == 4) {
+#if defined(__AVX512F__)
+    if (n == 16)
+      for (; k + 16 <= K; k += 16) transpose16(src + k, ld, dst + k * ldd, ldd);
+#elif defined(__AVX2__)
+    if (n == 8)
+      for (; k + 8 <= K; k += 8) transpose8(src + k, ld, dst + k * ldd, ldd);
+#endif
+  }
+  for (int c = 0; c < n; c++)
+    for (int64_t j = k; j < K; j++) {
+      int64_t at = E::kPair == 1 ? j * ldd + c : (j / 2) * 2 * ldd + 2 * c + (j & 1);
+      dst[at] = convert<A>(src[c * ld + j]);
+    }
+}
+
+// Gate matrix (torch layout: rows g * width + u, K columns) into blocks [first, last) of `p`.
+template <class E, class Src>
+static void pack_gates(const Panels<E>& p, const Src* w, int64_t K, typename E::A* dst, int64_t first,
+                       int64_t last) {
+  using A = typename E::A;
+  for (int64_t b = first; b < last; b++) {
+    A* out = dst + p.stream(b, K);
+    const int64_t cols = p.columns(b);
+    const int units = p.units(b);
+    const int64_t padded = ceil_div(K, E::kPair) * E::kPair;
+    if (p.gates * units != cols || padded != K) std::memset(out, 0, cols * padded * sizeof(A));
+    for (int g = 0; g < p.gates; g++)
+      for (int u = 0; u < units; u += E::W)
+        transpose_strip<E, Src>(w + (g * p.width + p.first(b) + u) * K, K,
+                                static_cast<int>(imin(E::W, units - u)), K,
+                                out + (g * units + u) * E::kPair, cols);
+  }
+}
+
+// Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate, no transpose.
+template <class E, class Src>
+static void pack_rows(const Panels<E>& p, const Src* w, int64_t ld, int64_t K, typename E::A* dst,
+                      int64_t first, int64_t last) {
+  static_assert(E::kPair == 1, "gradients are computed in the compute type");
+  for (int64_t b = first; b < last; b++) {
+    typename E::A* out = dst + p.stream(b, K);
+    const int64_t cols = p.columns(b);
+    const int units = p.units(b);
+    for (int64_t k = 0; k < K; k++) {
+      const Src* s = w + k * ld + p.first(b);
+      if (units != cols) std::memset(out + k * cols, 0, cols * sizeof(typename E::A));
+      convert_row(out + k * cols, s, units);
+    }
+  }
+}
+
+// One matmul stage of a step: `gates` gates of `width` units, from rows first_gate * width on.
+template <class E>
+struct Stage {
+  Panels<E> panels;
+  bool from_x = false;    // has an input term
+  int64_t first_gate = 0, Kx = 0, Kh = 0;
+  size_t x = 0, h = 0, bias = 0, h_bias = 0;  // byte offsets inside a direction's packed weights
+};
+
+// The stages of each cell and where their packed weights lie.
+template <class E>
+struct PackedLayout {
+  Stage<E> stage[2];
+  int stages = 0;
+  size_t bytes = 0;  // of one direction
+
+  explicit PackedLayout(const Problem& p) {
+    switch (p.cell) {
+      case Cell::lstm:
+        add(4, p.H, 0, true, p.I, p.O);
+        if (p.projected) add(1, p.O, 0, false, 0, p.H);
+        break;
+      case Cell::gru: add(3, p.H, 0, true, p.I, p.O); break;
+      case Cell::gru_reset_before:
+        add(2, p.H, 0, true, p.I, p.O);
+        add(1, p.H, 2, true, p.I, p.O);
+        break;
+      default: add(1, p.H, 0, true, p.I, p.O);
+    }
+  }
+
+ private:
+  void add(int gates, int64_t width, int64_t first_gate, bool from_x, int64_t Kx, int64_t Kh) {
+    Stage<E>& s = stage[stages++];
+    // A narrow single-gate matrix gets half-width blocks, so that two threads have something to share.
+    s.panels = Panels<E>(gates, width, gates == 1 && width <= 8 * E::W ? 2 : kMaxVectors);
+    s.from_x = from_x;
+    s.first_gate = first_gate;
+    s.Kx = from_x ? Kx : 0;
+    s.Kh = Kh;
+    s.x = take(s.panels.elements(s.Kx) * sizeof(typename E::A));
+    s.h = take(s.panels.elements(s.Kh) * sizeof(typename E::A));
+    s.bias = take(s.panels.total() * sizeof(typename E::T));
+    s.h_bias = take(s.panels.total() * sizeof(typename E::T));
+  }
+  size_t take(size_t n) {
+    size_t at = bytes;
+    bytes += align64(n);
+    return at;
+  }
+};
+
+// Biases of blocks [first, last): the input side carries both, except GRU's n gate (reset_after),
+// whose recurrent bias must stay inside the product with r.
+template <class E>
+static void pack_bias(const Problem& p, const Stage<E>& s, const Weights& w, char* dst, int64_t first,
+                      int64_t last) {
+  using T = typename E::T;
+  const auto* bi = static_cast<const typename E::IO*>(s.from_x ? w.b_ih : nullptr);
+  const auto* bh = static_cast<const typename E::IO*>(s.from_x ? w.b_hh : nullptr);
+  T* x = reinterpret_cast<T*>(dst + s.bias);
+  T* h = reinterpret_cast<T*>(dst + s.h_bias);
+  for (int64_t b = first; b < last; b++) {
+    const int64_t at = s.panels.offset(b);
+    const int units = s.panels.units(b);
+    for (int64_t c = 0; c < s.panels.columns(b); c++) x[at + c] = h[at + c] = T(0);
+    if (!bi) continue;
+    for (int g = 0; g < s.panels.gates; g++)
+      for (int u = 0; u < units; u++) {
+        const int64_t src = (s.first_gate + g) * s.panels.width + s.panels.first(b) + u;
+        const int64_t c = at + g * units + u;
+        const T vi = convert<T>(bi[src]), vh = convert<T>(bh[src]);
+        const bool apart = p.cell == Cell::gru && g == 2;
+        x[c] = apart ? vi : vi + vh;
+        h[c] = apart ? vh : T(0);
+      }
+  }
+}
+
+// Thread tid's share of packing one direction.
+template <class E>
+static void pack_direction(const Problem& p, const PackedLayout<E>& layout, const Weights& w, char* dst,
+                           int tid, int nt) {
+  using A = typename E::A;
+  using IO = typename E::IO;
+  for (int i = 0; i < layout.stages; i++) {
+    const Stage<E>& s = layout.stage[i];
+    const int64_t first = s.panels.blocks * tid / nt, last = s.panels.blocks * (tid + 1) / nt;
+    const int64_t row = s.first_gate * s.panels.width;
+    if (s.from_x)
+      pack_gates<E, IO>(s.panels, static_cast<const IO*>(w.w_ih) + row * s.Kx, s.Kx,
+                        reinterpret_cast<A*>(dst + s.x), first, last);
+    const auto* wh = static_cast<const IO*>(s.from_x ? w.w_hh : w.w_hr);
+    pack_gates<E, IO>(s.panels, wh + row * s.Kh, s.Kh, reinterpret_cast<A*>(dst + s.h), first, last);
+    pack_bias<E>(p, s, w, dst, first, last);
+  }
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

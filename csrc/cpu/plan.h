@@ -1,0 +1,57 @@
+// How many threads a layer gets and what they divide. One place, so that explain() and the drivers
+// cannot disagree. The figures behind the thresholds are in docs/cpu-kernels.md.
+#pragma once
+#include "layer.h"
+#include "pack.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+// Rows of input term computed at a time: enough to reuse a weight panel, few enough to stay in L2.
+constexpr int64_t kChunkRows = 192;
+
+// A step's weights are prefetched a panel ahead where they cannot stay in L2 and a panel serves several tiles.
+constexpr int64_t kPrefetchRows = 8, kPrefetchBytes = 1 << 20;
+
+struct Plan {
+  int threads;
+  bool units;  // threads own blocks of units (a barrier per stage), else rows of the batch
+};
+
+inline int gate_count(Cell c) {
+  switch (c) {
+    case Cell::lstm: return 4;
+    case Cell::gru:
+    case Cell::gru_reset_before: return 3;
+    default: return 1;
+  }
+}
+
+// Rows read all recurrent weights on every core, units only their share. From four rows a core on a weight panel
+// is reused enough, as long as the weights stay in L2 at all; then rows win by not meeting at barriers.
+constexpr double kStaysInL2 = 2 << 20;
+inline double recurrent_bytes(const Problem& p) {
+  const int size = p.type == Type::f64 ? 8 : p.type == Type::bf16 || p.type == Type::f32_bf16 ? 2 : 4;
+  return double(size) * gate_count(p.cell) * p.H * p.O;
+}
+
+inline Plan choose_plan(const Problem& p) {
+  const double per_step = 2.0 * p.N * gate_count(p.cell) * p.H * (p.I + p.O);
+  const double total = per_step * p.T * p.directions;
+  // A team costs about 2 us to start and a barrier 0.1-0.2 us per step.
+  const bool side_by_side = p.directions == 2;
+  int threads = p.threads < 1 ? 1 : p.threads;
+  if (total < 1e6) threads = 1;
+  if (!side_by_side && p.N < 2 * threads && per_step < 6e4) threads = 1;
+  if (side_by_side && per_step < 6e4 && threads > 2) threads = 2;
+  const int group = p.directions == 2 ? imax(1, threads / 2) : threads;
+  Plan plan{threads, false};
+  if (p.partition != Partition::automatic)
+    plan.units = p.partition == Partition::units;
+  else
+    plan.units = p.N < 4 * group || recurrent_bytes(p) > kStaysInL2;
+  return plan;
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

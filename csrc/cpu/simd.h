@@ -1,0 +1,265 @@
+// One vector type per element type and instruction set, with the same names everywhere.
+// Included once per instruction set inside that set's own namespace (see isa.h), so that no inline
+// function compiled for AVX-512 can be picked by the linker for a smaller machine.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+
+#define FASTRNN_INLINE static inline __attribute__((always_inline))
+#define FASTRNN_UNROLL _Pragma("GCC unroll 32")
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+FASTRNN_INLINE float to_float(bf16 x) {
+  uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+// Round to nearest even, NaN kept quiet: the rounding of vcvtneps2bf16 and of torch.
+FASTRNN_INLINE bf16 to_bf16(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40)};
+  return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
+}
+
+// Portable vector of 16 bytes by the compiler's vector extension. No FMA is assumed.
+template <class Scalar>
+struct Vec {
+  using T = Scalar;
+  static constexpr int W = 16 / sizeof(T);
+  typedef T type __attribute__((vector_size(16)));
+  type v;
+  FASTRNN_INLINE Vec zero() { return {type{}}; }
+  FASTRNN_INLINE Vec set1(T x) { return {type{} + x}; }
+  FASTRNN_INLINE Vec load(const T* p) {
+    Vec r;
+    std::memcpy(&r.v, p, 16);
+    return r;
+  }
+  FASTRNN_INLINE void store(T* p, Vec a) { std::memcpy(p, &a.v, 16); }
+  FASTRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  FASTRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
+  FASTRNN_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+  FASTRNN_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+};
+
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32;
+template <>
+struct Vec<float> {
+  using T = float;
+  static constexpr int W = 16;
+  __m512 v;
+  FASTRNN_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+  FASTRNN_INLINE Vec set1(T x) { return {_mm512_set1_ps(x)}; }
+  FASTRNN_INLINE Vec load(const T* p) { return {_mm512_loadu_ps(p)}; }
+  FASTRNN_INLINE void store(T* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+  FASTRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  FASTRNN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  // a * 2^n, n in the low bits of `shifted`; a and the result are normal numbers.
+  FASTRNN_INLINE Vec times2(Vec a, Vec shifted) {
+    return {_mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)))};
+  }
+  // d[i] becomes 1 / d[i] for i < NS and a[i] / d[i] for the NT others, d in [1, 2^126]: a Newton step on the
+  // 14-bit reciprocal and one on the result, which then is what division gives (csrc/tests/test_math.cc looks at
+  // every value), in a third of vdivps's time. For 1 / d the last factor is nudged up by an ulp: at d = 2 - 2^-23
+  // that step is a tie that must go up.
+  template <int NS, int NT>
+  FASTRNN_INLINE void quotients(Vec (&a)[NS + NT], Vec (&d)[NS + NT]) {
+    constexpr int M = NS + NT;
+    const __m512 one = _mm512_set1_ps(1.f);
+    __m512 r[M], e[M];
+    FASTRNN_UNROLL for (int i = 0; i < M; i++) r[i] = _mm512_rcp14_ps(d[i].v);
+    FASTRNN_UNROLL for (int i = 0; i < M; i++) e[i] = _mm512_fnmadd_ps(d[i].v, r[i], one);
+    FASTRNN_UNROLL for (int i = 0; i < M; i++) r[i] = _mm512_fmadd_ps(r[i], e[i], r[i]);
+    FASTRNN_UNROLL for (int i = NS; i < M; i++) a[i].v = _mm512_mul_ps(e[i] = a[i].v, r[i]);
+    FASTRNN_UNROLL for (int i = 0; i < M; i++)
+      e[i] = i < NS ? _mm512_fnmadd_ps(d[i].v, r[i], one) : _mm512_fnmadd_ps(d[i].v, a[i].v, e[i]);
+    FASTRNN_UNROLL for (int i = 0; i < M; i++) {
+      __m512 up = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(r[i]), _mm512_set1_epi32(1)));
+      d[i].v = i < NS ? _mm512_fmadd_ps(e[i], up, r[i]) : _mm512_fmadd_ps(e[i], r[i], a[i].v);
+    }
+  }
+};
+template <>
+struct Vec<double> {
+  using T = double;
+  static constexpr int W = 8;
+  __m512d v;
+  FASTRNN_INLINE Vec zero() { return {_mm512_setzero_pd()}; }
+  FASTRNN_INLINE Vec set1(T x) { return {_mm512_set1_pd(x)}; }
+  FASTRNN_INLINE Vec load(const T* p) { return {_mm512_loadu_pd(p)}; }
+  FASTRNN_INLINE void store(T* p, Vec a) { _mm512_storeu_pd(p, a.v); }
+  FASTRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_pd(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_pd(a.v, b.v)}; }
+};
+#elif defined(__AVX2__)
+constexpr int kRegisters = 16;
+template <>
+struct Vec<float> {
+  using T = float;
+  static constexpr int W = 8;
+  __m256 v;
+  FASTRNN_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+  FASTRNN_INLINE Vec set1(T x) { return {_mm256_set1_ps(x)}; }
+  FASTRNN_INLINE Vec load(const T* p) { return {_mm256_loadu_ps(p)}; }
+  FASTRNN_INLINE void store(T* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+  FASTRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  FASTRNN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  FASTRNN_INLINE Vec times2(Vec a, Vec shifted) {
+    return {_mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)))};
+  }
+  template <int NS, int NT>
+  FASTRNN_INLINE void quotients(Vec (&a)[NS + NT], Vec (&d)[NS + NT]) {
+    FASTRNN_UNROLL for (int i = 0; i < NS + NT; i++)
+      d[i].v = _mm256_div_ps(i < NS ? _mm256_set1_ps(1.f) : a[i].v, d[i].v);
+  }
+};
+template <>
+struct Vec<double> {
+  using T = double;
+  static constexpr int W = 4;
+  __m256d v;
+  FASTRNN_INLINE Vec zero() { return {_mm256_setzero_pd()}; }
+  FASTRNN_INLINE Vec set1(T x) { return {_mm256_set1_pd(x)}; }
+  FASTRNN_INLINE Vec load(const T* p) { return {_mm256_loadu_pd(p)}; }
+  FASTRNN_INLINE void store(T* p, Vec a) { _mm256_storeu_pd(p, a.v); }
+  FASTRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
+  FASTRNN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_pd(a.v, b.v)}; }
+};
+#else
+constexpr int kRegisters = 16;
+#endif
+
+template <class S>
+FASTRNN_INLINE Vec<S> operator+(Vec<S> a, Vec<S> b) {
+  return {a.v + b.v};
+}
+template <class S>
+FASTRNN_INLINE Vec<S> operator-(Vec<S> a, Vec<S> b) {
+  return {a.v - b.v};
+}
+template <class S>
+FASTRNN_INLINE Vec<S> operator*(Vec<S> a, Vec<S> b) {
+  return {a.v * b.v};
+}
+template <class S>
+FASTRNN_INLINE Vec<S> operator/(Vec<S> a, Vec<S> b) {
+  return {a.v / b.v};
+}
+
+// First n lanes only; the others read as zero and are not touched in memory.
+template <class S>
+FASTRNN_INLINE Vec<S> load_n(const S* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4)
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
+  }
+#endif
+  S tmp[Vec<S>::W] = {};
+  for (int i = 0; i < n; i++) tmp[i] = p[i];
+  return Vec<S>::load(tmp);
+}
+template <class S>
+FASTRNN_INLINE void store_n(S* p, Vec<S> a, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), a.v);
+    return;
+  }
+#endif
+  S tmp[Vec<S>::W];
+  Vec<S>::store(tmp, a);
+  for (int i = 0; i < n; i++) p[i] = tmp[i];
+}
+
+// Loads and stores of n <= W elements that convert between the compute type and the tensor's type.
+template <class V>
+FASTRNN_INLINE V load_as(const typename V::T* p, int n) {
+  return n == V::W ? V::load(p) : load_n(p, n);
+}
+template <class V>
+FASTRNN_INLINE V load_as(const bf16* p, int n) {
+#if defined(__AVX512F__)
+  __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+#else
+  typename V::T tmp[V::W] = {};
+  for (int i = 0; i < n; i++) tmp[i] = to_float(p[i]);
+  return V::load(tmp);
+#endif
+}
+// Lane j of a packed bfloat16 vector pair holds (k, k+1) of column j: lo gets k, hi gets k+1.
+template <class V>
+FASTRNN_INLINE void split_pair(const bf16* p, V& lo, V& hi) {
+#if defined(__AVX512F__)
+  __m512i w = _mm512_loadu_si512(p);
+  lo = {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16))};
+  hi = {_mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(-65536)))};
+#elif defined(__AVX2__)
+  __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  lo = {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16))};
+  hi = {_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(-65536)))};
+#else
+  typename V::T l[V::W], h[V::W];
+  for (int i = 0; i < V::W; i++) {
+    l[i] = to_float(p[2 * i]);
+    h[i] = to_float(p[2 * i + 1]);
+  }
+  lo = V::load(l);
+  hi = V::load(h);
+#endif
+}
+
+template <class V>
+FASTRNN_INLINE void store_as(typename V::T* p, V a, int n) {
+  if (n == V::W)
+    V::store(p, a);
+  else
+    store_n(p, a, n);
+}
+template <class V>
+FASTRNN_INLINE void store_as(bf16* p, V a, int n) {
+#if defined(__AVX512BF16__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1),
+                           (__m256i)_mm512_cvtneps_pbh(a.v));
+#else
+  typename V::T tmp[V::W];
+  V::store(tmp, a);
+  for (int i = 0; i < n; i++) p[i] = to_bf16(tmp[i]);
+#endif
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

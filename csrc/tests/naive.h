@@ -1,0 +1,251 @@
+// One direction of one recurrent layer in scalar double, forward and backward: what the kernels are
+// compared with. Rows are independent, so each is walked alone through its own steps; nothing here
+// is clever.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "../cpu/layer.h"
+
+namespace naive {
+
+using fastrnn::Cell;
+using Doubles = std::vector<double>;
+
+inline int gate_count(Cell cell) {
+  return cell == Cell::lstm ? 4 : cell == Cell::gru || cell == Cell::gru_reset_before ? 3 : 1;
+}
+
+// Inputs (T, N, I) and so on as in layer.h, always dense; row n has lengths[n] steps.
+struct Layer {
+  Cell cell = Cell::lstm;
+  bool linear = false, reverse = false, projected = false;
+  int64_t T = 0, N = 0, I = 0, H = 0, O = 0;
+  std::vector<int64_t> lengths;
+  std::vector<uint8_t> reset;  // (T, N), or empty
+  Doubles w_ih, w_hh, b_ih, b_hh, w_hr;
+  Doubles x, h0, c0;
+  Doubles y, cells, h_n, c_n;      // forward's results
+  Doubles dy, dcells, dh_n, dc_n;  // what arrives
+  Doubles dx, dh0, dc0;            // backward's results
+  Doubles dw_ih, dw_hh, db_ih, db_hh, dw_hr;
+
+  void run() {
+    const int64_t gates = gate_count(cell);
+    y.assign(T * N * O, 0);
+    cells.assign(T * N * H, 0);
+    h_n.assign(N * O, 0);
+    c_n.assign(N * H, 0);
+    dx.assign(T * N * I, 0);
+    dh0.assign(N * O, 0);
+    dc0.assign(N * H, 0);
+    dw_ih.assign(gates * H * I, 0);
+    dw_hh.assign(gates * H * O, 0);
+    db_ih.assign(gates * H, 0);
+    db_hh.assign(gates * H, 0);
+    dw_hr.assign(projected ? O * H : 0, 0);
+    for (int64_t n = 0; n < N; ++n) row(n);
+  }
+
+ private:
+  struct Step {
+    int64_t t;
+    bool cleared;
+    Doubles h, c;  // state before the step
+    Doubles a, un,
+        m;  // activated gates (G, H); GRU's recurrent part of n; LSTM's output before projection
+    Doubles tanh_c;
+  };
+
+  double sigmoid(double v) const { return linear ? 0.5 + 0.25 * v : 1 / (1 + std::exp(-v)); }
+  double sigmoid_slope(double s) const { return linear ? 0.25 : s * (1 - s); }
+  double tanh_(double v) const { return linear ? v : std::tanh(v); }
+  double tanh_slope(double s) const { return linear ? 1 : 1 - s * s; }
+  double hidden(double v) const { return cell == Cell::rnn_tanh || linear ? tanh_(v) : v > 0 ? v : 0; }
+  double hidden_slope(double s) const {
+    return cell == Cell::rnn_tanh || linear ? tanh_slope(s) : s > 0 ? 1 : 0;
+  }
+
+  double input_part(int64_t gate_row, int64_t at) const {
+    double sum = b_ih.empty() ? 0 : b_ih[gate_row];
+    for (int64_t i = 0; i < I; ++i) sum += w_ih[gate_row * I + i] * x[at * I + i];
+    return sum;
+  }
+
+  double state_part(int64_t gate_row, const Doubles& h) const {
+    double sum = b_hh.empty() ? 0 : b_hh[gate_row];
+    for (int64_t i = 0; i < O; ++i) sum += w_hh[gate_row * O + i] * h[i];
+    return sum;
+  }
+
+  void row(int64_t n) {
+    Doubles h(h0.begin() + n * O, h0.begin() + (n + 1) * O), c(H, 0.0);
+    if (cell == Cell::lstm) c.assign(c0.begin() + n * H, c0.begin() + (n + 1) * H);
+    std::vector<Step> tape;
+    for (int64_t i = 0; i < lengths[n]; ++i) {
+      const int64_t t = reverse ? lengths[n] - 1 - i : i;
+      tape.push_back(step(t, n, h, c));
+    }
+    for (int64_t j = 0; j < O; ++j) h_n[n * O + j] = h[j];
+    for (int64_t j = 0; j < H; ++j) c_n[n * H + j] = c[j];
+    Doubles dh(dh_n.begin() + n * O, dh_n.begin() + (n + 1) * O), dc(H, 0.0);
+    if (cell == Cell::lstm) dc.assign(dc_n.begin() + n * H, dc_n.begin() + (n + 1) * H);
+    for (auto s = tape.rbegin(); s != tape.rend(); ++s) step_back(*s, n, dh, dc);
+    for (int64_t j = 0; j < O; ++j) dh0[n * O + j] = dh[j];
+    for (int64_t j = 0; j < H; ++j) dc0[n * H + j] = dc[j];
+  }
+
+  Step step(int64_t t, int64_t n, Doubles& h, Doubles& c) {
+    const int64_t at = t * N + n;
+    Step s{t, !reset.empty() && reset[at] != 0, {}, {}, {}, {}, {}, {}};
+    if (s.cleared) {
+      h.assign(O, 0);
+      c.assign(H, 0);
+    }
+    s.h = h;
+    s.c = c;
+    if (cell == Cell::lstm)
+      lstm(s, at, h, c);
+    else if (cell == Cell::rnn_tanh || cell == Cell::rnn_relu)
+      rnn(s, at, h);
+    else
+      gru(s, at, h);
+    for (int64_t j = 0; j < O; ++j) y[at * O + j] = h[j];
+    for (int64_t j = 0; j < H; ++j) cells[at * H + j] = c[j];
+    return s;
+  }
+
+  void lstm(Step& s, int64_t at, Doubles& h, Doubles& c) {
+    s.a.resize(4 * H);
+    s.m.resize(H);
+    s.tanh_c.resize(H);
+    for (int64_t r = 0; r < 4 * H; ++r) {
+      const double v = input_part(r, at) + state_part(r, s.h);
+      s.a[r] = r / H == 2 ? tanh_(v) : sigmoid(v);
+    }
+    for (int64_t j = 0; j < H; ++j) {
+      c[j] = s.a[H + j] * s.c[j] + s.a[j] * s.a[2 * H + j];
+      s.tanh_c[j] = tanh_(c[j]);
+      s.m[j] = s.a[3 * H + j] * s.tanh_c[j];
+    }
+    if (!projected) {
+      h = s.m;
+      return;
+    }
+    for (int64_t o = 0; o < O; ++o) {
+      h[o] = 0;
+      for (int64_t j = 0; j < H; ++j) h[o] += w_hr[o * H + j] * s.m[j];
+    }
+  }
+
+  void gru(Step& s, int64_t at, Doubles& h) {
+    s.a.resize(3 * H);
+    s.un.resize(H);
+    for (int64_t r = 0; r < 2 * H; ++r) s.a[r] = sigmoid(input_part(r, at) + state_part(r, s.h));
+    Doubles read = s.h;
+    if (cell == Cell::gru_reset_before)
+      for (int64_t j = 0; j < H; ++j) read[j] *= s.a[j];
+    for (int64_t j = 0; j < H; ++j) {
+      s.un[j] = state_part(2 * H + j, read);
+      const double gate = cell == Cell::gru ? s.a[j] : 1;
+      s.a[2 * H + j] = tanh_(input_part(2 * H + j, at) + gate * s.un[j]);
+    }
+    for (int64_t j = 0; j < H; ++j) h[j] = (1 - s.a[H + j]) * s.a[2 * H + j] + s.a[H + j] * s.h[j];
+  }
+
+  void rnn(Step& s, int64_t at, Doubles& h) {
+    for (int64_t j = 0; j < H; ++j) h[j] = hidden(input_part(j, at) + state_part(j, s.h));
+    s.a = h;
+  }
+
+  // Adds the gradients of `rows` gate rows from first_row on, whose state operand was `read`; dread
+  // += W^T da.
+  void accumulate(int64_t first_row, int64_t rows, const double* da_x, const double* da_h, int64_t at,
+                  const Doubles& read, Doubles& dread) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = first_row + r;
+      db_ih[row] += da_x[r];
+      db_hh[row] += da_h[r];
+      for (int64_t i = 0; i < I; ++i) {
+        dw_ih[row * I + i] += da_x[r] * x[at * I + i];
+        dx[at * I + i] += da_x[r] * w_ih[row * I + i];
+      }
+      for (int64_t i = 0; i < O; ++i) {
+        dw_hh[row * O + i] += da_h[r] * read[i];
+        dread[i] += da_h[r] * w_hh[row * O + i];
+      }
+    }
+  }
+
+  // dh, dc: gradients of the state after the step on entry, of the state before it on return.
+  void step_back(const Step& s, int64_t n, Doubles& dh, Doubles& dc) {
+    const int64_t at = s.t * N + n;
+    for (int64_t j = 0; j < O; ++j) dh[j] += dy[at * O + j];
+    if (cell == Cell::lstm)
+      lstm_back(s, at, dh, dc);
+    else if (cell == Cell::rnn_tanh || cell == Cell::rnn_relu)
+      rnn_back(s, at, dh);
+    else
+      gru_back(s, at, dh);
+    if (s.cleared) {
+      dh.assign(O, 0);
+      dc.assign(H, 0);
+    }
+  }
+
+  void lstm_back(const Step& s, int64_t at, Doubles& dh, Doubles& dc) {
+    Doubles dm = dh;
+    if (projected) {
+      dm.assign(H, 0);
+      for (int64_t o = 0; o < O; ++o)
+        for (int64_t j = 0; j < H; ++j) {
+          dm[j] += dh[o] * w_hr[o * H + j];
+          dw_hr[o * H + j] += dh[o] * s.m[j];
+        }
+    }
+    Doubles da(4 * H);
+    for (int64_t j = 0; j < H; ++j) {
+      const double i = s.a[j], f = s.a[H + j], g = s.a[2 * H + j], o = s.a[3 * H + j];
+      const double d = dc[j] + dcells[at * H + j] + dm[j] * o * tanh_slope(s.tanh_c[j]);
+      da[j] = d * g * sigmoid_slope(i);
+      da[H + j] = d * s.c[j] * sigmoid_slope(f);
+      da[2 * H + j] = d * i * tanh_slope(g);
+      da[3 * H + j] = dm[j] * s.tanh_c[j] * sigmoid_slope(o);
+      dc[j] = d * f;
+    }
+    dh.assign(O, 0);
+    accumulate(0, 4 * H, da.data(), da.data(), at, s.h, dh);
+  }
+
+  void gru_back(const Step& s, int64_t at, Doubles& dh) {
+    const bool after = cell == Cell::gru;
+    Doubles da(3 * H), dn_h(H), dread(O, 0.0), read = s.h, before(O);
+    for (int64_t j = 0; j < H; ++j) {
+      const double z = s.a[H + j], cand = s.a[2 * H + j];
+      da[2 * H + j] = dh[j] * (1 - z) * tanh_slope(cand);
+      da[H + j] = dh[j] * (s.h[j] - cand) * sigmoid_slope(z);
+      before[j] = dh[j] * z;
+      dn_h[j] = da[2 * H + j] * (after ? s.a[j] : 1);
+      if (!after) read[j] *= s.a[j];
+    }
+    accumulate(2 * H, H, da.data() + 2 * H, dn_h.data(), at, read, dread);
+    for (int64_t j = 0; j < H; ++j) {
+      const double r = s.a[j];
+      da[j] = (after ? da[2 * H + j] * s.un[j] : dread[j] * s.h[j]) * sigmoid_slope(r);
+      before[j] += dread[j] * (after ? 1 : r);
+    }
+    accumulate(0, 2 * H, da.data(), da.data(), at, s.h, before);
+    dh = before;
+  }
+
+  void rnn_back(const Step& s, int64_t at, Doubles& dh) {
+    Doubles da(H);
+    for (int64_t j = 0; j < H; ++j) da[j] = dh[j] * hidden_slope(s.a[j]);
+    dh.assign(O, 0);
+    accumulate(0, H, da.data(), da.data(), at, s.h, dh);
+  }
+};
+
+}  // namespace naive

@@ -1,0 +1,191 @@
+// Every cell, forward and backward, through the C++ interface against the scalar layer of naive.h:
+// odd sizes, strides, lengths, packed batches, resets, projection, both directions, several
+// threads, every instruction set.
+#include <array>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "check.h"
+#include "trial.h"
+
+namespace {
+
+using namespace fastrnn;
+using namespace trial;
+
+constexpr std::array<Cell, 5> kCells{Cell::lstm, Cell::gru, Cell::gru_reset_before, Cell::rnn_tanh,
+                                     Cell::rnn_relu};
+
+void check_training(const Options& o, unsigned seed) {
+  Trial trial(o, seed);
+  trial.forward(false, nullptr);
+  trial.compare_forward();
+  trial.clear_results();
+  trial.run_training();
+  trial.compare_forward();
+  trial.compare_backward();
+}
+
+Options draw(Random& random, Type type) {
+  Options o;
+  o.type = type;
+  o.cell = kCells[random.between(0, 4)];
+  o.rows = static_cast<Rows>(random.between(0, 4));
+  o.partition = static_cast<Partition>(random.between(0, 2));
+  o.T = random.between(1, 9);
+  o.N = random.between(1, 19);
+  o.I = random.between(1, 37);
+  o.H = random.between(1, 70);
+  if (o.cell == Cell::lstm && o.H > 1 && random.between(0, 2) == 0) o.P = random.between(1, o.H - 1);
+  o.directions = static_cast<int>(random.between(1, 2));
+  o.threads = static_cast<int>(random.between(1, 4));
+  o.bias = random.between(0, 3) > 0;
+  o.reset = random.coin();
+  // The straight-line activations exist in the types that have a reference to compare with.
+  o.linear = (type == Type::f32 || type == Type::f64) && random.between(0, 3) == 0;
+  // Rounding to bfloat16 moves values across relu's corner, where the two slopes cannot be compared.
+  if (o.cell == Cell::rnn_relu && type == Type::bf16) o.cell = Cell::rnn_tanh;
+  o.prepacked = random.coin();
+  o.cells = random.coin();
+  o.recompute = random.between(0, 2) == 0;
+  return o;
+}
+
+// Runs body with each instruction set of this machine.
+template <class F>
+void each_isa(F body) {
+  for (const char* const* isa = available_isas(); *isa; ++isa) {
+    CHECK(select_isa(*isa));
+    body();
+  }
+  CHECK(select_isa(available_isas()[0]));
+}
+
+}  // namespace
+
+TEST(each_cell_at_a_plain_shape) {
+  each_isa([] {
+    for (Cell cell : kCells)
+      for (Type type : {Type::f32, Type::f64}) {
+        Options o;
+        o.cell = cell;
+        o.type = type;
+        check_training(o, 1);
+      }
+  });
+}
+
+TEST(random_options_f32) {
+  each_isa([] {
+    Random random(7);
+    for (int i = 0; i < (kThreadSanitizer ? 15 : kSanitizer ? 60 : 150); ++i)
+      check_training(draw(random, Type::f32), 100 + i);
+  });
+}
+
+TEST(random_options_f64) {
+  each_isa([] {
+    Random random(8);
+    for (int i = 0; i < (kSanitizer ? 20 : 60); ++i) check_training(draw(random, Type::f64), 500 + i);
+  });
+}
+
+TEST(random_options_bf16) {
+  each_isa([] {
+    Random random(9);
+    for (int i = 0; i < (kSanitizer ? 20 : 60); ++i) check_training(draw(random, Type::bf16), 900 + i);
+  });
+}
+
+TEST(bf16_weights_forward) {
+  each_isa([] {
+    Random random(10);
+    for (int i = 0; i < (kSanitizer ? 20 : 60); ++i) {
+      Trial trial(draw(random, Type::f32_bf16), 1300 + i);
+      trial.forward(false, nullptr);
+      trial.compare_forward();
+    }
+  });
+}
+
+TEST(shapes_wide_enough_for_a_team) {
+  each_isa([] {
+    for (Cell cell : kCells)
+      for (Partition partition : {Partition::units, Partition::rows})
+        for (int directions : {1, 2}) {
+          Options o;
+          o.cell = cell;
+          o.partition = partition;
+          o.directions = directions;
+          o.T = 6;
+          o.N = 33;
+          o.I = 29;
+          o.H = 65;
+          o.threads = 3;
+          if (kThreadSanitizer) o.N = 9, o.H = 34;
+          if (kSanitizer && directions == 2) continue;  // one direction is slow enough there
+          check_training(o, 3);
+        }
+  });
+}
+
+TEST(results_do_not_depend_on_threads_or_partition) {
+  each_isa([] {
+    for (Cell cell : kCells)
+      for (Rows rows : {Rows::dense, Rows::lengths, Rows::packed}) {
+        if (kSanitizer && rows == Rows::dense) continue;
+        Options o;
+        o.cell = cell;
+        o.rows = rows;
+        o.directions = 2;
+        o.T = 11;
+        o.N = 21;
+        o.I = 35;
+        o.H = 50;
+        Trial alone(o, 5);
+        alone.run_training();
+        for (Partition partition : {Partition::automatic, Partition::units, Partition::rows})
+          for (int threads : {1, 2, 4}) {
+            if (kThreadSanitizer && (threads != 2 || partition == Partition::automatic)) continue;
+            o.partition = partition;
+            o.threads = threads;
+            Trial other(o, 5);
+            other.run_training();
+            if (!alone.same_bits(other))
+              check::fail(__FILE__, __LINE__, "other bits than one thread: " + o.text());
+          }
+      }
+  });
+}
+
+TEST(concurrent_callers) {
+  // The second of two simultaneous calls gets fewer threads than it asked for.
+  each_isa([] {
+    for (Cell cell : kCells)
+      for (Type type : {Type::f32, Type::bf16}) {
+        Options o;
+        o.cell = cell;
+        o.type = type;
+        o.partition = Partition::units;
+        o.T = 10;
+        o.N = 6;
+        o.I = 40;
+        o.H = 64;
+        o.threads = 4;
+        Trial expected(o, 11);
+        expected.run_training();
+        std::array<std::thread, 4> callers;
+        std::array<std::unique_ptr<Trial>, 4> trials;
+        for (auto& trial : trials) trial = std::make_unique<Trial>(o, 11);
+        for (int i = 0; i < 4; ++i)
+          callers[i] = std::thread([&trials, i] {
+            for (int round = 0; round < 3; ++round) trials[i]->run_training();
+          });
+        for (auto& caller : callers) caller.join();
+        for (auto& trial : trials) CHECK(trial->same_bits(expected));
+      }
+  });
+}
+
+int main(int argc, char** argv) { return check::run(argc, argv); }

@@ -1,0 +1,110 @@
+"""`python -m fastrnn`: what is installed, what runs where, and whether it computes the right thing.
+
+Exit code 0 if every cell agrees with the reference, forward and backward, else 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+
+# The layers that the self-check runs: an odd size, two layers, both directions.
+_LAYERS: dict[str, nn.RNNBase] = {
+    "lstm": fastrnn.LSTM(7, 13, 2, bidirectional=True),
+    "lstm, proj_size": fastrnn.LSTM(7, 13, 2, bidirectional=True, proj_size=5),
+    "gru": fastrnn.GRU(7, 13, 2, bidirectional=True),
+    "gru, reset_after=False": fastrnn.GRU(7, 13, 2, bidirectional=True, reset_after=False),
+    "rnn, tanh": fastrnn.RNN(7, 13, 2, bidirectional=True),
+    "rnn, relu": fastrnn.RNN(7, 13, 2, "relu", bidirectional=True),
+}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):  # a file of Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _native() -> Iterator[tuple[str, str]]:
+    try:
+        from fastrnn import _cpu
+    except ImportError as error:
+        yield "instructions", f"none: the native CPU library does not load ({error})"
+        return
+    yield "instructions", f"{_cpu.isa()} (available: {', '.join(_cpu.isas())})"
+    yield "thread team", _cpu.team_kind()
+
+
+def _run(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+    """Output, final states and every gradient of one call."""
+    module = copy.deepcopy(module).to(dtype)
+    x = x.detach().to(dtype, copy=True).requires_grad_()
+    with fastrnn.use_backend(backend) if backend else contextlib.nullcontext():
+        output, state = module(x, lengths=[x.size(0) - 2 * n for n in range(x.size(1))])
+        results = [output, *(state if isinstance(state, tuple) else (state,))]
+        slopes = [torch.linspace(-1, 1, r.numel(), dtype=dtype).view_as(r) for r in results]
+        torch.autograd.backward(results, slopes)
+    grads = (leaf.grad for leaf in (x, *module.parameters()))
+    return [*(r.detach() for r in results), *(grad for grad in grads if grad is not None)]
+
+
+def self_check(module: nn.RNNBase) -> str:
+    """ "ok", or what differs: float32 against the float64 reference, by the rule of the tests:
+    at most 4 times the error of the float32 reference and 16 roundings."""
+    x = torch.randn(11, 3, module.input_size)
+    got = _run(module, x, torch.float32, None)
+    same = _run(module, x, torch.float32, "reference")
+    exact = _run(module, x, torch.float64, "reference")
+    for index, (a, b, truth) in enumerate(zip(got, same, exact, strict=True)):
+        scale = max(1.0, float(truth.abs().max()))
+        allowed = 4 * float((b - truth).abs().max()) + 16 * torch.finfo(torch.float32).eps * scale
+        error = float((a - truth).abs().max())
+        if not error <= allowed:
+            return f"FAILED: result {index} is off by {error:.3g}, {allowed:.3g} allowed"
+    return "ok"
+
+
+def main() -> int:
+    lines = [
+        ("fastrnn", fastrnn.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("CPU", f"{_cpu_name()}, {torch.get_num_threads()} threads"),
+        *_native(),
+        ("CUDA", "no CUDA library in this build; tensors on a GPU run on torch's own kernels"),
+    ]
+    for name, text in lines:
+        print(f"{name:<13} {text}")
+    print()
+    failed = 0
+    for name, module in _LAYERS.items():
+        # Each cell alone, so that one that cannot run does not hide the others.
+        try:
+            explanation = fastrnn.explain(module, torch.randn(11, 3, 7))
+            verdict = self_check(module)
+        except RuntimeError as error:
+            print(f"{name:<24} FAILED: {error}")
+            failed += 1
+            continue
+        print(f"{name:<24} {explanation.backend:<10} self-check {verdict}")
+        failed += verdict != "ok"
+    print(
+        f"\n{'FAILED' if failed else 'ok'}: {len(_LAYERS) - failed} of {len(_LAYERS)} cells agree"
+        " with the float64 reference, forward and backward"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

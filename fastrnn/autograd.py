@@ -1,0 +1,184 @@
+"""Gradients of one layer: the fused forward and backward as differentiable functions.
+
+``Layer`` is y, h_n, c_n, cells = layer(x, h0, c0, weights). Its backward is one fused operator.
+When that backward is itself differentiated it runs as ``LayerBackward``, whose own derivative
+recomputes the layer through the plain-PyTorch reference: exact to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.compiler import is_compiling
+
+from fastrnn import ops
+from fastrnn.backends import reference
+
+__all__ = ["Layer", "LayerBackward", "distinct"]
+
+_Grad = Tensor | None
+
+
+class Layer(Function):
+    """One layer with gradients.
+
+    ``Layer.apply(x, h0, c0, batch_sizes, lengths, reset, cell, batch_first, recompute, plan,
+    *weights)`` returns y, h_n, c_n, cells; shapes as ``fastrnn::layer_forward_train``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        cell: str,
+        batch_first: bool,
+        recompute: bool,
+        plan: str,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        direct = ops.unobserved(x, weights[0])
+        run = ops.CPU["layer_forward_train"] if direct else ops.layer_forward_train
+        y, h_n, c_n, cells, gates = run(
+            x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, recompute, plan
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, *weights)
+        ctx.options = (cell, batch_first, plan)
+        return y, h_n, c_n, cells
+
+    @staticmethod
+    def backward(ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad) -> tuple[_Grad, ...]:
+        x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, *weights = ctx.saved_tensors
+        cell, batch_first, plan = ctx.options
+        needs = ctx.needs_input_grad
+        need_dx, need_dstate, need_dw = needs[0], needs[1] or needs[2], any(needs[10:])
+        if torch.is_grad_enabled() and not is_compiling():
+            dx, dh0, dc0, *dweights = LayerBackward.apply(
+                dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), cells.detach(), gates,
+                batch_sizes, lengths, reset, cell, batch_first, need_dx, need_dstate, need_dw,
+                plan, *weights,
+            )  # fmt: skip
+        else:
+            direct = ops.unobserved(x, weights[0])
+            run = ops.CPU["layer_backward"] if direct else ops.layer_backward
+            dx, dh0, dc0, dweights = run(
+                dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights,
+                batch_sizes, lengths, reset, cell, batch_first, need_dx, need_dstate, need_dw,
+                plan,
+            )  # fmt: skip
+        if not need_dw:
+            dweights = [None] * len(weights)
+        return (
+            dx if need_dx else None,
+            dh0 if needs[1] else None,
+            dc0 if needs[2] else None,
+            None, None, None, None, None, None, None,
+            *dweights,
+        )  # fmt: skip
+
+
+class LayerBackward(Function):
+    """The backward of ``Layer`` as a differentiable function of gradients, input and weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: _Grad,
+        dh_n: _Grad,
+        dc_n: _Grad,
+        dcells: _Grad,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        y: Tensor,
+        cells: Tensor,
+        gates: Tensor,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        cell: str,
+        batch_first: bool,
+        need_dx: bool,
+        need_dstate: bool,
+        need_dw: bool,
+        plan: str,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        dx, dh0, dc0, dweights = ops.layer_backward(
+            dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, batch_sizes, lengths,
+            reset, cell, batch_first, need_dx, need_dstate, need_dw, plan,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            dy, dh_n, dc_n, dcells, x, h0, c0, batch_sizes, lengths, reset, *weights
+        )
+        ctx.options = (cell, batch_first)
+        return dx, dh0, dc0, *dweights
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: _Grad) -> tuple[_Grad, ...]:
+        create_graph = torch.is_grad_enabled()
+        saved = ctx.saved_tensors
+        batch_sizes, lengths, reset = saved[7:10]
+        cell, batch_first = ctx.options
+        with torch.enable_grad():
+            # Aliases of the true inputs: a third derivative flows on through them.
+            aliases = [None if t is None else _alias(t, create_graph) for t in saved]
+            grads_out, inputs = aliases[:4], [*aliases[4:7], *aliases[10:]]
+            x, h0, c0, *weights = inputs
+            outputs = reference.layer(
+                x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first
+            )
+            first = _gradients(outputs, inputs, grads_out, create_graph=True)
+            second = _gradients(first, [*grads_out, *inputs], upstream, create_graph=create_graph)
+        dgrads_out, dinputs = second[:4], second[4:]
+        return *dgrads_out, *dinputs[:3], *([None] * 12), *dinputs[3:]
+
+
+def _alias(tensor: Tensor, keep_graph: bool) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    if keep_graph and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()
+
+
+def _gradients(
+    outputs: Sequence[_Grad],
+    inputs: Sequence[_Grad],
+    upstream: Sequence[_Grad],
+    *,
+    create_graph: bool,
+) -> list[_Grad]:
+    """torch.autograd.grad that takes None in every place, and returns None where nothing flows."""
+    pairs = [
+        (out, grad)
+        for out, grad in zip(outputs, upstream, strict=False)
+        if out is not None and grad is not None and out.requires_grad and grad.numel()
+    ]
+    wanted = [t for t in inputs if t is not None]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    outs, grads = zip(*pairs, strict=True)
+    found = iter(
+        torch.autograd.grad(outs, wanted, grads, create_graph=create_graph, allow_unused=True)
+    )
+    return [None if t is None else next(found) for t in inputs]
+
+
+def distinct(tensors: list[Any]) -> list[Any]:
+    """Views in the place of repetitions: dynamo refuses one tensor in two places of a Function."""
+    out: list[Any] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is other for other in out)
+        out.append(tensor.view_as(tensor) if repeated else tensor)
+    return out

@@ -1,0 +1,114 @@
+"""Backends: each runs the layers of ``fastrnn.functional`` in its own way.
+
+cpu        the native CPU library, through the operators of ``fastrnn.ops``
+cuda       the native CUDA library, through the same operators
+triton     Triton kernels, through the same operators
+torch      torch's own kernels (those behind torch.nn), the whole stack in one call
+reference  ``fastrnn.reference``: plain PyTorch, any device and floating dtype
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["CPU_DTYPES", "CPU_MISSING", "NAMES", "SERVES", "Problem"]
+
+NAMES = ("cpu", "cuda", "triton", "torch", "reference")
+
+CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+_FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+class Problem(NamedTuple):
+    """One call, as far as the choice of a backend depends on it.
+
+    ``training`` means that gradients are recorded, not the module's mode.
+    """
+
+    cell: str
+    device: str
+    dtype: torch.dtype
+    training: bool
+    steps: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    directions: int
+    num_layers: int
+    packed: bool = False
+    lengths: bool = False
+    reset: bool = False
+    return_cells: bool = False
+    recompute: bool = False
+    transforms: bool = False
+
+
+def _probe_cpu() -> str:
+    """Why the native CPU library cannot be used; empty if it can."""
+    try:
+        from fastrnn.backends import cpu
+    except ImportError as error:
+        return f"the native CPU library does not load: {error}"
+    usable, reason = cpu.available()
+    return "" if usable else reason
+
+
+# Asked once: the answer cannot change in a process, and a traced call must not ask.
+CPU_MISSING = _probe_cpu()
+
+
+def _serves_cpu(p: Problem) -> str:
+    if p.device not in ("cpu", "meta"):
+        return f"the input is on {p.device}"
+    if CPU_MISSING:
+        return CPU_MISSING
+    if p.dtype not in CPU_DTYPES:
+        return f"it has no {p.dtype} kernels, only float32, bfloat16 and float64"
+    if not p.hidden_size or not p.input_size:
+        return "it has no kernels for an input or hidden size of 0"
+    if p.transforms:
+        return "torch.func transforms need operations they can see into"
+    return ""
+
+
+def _serves_torch(p: Problem) -> str:
+    missing = [
+        name
+        for name, used in (
+            ("reset_after=False", p.cell == "gru_reset_before"),
+            ("lengths", p.lengths),
+            ("reset", p.reset),
+            ("return_cells", p.return_cells),
+            ("recompute", p.recompute),
+        )
+        if used
+    ]
+    if missing:
+        return f"torch.nn has no {', '.join(missing)}"
+    if p.dtype not in _FLOATING:
+        return f"it has no {p.dtype} kernels"
+    if not p.hidden_size:
+        return "it has no LSTM without hidden units"
+    if p.dtype == torch.float16 and p.device == "cpu" and p.cell == "lstm" and p.training:
+        return "oneDNN has no float16 LSTM training on the CPU"
+    return ""
+
+
+def _serves_reference(p: Problem) -> str:
+    return "" if p.dtype in _FLOATING else f"it computes in floating point, not in {p.dtype}"
+
+
+def _not_built(p: Problem) -> str:
+    return "this version of fastrnn has no such kernels yet"
+
+
+SERVES = {
+    "cpu": _serves_cpu,
+    "cuda": _not_built,
+    "triton": _not_built,
+    "torch": _serves_torch,
+    "reference": _serves_reference,
+}

@@ -1,0 +1,377 @@
+"""The CPU backend: the ops of `fastrnn.ops` on top of the native library `fastrnn._cpu`.
+
+This file owns every buffer: it allocates outputs, the tape and the workspace through torch, and hands the library
+addresses and strides. Shapes are those of `fastrnn.ops`; the arguments have been checked there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from fastrnn import _cpu
+
+    _import_error: ImportError | None = None
+except ImportError as error:  # a source tree without a build: every other backend still works
+    _import_error = error
+
+CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
+GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+TAPE_SLOTS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_F32_BF16 = 3
+_PARTITIONS = {"": 0, "units": 1, "rows": 2}
+
+
+def available() -> tuple[bool, str]:
+    """Whether the native library could be loaded, and if not, why."""
+    if _import_error is None:
+        return True, ""
+    return False, f"the native library is not built ({_import_error}); run `pip install .` in the source tree"
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in _TYPES
+
+
+def plan(
+    cell: str,
+    T: int,
+    N: int,
+    I: int,  # noqa: E741
+    H: int,
+    P: int,
+    D: int,
+    dtype: torch.dtype,
+    threads: int,
+    training: bool,
+) -> str:
+    """What the kernels will do with a layer of this shape, in words for `explain`."""
+    kind = _TYPES[dtype]
+    problem = (CELLS[cell], kind, 0, 0, threads, D, T, N, I, H, P or H, int(P > 0))
+    count, partition = _cpu.plan(problem)
+    if count == 1:
+        split = "1 thread"
+    elif D == 2 and count == 2:
+        split = "2 threads, one per direction"
+    else:
+        what = "hidden units" if partition == "units" else "batch rows"
+        split = f"{count} threads over {what}"
+    return f"{_cpu.isa()}, {split}, all steps in one call"
+
+
+class _Plan:
+    """A plan string, read once: comma-separated words, see `fastrnn.dispatch`."""
+
+    __slots__ = ("bf16", "linear", "partition")
+
+    def __init__(self, text: str) -> None:
+        self.bf16 = self.linear = False
+        self.partition = 0
+        for word in text.split(",") if text else ():
+            if word == "bf16":
+                self.bf16 = True
+            elif word == "linear":
+                self.linear = True
+            elif word.startswith("partition=") and word[10:] in _PARTITIONS:
+                self.partition = _PARTITIONS[word[10:]]
+            else:
+                raise ValueError(
+                    f"plan: got {word!r}, expected words of bf16, linear, partition=units, partition=rows"
+                )
+
+
+_plans: dict[str, _Plan] = {"": _Plan("")}
+
+
+def _plan(text: str) -> _Plan:
+    plan = _plans.get(text)
+    if plan is None:
+        plan = _plans[text] = _Plan(text)
+    return plan
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _addresses(tensors: Sequence[Tensor], directions: int) -> list[int]:
+    """Five addresses a direction (w_ih, w_hh, b_ih, b_hh, w_hr); 0 for the absent ones."""
+    per = len(tensors) // directions
+    out: list[int] = []
+    for d in range(directions):
+        p = [t.data_ptr() for t in tensors[d * per : (d + 1) * per]]
+        bias = p[2:4] if per >= 4 else [0, 0]
+        out += [p[0], p[1], *bias, p[-1] if per % 2 else 0]
+    return out
+
+
+def _shape(x: Tensor, batch_sizes: Tensor | None, batch_first: bool, h0: Tensor) -> tuple[int, int]:
+    if batch_sizes is not None:
+        return batch_sizes.size(0), h0.size(1)
+    return (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
+
+
+def _problem(
+    cell: str, dtype: torch.dtype, plan: _Plan, weights: Sequence[Tensor], shape: tuple[int, int], h0: Tensor
+) -> tuple[int, ...]:
+    directions = h0.size(0)
+    kind = _F32_BF16 if plan.bf16 and dtype == torch.float32 else _TYPES[dtype]
+    w_hh = weights[1]
+    return (
+        CELLS[cell],
+        kind,
+        plan.partition,
+        plan.linear,
+        torch.get_num_threads(),
+        directions,
+        *shape,
+        weights[0].size(1),
+        w_hh.size(0) // GATES[cell],
+        w_hh.size(1),
+        len(weights) // directions % 2,
+    )
+
+
+def _strides(t: Tensor, packed: bool, batch_first: bool) -> tuple[int, int]:
+    if packed:
+        return 0, t.stride(0)
+    return (t.stride(1), t.stride(0)) if batch_first else (t.stride(0), t.stride(1))
+
+
+def _sequence_fields(
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None, batch_first: bool
+) -> list[int]:
+    fields = [batch_sizes.data_ptr() if batch_sizes is not None else 0]
+    fields.append(lengths.data_ptr() if lengths is not None else 0)
+    if reset is None:
+        return [*fields, 0, 0, 0]
+    return [*fields, reset.data_ptr(), *_strides(reset, False, batch_first)]
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Rows must be dense inside; any stride between them will do."""
+    return t if t.stride(-1) == 1 or (t.size(-1) == 1 and t.is_contiguous()) else t.contiguous()
+
+
+def _prepare_sequence(
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if batch_sizes is not None:
+        batch_sizes = batch_sizes.contiguous()
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    return batch_sizes, lengths, reset
+
+
+def _pointer(t: Tensor | None) -> int:
+    return t.data_ptr() if t is not None and t.numel() else 0
+
+
+def _forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    packed: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    want_cells: bool,
+    want_gates: bool,
+    plan_text: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    plan = _plan(plan_text)
+    x = _rows(x)
+    h0 = h0.contiguous()
+    lstm = cell == "lstm"
+    if lstm:
+        assert c0 is not None
+        c0 = c0.contiguous()
+    weights = _contiguous(weights)
+    directions, _, width = h0.shape
+    shape = _shape(x, batch_sizes, batch_first, h0)
+    problem = _problem(cell, x.dtype, plan, weights, shape, h0)
+    hidden = problem[9]
+    is_packed = batch_sizes is not None
+    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
+
+    # Rows past a sequence's end are never written: they must start as zeros.
+    new = x.new_zeros if lengths is not None else x.new_empty
+    lead = x.shape[:-1]
+    y = new((*lead, directions * width))
+    h_n = torch.empty_like(h0)
+    c_n = torch.empty_like(c0) if lstm else x.new_empty(0)  # type: ignore[arg-type]
+    compute = _compute_dtype(x.dtype)
+    want_cells = want_cells and lstm
+    cells = new((*lead, directions * hidden), dtype=compute) if want_cells else x.new_empty(0, dtype=compute)
+    rows = x.size(0) if is_packed else shape[0] * shape[1]
+    slots = TAPE_SLOTS[cell] if want_gates else 0
+    gates = x.new_empty((directions, rows, slots * hidden), dtype=compute)
+    if shape[1] == 0:
+        return y, h_n, c_n, cells, gates
+    tensors = (
+        *_strides(x, is_packed, batch_first),
+        *_strides(y, is_packed, batch_first),
+        *(_strides(cells, is_packed, batch_first) if want_cells else (0, 0)),
+        x.data_ptr(),
+        y.data_ptr(),
+        _pointer(cells),
+        h0.data_ptr(),
+        c0.data_ptr() if lstm else 0,  # type: ignore[union-attr]
+        h_n.data_ptr(),
+        _pointer(c_n),
+        _pointer(packed),
+        _pointer(gates),
+        *_sequence_fields(batch_sizes, lengths, reset, batch_first),
+        *_addresses(weights, directions),
+    )
+    workspace = torch.empty(_cpu.forward_workspace(problem, tensors) + 64, dtype=torch.uint8)
+    _cpu.forward(problem, tensors, _aligned(workspace))
+    return y, h_n, c_n, cells, gates
+
+
+def _aligned(workspace: Tensor) -> int:
+    return (workspace.data_ptr() + 63) // 64 * 64
+
+
+def layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    packed: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    return_cells: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(
+        x, h0, c0, weights, packed, batch_sizes, lengths, reset, cell, batch_first, return_cells, False, plan
+    )[:4]
+
+
+def layer_forward_train(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    recompute: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward(
+        x, h0, c0, weights, None, batch_sizes, lengths, reset, cell, batch_first, True, not recompute, plan
+    )
+
+
+def _like_input(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient with the contiguous layout the kernels address it by."""
+    return None if gradient is None else gradient.to(dtype).contiguous()
+
+
+def layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    cells: Tensor,
+    gates: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    need_dx: bool,
+    need_dstate: bool,
+    need_dw: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    read_plan = _plan(plan)
+    # dx has x's logical layout, dense; x is read through its own strides only if they are the same.
+    x = x.contiguous()
+    h0 = h0.contiguous()
+    lstm = cell == "lstm"
+    c0 = c0.contiguous() if lstm and c0 is not None else None
+    weights = _contiguous(weights)
+    directions = h0.size(0)
+    shape = _shape(x, batch_sizes, batch_first, h0)
+    problem = _problem(cell, x.dtype, read_plan, weights, shape, h0)
+    is_packed = batch_sizes is not None
+    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
+    empty = x.new_empty(0)
+
+    dx = (torch.zeros_like(x) if lengths is not None else torch.empty_like(x)) if need_dx else empty
+    dh0 = torch.empty_like(h0) if need_dstate else empty
+    dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else empty
+    dweights = [torch.empty_like(w) for w in weights] if need_dw else []
+    if shape[1] == 0:
+        return dx, dh0, dc0, [w.zero_() for w in dweights]
+    dy = _like_input(dy, x.dtype)
+    dh_n = _like_input(dh_n, x.dtype)
+    dc_n = _like_input(dc_n, x.dtype)
+    dcells = _like_input(dcells, cells.dtype)
+    tensors = (
+        *_strides(x, is_packed, batch_first),
+        *_strides(y, is_packed, batch_first),
+        *(_strides(cells, is_packed, batch_first) if lstm else (0, 0)),
+        x.data_ptr(),
+        y.data_ptr(),
+        _pointer(cells),
+        _pointer(dx),
+        _pointer(dy),
+        _pointer(dcells),
+        h0.data_ptr(),
+        _pointer(c0),
+        _pointer(dh_n),
+        _pointer(dc_n) if lstm else 0,
+        _pointer(dh0),
+        _pointer(dc0),
+        _pointer(gates),
+        need_dw,
+        *_sequence_fields(batch_sizes, lengths, reset, batch_first),
+        *_addresses(weights, directions),
+        *(_addresses(dweights, directions) if need_dw else ()),
+    )
+    workspace = torch.empty(_cpu.backward_workspace(problem, tensors) + 64, dtype=torch.uint8)
+    _cpu.backward(problem, tensors, _aligned(workspace))
+    return dx, dh0, dc0, dweights
+
+
+def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
+    """Weights in the order the forward kernels read them: opaque, bound to this process's instruction set."""
+    weights = _contiguous(weights)
+    directions = 2 if len(weights) > 5 or _repeats(weights) else 1
+    state = weights[0].new_empty((directions, 1, weights[1].size(1)))
+    problem = _problem(cell, weights[0].dtype, _plan(plan), weights, (1, 1), state)
+    packed = torch.empty(_cpu.packed_bytes(problem) + 64, dtype=torch.uint8)
+    offset = _aligned(packed) - packed.data_ptr()
+    packed = packed[offset:].clone() if offset else packed
+    _cpu.pack(problem, tuple(_addresses(weights, directions)), packed.data_ptr())
+    return packed
+
+
+def _repeats(weights: Sequence[Tensor]) -> bool:
+    """Four tensors are one direction with biases or two without: a bias is a vector."""
+    return len(weights) == 4 and weights[2].dim() == 2

@@ -1,0 +1,426 @@
+"""Which backend runs a call, and why.
+
+Order: ``use_backend`` > the environment variable FASTRNN_BACKEND > the heuristic. The heuristic
+takes the native backend of the input's device, hands over to torch's kernels where HANDOVER says
+they were measured faster, and to the plain-PyTorch reference where nothing else can serve.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import assume_constant_result, is_compiling
+from torch.nn import RNNBase
+from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn
+from fastrnn.sequence import Batch, describe
+
+__all__ = [
+    "Explanation",
+    "Handover",
+    "Problem",
+    "choose",
+    "decide",
+    "explain",
+    "explain_call",
+    "use_backend",
+]
+
+
+class Handover(NamedTuple):
+    """A box of shapes, ends included, in which torch's own kernel was measured faster."""
+
+    dtype: torch.dtype
+    training: bool
+    steps: tuple[int, int]
+    batch: tuple[int, int]
+    hidden: tuple[int, int]
+    measured: str
+
+    def covers(self, problem: Problem) -> bool:
+        return (
+            problem.dtype == self.dtype
+            and problem.training == self.training
+            and self.steps[0] <= problem.steps <= self.steps[1]
+            and self.batch[0] <= problem.batch <= self.batch[1]
+            and self.hidden[0] <= problem.hidden_size <= self.hidden[1]
+        )
+
+
+# Cell -> boxes. Filled from the committed benchmark results, never by guess.
+HANDOVER: dict[str, tuple[Handover, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a call runs where it runs.
+
+    Attributes:
+        backend: the chosen backend's name.
+        plan: what that backend does with the call.
+        reason: why this backend.
+        rejected: (backend, reason) of those that were preferred or asked for but cannot serve.
+    """
+
+    backend: str
+    plan: str
+    reason: str
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}", f"plan: {self.plan}", f"reason: {self.reason}"]
+        lines += [f"rejected: {name}: {why}" for name, why in self.rejected]
+        return "\n".join(lines)
+
+
+class _Override(NamedTuple):
+    name: str
+    strict: bool
+    source: str
+    undo: str
+    fallbacks: list[tuple[str, str, str]]
+
+
+def _check_name(name: object, source: str) -> str:
+    if name not in NAMES:
+        expected = ", ".join(repr(n) for n in NAMES)
+        raise ValueError(f"{source}: got {name!r}, expected one of {expected}")
+    return str(name)
+
+
+def _from_environment() -> _Override | None:
+    value = os.environ.get("FASTRNN_BACKEND", "")
+    if not value:
+        return None
+    name = _check_name(value, "FASTRNN_BACKEND")
+    undo = "unset FASTRNN_BACKEND"
+    print(
+        f"fastrnn: FASTRNN_BACKEND={name}: every call runs on the {name} backend or raises; "
+        f"to undo, {undo}",
+        file=sys.stderr,
+    )
+    return _Override(name, True, "FASTRNN_BACKEND", undo, [])
+
+
+class _Active(threading.local):
+    override: _Override | None = _from_environment()
+
+
+_active = _Active()
+
+# The overrides in force in any thread. A plain global, because torch.compile guards on globals and
+# not on thread locals: entering or leaving a block makes compiled code choose anew.
+_lock = threading.Lock()
+_in_force: tuple[str, ...] = () if _active.override is None else (_active.override.source,)
+
+
+def _change(add: str | None = None, remove: str | None = None) -> None:
+    global _in_force
+    with _lock:
+        names = list(_in_force)
+        if add is not None:
+            names.append(add)
+        if remove is not None:
+            names.remove(remove)
+        _in_force = tuple(names)
+
+
+def _override() -> _Override | None:
+    return _active.override if _in_force else None
+
+
+class use_backend:
+    """Run every call of this thread inside the ``with`` block on one backend.
+
+    Args:
+        name: "cpu", "cuda", "triton", "torch" or "reference".
+        strict: raise where the backend cannot serve a call. With False such a call goes to the
+            backend that the heuristic chooses, and ``fallbacks`` gets an entry
+            (backend asked for, backend that ran, reason).
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+
+    def __init__(self, name: str, strict: bool = True) -> None:
+        self.name = _check_name(name, "use_backend: name")
+        self.strict = bool(strict)
+        self.fallbacks: list[tuple[str, str, str]] = []
+        self._outer: list[_Override | None] = []
+
+    def __enter__(self) -> use_backend:
+        source = f"use_backend({self.name!r})"
+        _change(add=f"{source}, strict={self.strict}")
+        undo = f"leave the block, or pass strict=False to {source}"
+        self._outer.append(_active.override)
+        _active.override = _Override(self.name, self.strict, source, undo, self.fallbacks)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _active.override = self._outer.pop()
+        _change(remove=f"use_backend({self.name!r}), strict={self.strict}")
+
+
+def _candidates(p: Problem) -> list[tuple[str, str]]:
+    """(backend, reason to prefer it), best first."""
+    last = ("reference", "plain PyTorch serves every option, on every device")
+    if p.transforms:
+        return [("cpu", ""), ("reference", "plain PyTorch works under torch.func transforms")]
+    if p.device in ("cpu", "meta"):
+        native = ("cpu", "the native kernels serve this call, none was measured faster")
+        torch_own = ("torch", "the native kernels cannot serve this call, torch's own can")
+        # A traced call stays one operator: torch's kernel would be unrolled over the steps.
+        boxes = () if is_compiling() else HANDOVER.get(p.cell, ())
+        for box in boxes:
+            if box.covers(p):
+                faster = ("torch", f"torch's own kernel was measured faster here: {box.measured}")
+                return [faster, native, last]
+        return [native, torch_own, last]
+    own = ("torch", f"fastrnn has no kernels for {p.device} yet, torch's own serve this call")
+    return [("cuda", ""), own, last] if p.device == "cuda" else [own, last]
+
+
+def decide(problem: Problem) -> Explanation:
+    """Choose the backend of a call; the plan is left empty.
+
+    Raises:
+        RuntimeError: the backend that was asked for, or every backend, cannot serve the call.
+    """
+    rejected: list[tuple[str, str]] = []
+    override = _override()
+    if override is not None:
+        why = SERVES[override.name](problem)
+        if not why:
+            return Explanation(override.name, "", f"asked for by {override.source}")
+        if override.strict:
+            raise RuntimeError(
+                f"{override.source}: the {override.name} backend cannot serve this call: {why}; "
+                f"to let another backend run it, {override.undo}"
+            )
+        rejected.append((override.name, why))
+    for name, reason in _candidates(problem):
+        why = SERVES[name](problem)
+        if not why:
+            return Explanation(name, "", reason, rejected)
+        if (name, why) not in rejected:
+            rejected.append((name, why))
+    reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
+    raise RuntimeError(
+        f"no backend can serve this call ({reasons}); use a floating-point input and weights, "
+        "float32 for speed"
+    )
+
+
+def choose(
+    cell: str,
+    input: Tensor,
+    batch: Batch,
+    sizes: tuple[int, int, int, int],
+    training: bool,
+    return_cells: bool,
+    recompute: bool,
+) -> tuple[str, str]:
+    """The backend of a call and its plan ("" leaves it to the backend).
+
+    Args:
+        sizes: hidden_size, proj_size, directions, num_layers.
+        training: gradients are recorded.
+    """
+    if (
+        not _in_force
+        and not CPU_MISSING
+        and input.is_cpu
+        and input.dtype in CPU_DTYPES
+        and cell not in HANDOVER
+        and sizes[0]
+        and input.size(-1)
+        and not _under_transforms()
+    ):
+        backend = "cpu"
+    else:
+        problem = _problem(cell, input, batch, sizes, training, return_cells, recompute)
+        found = decide(problem)
+        backend, override = found.backend, _override()
+        if override is not None and backend != override.name and not is_compiling():
+            override.fallbacks.append((override.name, backend, found.rejected[0][1]))
+    rounds = backend == "cpu" and not training and input.dtype == torch.float32
+    return backend, "bf16" if rounds and _bf16_allowed() else ""
+
+
+def _problem(
+    cell: str,
+    input: Tensor,
+    batch: Batch,
+    sizes: tuple[int, int, int, int],
+    training: bool,
+    return_cells: bool,
+    recompute: bool,
+) -> Problem:
+    hidden, proj, directions, layers = sizes
+    return Problem(
+        cell=cell,
+        device=input.device.type,
+        dtype=input.dtype,
+        training=training,
+        steps=batch.steps,
+        batch=batch.size,
+        input_size=input.size(-1),
+        hidden_size=hidden,
+        proj_size=proj,
+        directions=directions,
+        num_layers=layers,
+        packed=batch.batch_sizes is not None,
+        lengths=batch.lengths is not None,
+        reset=batch.reset is not None,
+        return_cells=return_cells,
+        recompute=recompute and not cell.startswith("rnn"),
+        transforms=_under_transforms(),
+    )
+
+
+def _under_transforms() -> bool:
+    """Whether torch.func (vmap, grad, jvp...) is at work in eager mode."""
+    return not is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+_rnn_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+@assume_constant_result
+def _bf16_allowed() -> bool:
+    """Whether torch's switches allow bfloat16 weights for float32 input on the CPU."""
+    # torch before 2.9 has no switch of its own for recurrent layers.
+    if _rnn_precision is not None and _rnn_precision("mkldnn", "rnn") == "bf16":
+        return True
+    try:
+        return torch.get_float32_matmul_precision() == "medium"
+    except RuntimeError:
+        # torch refuses to name one precision where its backends were set to different ones.
+        return False
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on the input's device; float64 is left alone, as in torch."""
+    if not torch._C._is_any_autocast_enabled() or input.dtype == torch.float64:
+        return None
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def explain_call(
+    cell: str,
+    input: Tensor,
+    batch: Batch,
+    sizes: tuple[int, int, int, int],
+    training: bool,
+    return_cells: bool = False,
+    recompute: bool = False,
+) -> Explanation:
+    """What ``choose`` would choose with the same arguments, and why; nothing runs."""
+    problem = _problem(cell, input, batch, sizes, training, return_cells, recompute)
+    found = decide(problem)
+    return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
+
+
+def _plan(backend: str, p: Problem) -> str:
+    if backend == "torch":
+        return torch_nn.plan(p.cell)
+    if backend != "cpu":
+        return "a Python loop over the steps"
+    from fastrnn.backends import cpu
+
+    precision = ""
+    if p.dtype == torch.float32 and _bf16_allowed():
+        precision = (
+            "float32 (bf16 weights are for inference only), " if p.training else "bf16 weights, "
+        )
+    threads = torch.get_num_threads()
+    plans: dict[str, list[str]] = {}
+    out = p.proj_size or p.hidden_size
+    for k in range(p.num_layers):
+        wide = p.input_size if k == 0 else p.directions * out
+        text: Any = cpu.plan(
+            p.cell, p.steps, p.batch, wide, p.hidden_size, p.proj_size, p.directions, p.dtype,
+            threads, p.training,
+        )  # fmt: skip
+        plans.setdefault(str(text), []).append(str(k))
+    if len(plans) == 1:
+        return precision + next(iter(plans))
+    return precision + "; ".join(f"layers {', '.join(k)}: {text}" for text, k in plans.items())
+
+
+_MODES = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+def explain(
+    module: Any,
+    input: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    lengths: Any = None,
+    reset: Tensor | None = None,
+    return_cells: bool = False,
+) -> Explanation:
+    """Why ``module(input, hx, ...)`` runs where it runs; nothing is computed.
+
+    Args:
+        module: a recurrent module or cell of fastrnn or torch.nn.
+
+    Raises:
+        TypeError: ``module`` is neither.
+        RuntimeError, TypeError, ValueError: as the call itself raises.
+    """
+    recurrent = isinstance(module, (RNNBase, RNNCellBase))
+    if not recurrent:
+        raise TypeError(
+            f"module: got {type(module).__name__}, expected an LSTM, GRU or RNN, or one of their "
+            "cells; for a whole model explain its recurrent modules one by one"
+        )
+    name = type(module).__name__
+    if type(module).__module__.startswith("torch."):
+        reason = f"this is torch.nn.{name}; fastrnn.replace(model) swaps it for fastrnn.{name}"
+        return Explanation("torch", "torch.nn's own choice", reason)
+    batch_sizes = None
+    if isinstance(input, PackedSequence):
+        input, batch_sizes = input.data, input.batch_sizes
+    states = [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
+    tensors = [input, *states, *module.parameters()]
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    recompute = getattr(module, "recompute", False)
+    batch_first = getattr(module, "batch_first", False)
+    if isinstance(module, RNNCellBase):
+        input = input.reshape(1, -1, input.size(-1))
+        cell = _MODES.get(name.removesuffix("Cell")) or f"rnn_{module.nonlinearity}"
+        sizes = (module.hidden_size, 0, 1, 1)
+    else:
+        cell = _MODES[module.mode]
+        directions = 2 if module.bidirectional else 1
+        sizes = (module.hidden_size, module.proj_size, directions, module.num_layers)
+        if batch_sizes is None and input.dim() == 2:
+            where = 0 if batch_first else 1
+            input = input.unsqueeze(where)
+            if reset is not None and reset.dim() == 1:
+                reset = reset.unsqueeze(where)
+    if cell == "gru" and not getattr(module, "reset_after", True):
+        cell = "gru_reset_before"
+    batch = describe(
+        input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
+    )
+    half = autocast_dtype(input)
+    if half is not None:
+        input = input.to(half)
+    return explain_call(cell, input, batch, sizes, records, return_cells, recompute)

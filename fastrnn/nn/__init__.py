@@ -1,0 +1,6 @@
+"""The modules: parameters, arguments and errors. All arithmetic is in `fastrnn.functional`."""
+
+from fastrnn.nn.cells import GRUCell, LSTMCell, RNNCell
+from fastrnn.nn.rnn import GRU, LSTM, RNN
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

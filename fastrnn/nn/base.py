@@ -1,0 +1,211 @@
+"""What LSTM, GRU and RNN share: arguments, state and the packed-weight cache around one call.
+
+The classes stand on `torch.nn.RNNBase`, which creates the parameters and owns the checks and their
+messages; they do not subclass nn.LSTM, nn.GRU or nn.RNN because dynamo breaks the graph on those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.nn.cache import PackedCache
+
+Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
+
+
+class RecurrentBase(nn.RNNBase):
+    """A stack of recurrent layers: everything but the cell. Not for direct use."""
+
+    recompute: bool = False
+    # A class attribute, because RNNBase.__init__ and unpickling reach flatten_parameters() early.
+    _packed: PackedCache | None = None
+
+    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        super().__init__(mode, *args, **kwargs)
+        self.recompute = recompute
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+
+    def _weights(self) -> list[Any]:
+        names, parameters = self._flat_weights_names, self._parameters
+        try:
+            return [parameters[name] for name in names]
+        except KeyError:  # parametrised, pruned, weight-normed, replicated or deleted
+            return [getattr(self, name, None) for name in names]
+
+    # RNNBase keeps a list that has to be refreshed whenever a weight is replaced; reading the
+    # weights anew each time is always in step and holds on to no tensor of a finished transform.
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return self._weights()
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Sequence[Any]) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to refresh: `_flat_weights` reads the weights anew each time."""
+
+    def flatten_parameters(self) -> None:
+        """Drop the packed copies of the weights that inference keeps between calls.
+
+        Safe anywhere and, unlike in torch.nn, never needed for speed. Its one use: after writing
+        to a few elements of a parameter through `.data`, which no version counter sees.
+        """
+        if self._packed is not None:
+            self._packed.clear()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.flatten_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_packed", None)
+        return state
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__(d)
+        self.__dict__.pop("_flat_weights", None)  # comes with a pickle of torch.nn's own class
+
+    def _replicate_for_data_parallel(self) -> RecurrentBase:
+        replica = super()._replicate_for_data_parallel()
+        replica._packed = None
+        return replica
+
+    def _cache(self) -> PackedCache | None:
+        if torch.compiler.is_compiling():
+            return None
+        if self._packed is None:
+            self._packed = PackedCache()
+        return self._packed
+
+    def _name(self) -> str:
+        return self.mode.split("_")[0]
+
+    def _split(self, hx: Any) -> Parts:
+        if isinstance(hx, Tensor):
+            return (hx,)
+        raise TypeError(f"{self._name()}: hx should be a Tensor, got {type(hx).__name__}")
+
+    def _join(self, parts: Parts) -> Any:
+        return parts[0]
+
+    def _rank_message(self, rank: int) -> str:
+        return f"{self._name()}: Expected input to be 2D or 3D, got {rank}D instead"
+
+    def _check_rank(self, parts: Parts, rank: int) -> None:
+        for part in parts:
+            if part.dim() != rank:
+                kind = "batched 3-D" if rank == 3 else "unbatched 2-D"
+                ranks = [f"{part.dim()}-D" for part in parts]
+                names, got = "hx", f"{ranks[0]} tensor"
+                if len(parts) == 2:
+                    names, got = "hx and cx", f"({', '.join(ranks)}) tensors"
+                raise RuntimeError(
+                    f"For {kind} input, {names} should also be {rank}-D but got {got}"
+                )
+
+    def _present_weights(self) -> list[Tensor]:
+        weights = self._weights()
+        for weight in weights:
+            if weight is None:
+                names = zip(self._flat_weights_names, weights)
+                missing = ", ".join(name for name, value in names if value is None)
+                raise AttributeError(
+                    f"{self._name()}: {missing} was deleted; assign a Parameter before the call"
+                )
+        return weights
+
+    def _check_return_cells(self, return_cells: bool) -> None:
+        if return_cells:
+            raise ValueError(
+                f"{self._name()}: return_cells=True, but a {self._name()} has no cell state; "
+                "the hidden states of all steps are the output itself"
+            )
+
+    def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
+        """Run the cell's function: (output, parts of the state[, cells]). The function makes
+        torch.nn's checks of sizes, dtypes and devices, and those of the options."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Sequence[int] | Tensor | None = None,
+        reset: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> Any:
+        """Run the whole sequence. The class says what goes in and what comes out."""
+        self._check_return_cells(return_cells)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths, reset, return_cells)
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"{self._name()}: input should be a Tensor or a PackedSequence, "
+                f"got {type(input).__name__}"
+            )
+        rank = input.dim()
+        if rank not in (2, 3):
+            raise ValueError(self._rank_message(rank))
+        batch_dim = 0 if self.batch_first else 1
+        parts = None if hx is None else self._split(hx)
+        if parts is not None:
+            self._check_rank(parts, rank)
+        if rank == 2:
+            input = input.unsqueeze(batch_dim)
+            if parts is not None:
+                parts = tuple(part.unsqueeze(1) for part in parts)
+            if isinstance(reset, Tensor) and reset.dim() == 1:
+                reset = reset.unsqueeze(batch_dim)
+        output, parts, *cells = self._call(
+            input,
+            parts,
+            batch_first=self.batch_first,
+            lengths=lengths,
+            reset=reset,
+            return_cells=return_cells,
+        )
+        if rank == 2:
+            output = output.squeeze(batch_dim)
+            parts = tuple(part.squeeze(1) for part in parts)
+            cells = [value.squeeze(batch_dim) for value in cells]
+        return (output, self._join(parts), *cells)
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Any, lengths: Any, reset: Any, return_cells: bool
+    ) -> Any:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        parts = None if hx is None else self._split(hx)
+        if parts is not None:
+            self._check_rank(parts, 3)
+            # Before the permutation, which would pick rows out of a state of too many.
+            self.check_forward_args(data, self._join(parts), batch_sizes)
+        if parts is not None and sorted_indices is not None:
+            parts = tuple(part.index_select(1, sorted_indices) for part in parts)
+        output, parts, *cells = self._call(
+            data,
+            parts,
+            batch_first=False,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            reset=reset,
+            return_cells=return_cells,
+        )
+        if unsorted_indices is not None:
+            parts = tuple(part.index_select(1, unsorted_indices) for part in parts)
+        output, *cells = (
+            PackedSequence(value, batch_sizes, sorted_indices, unsorted_indices)
+            for value in (output, *cells)
+        )
+        return (output, self._join(parts), *cells)

@@ -1,0 +1,118 @@
+"""Weights in the layout of the kernels, kept between inference calls."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrnn.ops import pack_weights as _pack
+
+
+class _Entry(NamedTuple):
+    cell: str
+    plan: str
+    refs: tuple[weakref.ref[Tensor], ...]
+    stamps: tuple[tuple[int, int], ...]  # (data_ptr, _version) of each weight when it was packed
+    samples: list[memoryview]  # a few words inside the weights
+    values: list[bytes]  # what they held when the weights were packed
+    packed: Tensor
+
+
+def bypassed() -> bool:
+    """True where a kept tensor must not be read or made: a tracer or a transform is looking on."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _samples(weights: Sequence[Tensor]) -> list[memoryview]:
+    """A few words of each weight, spread so that every gate of an LSTM holds one."""
+    samples = []
+    for weight in weights:
+        words = weight.numel() * weight.element_size() // 8
+        if words and weight.is_cpu and weight.is_contiguous():
+            memory = (ctypes.c_uint64 * words).from_address(weight.data_ptr())
+            samples.append(memoryview(memory).cast("B").cast("Q")[:: max(1, words // 5)])
+    return samples
+
+
+class PackedCache:
+    """Packed weights of each layer of one module, valid while the parameters stay what they were.
+
+    An entry is used only if every weight is the same object with the same storage and the same
+    version counter as when it was packed, so an optimiser step, `load_state_dict` or a replaced
+    parameter is noticed. A write through `.data` moves no counter: a few words of each weight are
+    compared, which shows a write to the whole tensor (a moving average, say); after a write to a
+    few elements call `flatten_parameters()`.
+
+    Copying or pickling a cache gives an empty one. Entries are immutable and replaced whole, so
+    concurrent callers at worst pack the same weights twice.
+    """
+
+    __slots__ = ("_entries", "stepper")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedCache:
+        return PackedCache()
+
+    def __reduce__(self) -> tuple[type[PackedCache], tuple[()]]:
+        return PackedCache, ()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        self._entries: dict[int, _Entry] = {}
+        self.stepper: Any = None  # what fastrnn.nn.stepper made of the packed weights
+
+    def find(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
+        """The kept packed weights of `layer`, or None if there are none or they are stale."""
+        entry = self._entries.get(layer)
+        if entry is None or entry.plan != plan or entry.cell != cell:
+            return None
+        if len(weights) != len(entry.refs):
+            return None
+        for weight, ref, (address, version) in zip(weights, entry.refs, entry.stamps):
+            if ref() is not weight or weight.data_ptr() != address or weight._version != version:
+                return None
+        # After the loop: it has shown that the sampled addresses still belong to the weights.
+        if [sample.tobytes() for sample in entry.samples] != entry.values:
+            return None
+        return entry.packed
+
+    def packed(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
+        """Packed weights of `layer` for a call without gradients, or None: use the plain ones.
+
+        weights: the layer's parameters in torch's order, forward direction then reverse.
+        """
+        if bypassed():
+            return None
+        found = self.find(layer, weights, cell, plan)
+        if found is not None:
+            return found
+        # Exact type: a parametrised or pruned weight is a new tensor in each call, a fake or
+        # functional one is not ours to keep; packing those would never pay.
+        for weight in weights:
+            if type(weight) is not torch.nn.Parameter or weight.is_inference():
+                return None
+        # Another process may write to shared memory without moving our version counter.
+        if any(weight.is_shared() for weight in weights):
+            return None
+        # Taken before packing, so that a write that comes in between makes the entry stale.
+        stamps = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        samples = _samples(weights)
+        values = [sample.tobytes() for sample in samples]
+        packed = _pack(list(weights), cell, plan)
+        refs = tuple(weakref.ref(weight) for weight in weights)
+        self._entries[layer] = _Entry(cell, plan, refs, stamps, samples, values, packed)
+        return packed

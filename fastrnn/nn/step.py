@@ -1,0 +1,113 @@
+"""One time step at a time, for streaming inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.nn.base import RecurrentBase
+from fastrnn.nn.stepper import Stepper
+
+
+class Steppable(RecurrentBase):
+    """Adds `step`, which LSTM, GRU and RNN share."""
+
+    def _cell(self) -> str:
+        """The name the operators know the cell by."""
+        return self.mode.lower()
+
+    def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Process one time step: the same as the whole sequence, one call per element of it.
+
+        Weights stay packed between calls made without gradients; changed and replaced parameters
+        are noticed. Forward hooks are not run. In 16-bit types c is rounded between calls, which
+        inside a sequence stays in float32.
+
+        Args:
+            x_t: (N, I), or (I,) for one sequence without a batch dimension.
+            state: as forward's: h of (num_layers, N, H), for LSTM the pair (h, c), h being
+                (num_layers, N, proj_size) with a projection; without N if x_t is (I,). None: zeros.
+
+        Returns:
+            y_t: (N, H) or (H,), the output of the last layer; proj_size features with a projection.
+            state: to be passed to the next call, shaped as the argument.
+
+        Raises:
+            ValueError: the module is bidirectional, or x_t is neither (N, I) nor (I,).
+            RuntimeError, ValueError, TypeError: as forward, for sizes, dtypes and devices.
+        """
+        if state is not None and not torch.is_grad_enabled():
+            done = self._step_natively(x_t, state)
+            if done is not None:
+                return done
+        if self.bidirectional:
+            raise ValueError(
+                f"{self._name()}.step: bidirectional=True, expected a module of one direction; the "
+                "reverse direction starts at the end of the sequence: call the module on all of it"
+            )
+        if not isinstance(x_t, Tensor):
+            got = type(x_t).__name__
+            raise TypeError(f"{self._name()}.step: x_t should be a Tensor, got {got}")
+        rank = x_t.dim()
+        if rank not in (1, 2):
+            raise ValueError(
+                f"{self._name()}.step: Expected x_t to be 1D or 2D, got {rank}D instead"
+            )
+        parts = None if state is None else self._split(state)
+        if parts is not None:
+            self._check_rank(parts, rank + 1)
+        if rank == 1:
+            x_t = x_t.unsqueeze(0)
+            if parts is not None:
+                parts = tuple(part.unsqueeze(1) for part in parts)
+        time_dim = 1 if self.batch_first else 0
+        input = x_t.unsqueeze(time_dim)
+        output, parts = self._call(input, parts, batch_first=self.batch_first)
+        output = output.squeeze(time_dim)
+        if rank == 1:
+            output = output.squeeze(0)
+            parts = tuple(part.squeeze(1) for part in parts)
+        return output, self._join(parts)
+
+    def _step_natively(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any] | None:
+        """`step` without gradients on the CPU library; None: take the general way, which also
+        says what is wrong with an argument."""
+        if self.mode != "LSTM":
+            h, c = state, None
+        elif type(state) is tuple and len(state) == 2:
+            h, c = state
+        else:
+            return None
+        cache = self._cache()
+        if cache is None or self.bidirectional or (self.training and self.dropout):
+            return None
+        weights = self._weights()
+        done = None if cache.stepper is None else cache.stepper(x_t, h, c, weights, cache)
+        if done is None:
+            if not self._takes(x_t, h, c):
+                return None
+            sizes = (self.hidden_size, self.proj_size, 1, self.num_layers)
+            # In place only when it has proved to work: concurrent callers may use the old one.
+            stepper = Stepper(self._cell(), sizes, x_t, h, c)
+            done = stepper(x_t, h, c, weights, cache)
+            if done is None:
+                return None
+            cache.stepper = stepper
+        y, h_n, c_n = done
+        return y, h_n if c is None else (h_n, c_n)
+
+    def _takes(self, x_t: Any, h: Any, c: Any) -> bool:
+        """Whether these are tensors of the right sizes."""
+        if type(x_t) is not Tensor or x_t.dim() not in (1, 2) or not x_t.numel():
+            return False
+        layers, middle = self.num_layers, x_t.shape[:-1]
+        out = self.proj_size or self.hidden_size
+        return (
+            x_t.size(-1) == self.input_size
+            and type(h) is Tensor
+            and h.shape == (layers, *middle, out)
+            and (c is None or type(c) is Tensor)
+            and (c is None or c.shape == (layers, *middle, self.hidden_size))
+        )

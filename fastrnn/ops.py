@@ -1,0 +1,200 @@
+"""The operators behind every layer: schemas, fakes and registration with ``torch.library``.
+
+One call runs one layer over the whole sequence, both directions. All operators are functional:
+fresh outputs, no input is written and no output aliases an input. Shapes, with D directions:
+
+    x        (T, N, I), (N, T, I) if batch_first, or packed rows (sum, I) with batch_sizes
+    h0, c0   (D, N, Hout), (D, N, H); c0 is None but for an LSTM
+    weights  per direction in torch's order: w_ih, w_hh[, b_ih, b_hh][, w_hr]
+    y        x's leading sizes + (D*Hout)       cells  x's leading sizes + (D*H)
+    gates    the tape of the backward, (D, rows, K*H): opaque
+
+An output that does not apply is an empty (0,) tensor. Autograd is not registered here: it lives in
+``fastrnn.autograd``, outside the operators.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+__all__ = ["layer_backward", "layer_forward", "layer_forward_train", "pack_weights"]
+
+_SCHEMAS = {
+    "layer_forward": (
+        "(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
+        "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool return_cells, str plan) "
+        "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)"
+    ),
+    "layer_forward_train": (
+        "(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
+        "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool recompute, str plan) "
+        "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor gates)"
+    ),
+    "layer_backward": (
+        "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor y, Tensor h0, "
+        "Tensor? c0, Tensor cells, Tensor gates, Tensor[] weights, Tensor? batch_sizes, "
+        "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool need_dx, "
+        "bool need_dstate, bool need_dw, str plan) "
+        "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
+    ),
+    "pack_weights": "(Tensor[] weights, str cell, str plan) -> Tensor",
+}
+
+# Values per unit that the backward reads back, besides y and the cell states.
+_TAPE = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of cell states and tape: float32 for the 16-bit types, else the same."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _fake_outputs(
+    x: Tensor, h0: Tensor, c0: Tensor | None, with_cells: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    directions, size, out = h0.shape
+    y = x.new_empty((*x.shape[:-1], directions * out))
+    h_n = x.new_empty((directions, size, out))
+    if c0 is None:
+        return y, h_n, x.new_empty((0,)), x.new_empty((0,), dtype=state_dtype(x.dtype))
+    c_n = x.new_empty(c0.shape)
+    if not with_cells:
+        return y, h_n, c_n, x.new_empty((0,), dtype=state_dtype(x.dtype))
+    cells_shape = (*x.shape[:-1], directions * c0.shape[2])
+    return y, h_n, c_n, x.new_empty(cells_shape, dtype=state_dtype(x.dtype))
+
+
+def _fake_layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    packed: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    return_cells: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_outputs(x, h0, c0, return_cells)
+
+
+def _fake_layer_forward_train(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    recompute: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden = h0.shape[2] if c0 is None else c0.shape[2]
+    rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
+    width = 0 if recompute else _TAPE[cell] * hidden
+    gates = x.new_empty((h0.shape[0], rows, width), dtype=state_dtype(x.dtype))
+    return (*_fake_outputs(x, h0, c0, True), gates)
+
+
+def _fake_layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    cells: Tensor,
+    gates: Tensor,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    need_dx: bool,
+    need_dstate: bool,
+    need_dw: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    dh0 = x.new_empty(h0.shape if need_dstate else (0,))
+    dc0 = x.new_empty(c0.shape if need_dstate and c0 is not None else (0,))
+    return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_dw else []
+
+
+def _fake_pack_weights(weights: list[Tensor], cell: str, plan: str) -> Tensor:
+    # The format belongs to the backend, and so does the number of elements.
+    elements = torch.library.get_ctx().new_dynamic_size()
+    return weights[0].new_empty((elements,), dtype=torch.uint8)
+
+
+def _backend(module: str, name: str) -> Callable[..., Any]:
+    """The function ``name`` of a backend, imported at the first call: import stays light."""
+    bound: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal bound
+        if bound is None:
+            bound = getattr(importlib.import_module(module), name)
+        return bound(*args)
+
+    call.__name__ = name
+    return call
+
+
+def register(device: str, module: str) -> dict[str, Callable[..., Any]]:
+    """Serve all operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module."""
+    functions = {name: _backend(module, name) for name in _SCHEMAS}
+    for name, function in functions.items():
+        torch.library.impl(f"fastrnn::{name}", device, function)
+    return functions
+
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"fastrnn::{_name}", _schema)
+
+CPU = register("CPU", "fastrnn.backends.cpu")
+torch.library.register_fake("fastrnn::layer_forward", _fake_layer_forward)
+torch.library.register_fake("fastrnn::layer_forward_train", _fake_layer_forward_train)
+torch.library.register_fake("fastrnn::layer_backward", _fake_layer_backward)
+torch.library.register_fake("fastrnn::pack_weights", _fake_pack_weights)
+
+layer_forward = torch.ops.fastrnn.layer_forward.default
+layer_forward_train = torch.ops.fastrnn.layer_forward_train.default
+layer_backward = torch.ops.fastrnn.layer_backward.default
+pack_weights = torch.ops.fastrnn.pack_weights.default
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def unobserved(x: Tensor, weight: Tensor) -> bool:
+    """Whether an eager CPU call may go straight to the backend's functions in ``CPU``.
+
+    A boxed Python operator costs about 8 us, as much as a small layer itself. Nothing is lost where
+    no tracer, mode, transform, profiler or tensor subclass would have seen the operator.
+    """
+    return (
+        not is_compiling()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and x.is_cpu
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    )

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# usage: sanitize.sh CMAKE SANITIZERS
+# Builds the C++ tests of csrc/tests with the named sanitizers (address,undefined or thread) and runs them.
+set -euo pipefail
+cmake=$1
+sanitizers=$2
+tools=$(cd "$(dirname "$cmake")" && pwd)
+tree=build/sanitize-${sanitizers//,/-}
+
+"$cmake" -S . -B "$tree" -G Ninja "-DCMAKE_MAKE_PROGRAM=$tools/ninja" -DFASTRNN_BUILD_MODULE=OFF \
+  -DFASTRNN_BUILD_TESTS=ON "-DFASTRNN_SANITIZE=$sanitizers" > /dev/null
+"$cmake" --build "$tree" --target fastrnn_tests
+
+export ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1:strict_string_checks=1
+export UBSAN_OPTIONS=print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
+run=()
+# ThreadSanitizer needs the memory layout that newer kernels randomise too far for older runtimes.
+if [ "$sanitizers" = thread ] && setarch -R true 2> /dev/null; then run=(setarch -R); fi
+"${run[@]}" "$tools/ctest" --test-dir "$tree" --output-on-failure

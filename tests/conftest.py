@@ -1,0 +1,42 @@
+"""Fixtures every test runs under: fixed seeds, poisoned allocations, thread counts put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20240229)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations() -> Iterator[None]:
+    """Fill what torch.empty, empty_like and new_empty return with NaN (integers: the maximum).
+
+    torch's own deterministic mode does it below Python, so it holds under torch.compile too. A
+    kernel that reads what it never wrote, or leaves an output unwritten, shows up as NaN.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads for one test; the old count is put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 3, 4], ids=lambda n: f"{n}threads")
+def threads(request: pytest.FixtureRequest, set_threads: Callable[[int], None]) -> int:
+    """Run the test once for each thread count."""
+    count: int = request.param
+    set_threads(count)
+    return count

@@ -1,0 +1,370 @@
+"""The benchmark machinery: cases, statistics, verification, schema, targets, plots, the example."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+from benchmarks import (
+    cases,
+    driver,
+    memory,
+    peers,
+    plot,
+    report,
+    roofline,
+    schema,
+    targets,
+    timing,
+    verify,
+)
+from benchmarks.__main__ import main
+from benchmarks.cases import Case
+from benchmarks.schema import Record, Results
+from benchmarks.timing import LocalRunner, Timing, Turn
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"T": 5, "N": 3, "H": 7}
+VERSIONS = {"fastrnn": "0.1", "torch": "2.13", "onnxruntime": "1.31", "python": "3.11"}
+MACHINE = {"cpu": "A CPU", "cpu_slug": "a-cpu", "cores": 2, "threads": 2, "isa": "avx2"}
+ENVIRONMENT = {**MACHINE, **VERSIONS, "system": "Linux", "date": "2000-01-01 00:00 UTC"}
+ISSUE_TARGETS = 35
+
+
+def small(cell: str, mode: str = "forward", **changes: Any) -> Case:
+    return replace(Case(cell, mode, **SMALL), **changes)
+
+
+def timed(
+    case: Case, ours: float, theirs: float, *, ok: bool = True, backend: str = "cpu"
+) -> Record:
+    checks = {"fastrnn": {"ok": ok, "worst": 0.5, "tensor": "y", "message": "" if ok else "wrong"}}
+    timings = {"fastrnn": Timing(ours, ours, ours, 9), "torch": Timing(theirs, theirs, theirs, 9)}
+    return Record(case, checks, timings, {"fastrnn": backend}, bound_seconds=ours / 2)
+
+
+def some_results() -> Results:
+    records = [
+        timed(Case(cell, mode, steps, batch, 128), 1e-3, 2e-3)
+        for cell in cases.CELLS
+        for mode in ("forward", "training")
+        for steps, batch in ((1, 1), (50, 128))
+    ]
+    peaks = {"fastrnn": 40 << 20, "torch": 80 << 20, "fastrnn-recompute": 20 << 20}
+    recompute = ("fastrnn", "fastrnn-recompute", "torch")
+    sized = [(Case("lstm", "training", 200, 32, 512, "memory", contestants=recompute), peaks)]
+    ceiling = roofline.Roofline(2, 1e11, "a test", {1 << 20: 1e10})
+    settings = vars(driver.quick_settings(2))
+    return Results(ENVIRONMENT, settings, ceiling.to_dict(), records, sized)
+
+
+# ---- cases
+
+
+def test_registry_is_valid() -> None:
+    everything = cases.registry()
+    ids = [case.id for case in everything]
+    assert len(set(ids)) == len(ids)
+    for case in everything:
+        assert case.cell in cases.CELLS
+        assert case.mode in cases.MODES
+        assert case.group in cases.GROUPS
+        assert case.contestants[0].startswith("fastrnn")
+        assert Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
+    quick = cases.select(quick=True)
+    assert {case.group for case in quick} == set(cases.GROUPS)
+    assert len(quick) < len(everything) / 4
+
+
+def test_grid_covers_the_promised_range() -> None:
+    grid = cases.grid()
+    assert {case.T for case in grid} >= {1, 784}
+    assert {case.N for case in grid} >= {1, 128}
+    assert {case.H for case in grid} >= {32, 1024}
+    assert any(case.H % 8 and case.N % 8 for case in grid)
+
+
+def test_only_narrows_and_says_what_it_does_not_know() -> None:
+    chosen = cases.select(quick=False, only="gru/training/*")
+    assert {(case.cell, case.mode) for case in chosen} == {("gru", "training")}
+    assert len(cases.select(quick=False, only="lstm/forward/T100-N1-H512")) >= 1
+    with pytest.raises(ValueError, match="'lstmm' matches no case of --quick"):
+        cases.select(quick=True, only="lstmm")
+
+
+def test_flops_of_a_known_case() -> None:
+    case = Case("lstm", "forward", 100, 32, 256)
+    assert case.flops == 2 * 100 * 32 * 4 * 256 * 512
+    assert replace(case, mode="training").flops == 3 * case.flops
+
+
+# ---- statistics
+
+
+def test_summarise_takes_percentiles() -> None:
+    assert timing.summarise([float(value) for value in range(11)]) == (5.0, 2.0, 8.0)
+    with pytest.raises(ValueError, match="samples is empty"):
+        timing.summarise([])
+
+
+class Scripted:
+    """A runner whose turns are written down; the last one repeats."""
+
+    def __init__(self, *turns: Turn) -> None:
+        self._turns = list(turns)
+
+    def turn(self) -> Turn:
+        return self._turns.pop(0) if len(self._turns) > 1 else self._turns[0]
+
+
+def test_disturbed_turns_are_thrown_away() -> None:
+    clean, dirty = Turn([1.0], 0.0, False), Turn([9.0], 1.0, True)
+    runners = {"a": Scripted(dirty, clean), "b": Scripted(clean)}
+    times = itertools.chain([0.0], itertools.repeat(1.0))
+    found = timing.measure(runners, budget=0.5, clock=lambda: next(times))
+    assert (found["a"].median, found["a"].discarded, found["a"].disturbed) == (1.0, 1, False)
+
+
+def test_a_machine_that_is_never_quiet_is_marked() -> None:
+    dirty = Turn([2.0], 1.0, True)
+    found = timing.measure({"a": Scripted(dirty)}, budget=0.0)
+    assert (found["a"].median, found["a"].disturbed, found["a"].samples) == (2.0, True, 3)
+
+
+def test_local_runner_counts_calls() -> None:
+    calls = []
+    turn = LocalRunner(lambda: calls.append(1)).turn()
+    assert turn.samples
+    assert len(calls) > len(turn.samples)
+    assert all(sample >= 0 for sample in turn.samples)
+
+
+# ---- verification
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("cell", cases.CELLS)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bidirectional": True}, {"ragged": "lengths"}, {"ragged": "packed"}, {"I": 1}],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "plain",
+)
+def test_contestants_agree(cell: str, mode: str, changes: dict[str, Any]) -> None:
+    case = small(cell, mode, **changes)
+    problem = peers.Problem(case)
+    names = ["fastrnn"] + (["onnx"] if mode == "forward" and "ragged" not in changes else [])
+    truth, peer = verify.truth(case, problem), verify.peer_outputs(case, problem, "fastrnn")
+    for name in names:
+        result = verify.check(peers.build(case, name, problem), truth, peer)
+        assert result.ok, result.message
+
+
+def test_training_verifies_every_gradient() -> None:
+    case = small("lstm", "training", proj=4)
+    problem = peers.Problem(case)
+    weights = {f"d{name}" for name in problem.weights}
+    assert set(verify.truth(case, problem)) == {"y", "h_n", "c_n", "dx", *weights}
+
+
+@pytest.mark.parametrize("tensor", ["y", "h_n", "dweight_hh_l0", "dx"])
+@pytest.mark.parametrize("damage", ["value", "nan", "shape", "missing"])
+def test_verification_goes_red_on_a_planted_wrong_result(tensor: str, damage: str) -> None:
+    case = small("gru", "training")
+    problem = peers.Problem(case)
+    truth, peer = verify.truth(case, problem), verify.peer_outputs(case, problem, "fastrnn")
+    contestant = peers.build(case, "torch", problem)
+    sound = contestant.outputs
+
+    def planted() -> peers.Outputs:
+        outputs = {name: value.detach().clone() for name, value in sound().items()}
+        if damage == "missing":
+            del outputs[tensor]
+        elif damage == "shape":
+            outputs[tensor] = outputs[tensor][..., :1]
+        else:
+            outputs[tensor].view(-1)[-1] += float("nan") if damage == "nan" else 1e-3
+        return outputs
+
+    assert verify.check(contestant, truth, peer).ok
+    contestant.outputs = planted
+    result = verify.check(contestant, truth, peer)
+    assert not result.ok
+    assert tensor in result.message
+
+
+def test_no_speedup_on_a_red_check() -> None:
+    record = timed(small("lstm"), 1e-3, 2e-3, ok=False)
+    assert record.speedup("torch") is None
+    assert record.share() is None
+    results = some_results()
+    results.records = [record]
+    printed = report.text(results)
+    assert "RED" in printed
+    assert "2.00" not in printed.split("Targets")[0]
+
+
+def test_what_a_library_raises_becomes_a_red_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(driver, "build", broken)
+    settings = replace(driver.quick_settings(1), verify_only=True)
+    ceiling = roofline.Roofline(1, 1e11, "a test", {1 << 20: 1e10})
+    record = driver.run_case(small("lstm"), settings, ceiling, driver.Workers(1))
+    assert not record.ok
+    assert record.error == "RuntimeError: planted"
+
+
+# ---- roofline, targets, report
+
+
+def test_roofline_binds_where_it_should() -> None:
+    ceiling = roofline.Roofline(1, 1e11, "a test", {1 << 20: 1e10})
+    wide = Case("lstm", "forward", 100, 64, 512)
+    assert ceiling.bound_seconds(wide) == pytest.approx(wide.flops / 1e11)
+    streamed = 4 * 4 * 512 * 512 / 1e10
+    gemm = 2 * 100 * 4 * 512 * 512 / 1e11
+    single = Case("lstm", "forward", 100, 1, 512)
+    assert ceiling.bound_seconds(single) == pytest.approx(100 * streamed + gemm)
+    training = ceiling.bound_seconds(replace(wide, mode="training"))
+    assert training == pytest.approx(3 * wide.flops / 1e11)
+    assert roofline.Roofline.from_dict(ceiling.to_dict()).bandwidths == ceiling.bandwidths
+
+
+def test_targets_pass_miss_and_not_measured() -> None:
+    outcomes = targets.evaluate(some_results())
+    assert len(outcomes) == ISSUE_TARGETS
+    by_text = {outcome.text: outcome for outcome in outcomes}
+    assert by_text["LSTM forward, N=1: against torch.nn"].status == "pass"
+    assert by_text["GRU training, N=1: against torch.nn"].status == "MISS"
+    assert by_text["bf16 weights: against torch's bfloat16 LSTM"].status == "not measured"
+    recompute = by_text["LSTM recompute=True, T=200 N=32 H=512: peak memory of torch.nn's"]
+    assert (recompute.value, recompute.status) == (0.25, "pass")
+
+
+def test_a_shape_handed_over_counts_as_one_and_is_marked() -> None:
+    record = timed(small("lstm"), 1.1e-3, 1e-3, backend="torch")
+    assert record.speedup("torch") == 1.0
+    results = some_results()
+    results.records = [record]
+    assert "torch's kernel" in report.text(results)
+
+
+def test_slower_cases_stay_in_the_report() -> None:
+    results = some_results()
+    results.records.append(timed(Case("rnn", "forward", 3, 2, 33), 2e-3, 1e-3))
+    assert "rnn/forward/T3-N2-H33" in report.slower(results.records)
+
+
+# ---- files
+
+
+def test_schema_round_trip(tmp_path: Path) -> None:
+    results = some_results()
+    path = tmp_path / "deep" / "full.json"
+    results.save(path)
+    assert Results.load(path).to_dict() == results.to_dict()
+    with path.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == schema.CSV_COLUMNS
+    assert len(rows) == 2 * len(results.records) + 3
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_schema_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="schema 0, expected 1"):
+        Results.from_dict({**some_results().to_dict(), "schema": 0})
+
+
+def test_plot_from_a_small_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "full.json"
+    some_results().save(path)
+    assert plot.main([str(path), "--out", str(tmp_path / "a")]) == 0
+    assert plot.main([str(path), "--out", str(tmp_path / "b")]) == 0
+    assert "speedup.svg" in capsys.readouterr().out
+    for name in ("speedup.svg", "roofline.svg"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(ValueError, match="no timed grid case"):
+        plot.draw_all(replace(some_results(), records=[]), tmp_path)
+
+
+def test_committed_results_can_be_read() -> None:
+    for path in sorted(schema.RESULTS.glob("*/*.json")):
+        assert report.text(Results.load(path))
+
+
+def test_cpu_slug() -> None:
+    assert schema.slug("Intel(R) Xeon(R) CPU E5-2690 v4 @ 2.60GHz") == "intel-xeon-e5-2690-v4"
+    assert schema.slug("AMD EPYC 9R14 96-Core Processor") == "amd-epyc-9r14-96-core"
+
+
+# ---- the whole program
+
+
+def test_list_prints_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--full", "--only", "lstm/step"]) == 0
+    assert capsys.readouterr().out.split() == ["lstm/step/T1-N1-H256"]
+
+
+@pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--threads", "0"]], ids=" ".join)
+def test_bad_arguments_end_with_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_one_case_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    out = tmp_path / "one.json"
+    try:
+        arguments = ["--only", "rnn/forward/T1-N1-H128", "--threads", "1", "--out", str(out)]
+        assert main(arguments) == 0
+    finally:
+        torch.set_num_threads(before)
+    printed = capsys.readouterr().out
+    assert "RNN forward" in printed
+    assert "Targets" in printed
+    [record] = Results.load(out).records
+    assert set(record.timings) == {"fastrnn", "torch", "onnx"}
+    assert record.ok
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory needs Linux")
+def test_peak_memory_sees_the_saved_activations() -> None:
+    case = Case("lstm", "training", 64, 64, 128, "memory")
+    [(_, peaks)] = memory.measure([case], threads=1)
+    tape = 64 * 64 * 5 * 128 * 4  # gates and cells
+    for name in ("fastrnn", "torch"):
+        assert tape <= peaks[name] <= 10 * tape
+
+
+def test_the_example_trains_both_libraries_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.delitem(sys.modules, "sequential_digits", raising=False)
+    import sequential_digits
+
+    figure = tmp_path / "curves.png"
+    arguments = ["--epochs", "1", "--hidden", "8", "--batch", "512", "--plot", str(figure)]
+    runs = sequential_digits.main(arguments)
+    assert set(runs) == {"torch.nn", "fastrnn"}
+    ours, theirs = (torch.tensor(runs[name].losses) for name in ("fastrnn", "torch.nn"))
+    assert len(ours) == 3
+    # Half of float32's digits: the same training, not the same rounding.
+    torch.testing.assert_close(ours, theirs, rtol=3.5e-4, atol=0.0)
+    assert "loss curves differ by at most" in capsys.readouterr().out
+    assert figure.stat().st_size > 0

@@ -1,0 +1,191 @@
+"""torch.compile and torch.export: one graph, any length, no recompilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+from tests.tolerances import assert_close_by_rule
+
+pytestmark = [
+    pytest.mark.compile,
+    # torch's own compile stack warns about its own deprecations.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+NAMES = ["LSTM", "GRU", "RNN"]
+CELLS = ["LSTMCell", "GRUCell", "RNNCell"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result for t in flat(part)]
+
+
+def values_and_gradients(call: Callable[..., Any], x: Tensor, module: nn.Module) -> list[Tensor]:
+    outputs = flat(call(x))
+    loss = sum(o.square().sum() for o in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [x, *module.parameters()])]
+
+
+def assert_equal_to_eager(got: list[Tensor], eager: list[Tensor]) -> None:
+    assert len(got) == len(eager)
+    for i, (a, b) in enumerate(zip(got, eager, strict=True)):
+        assert_close_by_rule(f"value {i}", a, b.detach().double(), b)
+
+
+@pytest.mark.parametrize("dynamic", ["dynamic=True", "mark_dynamic"])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_in_one_graph_for_every_length(name: str, dynamic: str) -> None:
+    module = getattr(fastrnn, name)(3, 4, 2, bidirectional=True)
+    compiled = torch.compile(
+        module, fullgraph=True, backend="aot_eager", dynamic=True if "=" in dynamic else None
+    )
+    for i, steps in enumerate((5, 9, 6)):
+        x = torch.randn(steps, 2, 3, requires_grad=True)
+        if dynamic == "mark_dynamic":
+            torch._dynamo.mark_dynamic(x, 0)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            got = values_and_gradients(compiled, x, module)
+        assert_equal_to_eager(got, values_and_gradients(module, x, module))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inductor(name: str) -> None:
+    module = getattr(fastrnn, name)(3, 4, batch_first=True)
+    model = nn.Sequential(nn.Linear(3, 3), module)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for i, steps in enumerate((5, 8)):
+        x = torch.randn(2, steps, 3, requires_grad=True)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            got = values_and_gradients(compiled, x, model)
+        assert_equal_to_eager(got, values_and_gradients(model, x, model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference(name: str) -> None:
+    module = getattr(fastrnn, name)(3, 4, 2).eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for i, steps in enumerate((5, 8)):
+            x = torch.randn(steps, 2, 3)
+            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+                got = flat(compiled(x))
+            assert_equal_to_eager(got, flat(module(x)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options(name: str) -> None:
+    options = {"recompute": True, "batch_first": True, "num_layers": 2, "dropout": 0.5}
+    module = getattr(fastrnn, name)(3, 4, **options)
+    module.dropout = 0.0
+    lengths = torch.tensor([5, 2])
+    reset = torch.rand(2, 5) < 0.3
+    cells = {"return_cells": True} if name == "LSTM" else {}
+
+    def call(x: Tensor) -> Any:
+        return module(x, lengths=lengths, reset=reset, **cells)
+
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_equal_to_eager(
+        values_and_gradients(compiled, x, module), values_and_gradients(call, x, module)
+    )
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells(name: str) -> None:
+    module = getattr(fastrnn, name)(3, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, requires_grad=True)
+    assert_equal_to_eager(
+        values_and_gradients(compiled, x, module), values_and_gradients(module, x, module)
+    )
+
+
+@pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+def test_frozen_weight(frozen: str) -> None:
+    module = fastrnn.GRU(3, 4)
+    getattr(module, frozen).requires_grad_(False)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 2, 3)
+    free = [p for p in module.parameters() if p.requires_grad]
+    got = torch.autograd.grad(compiled(x)[0].sum(), free)
+    assert_equal_to_eager(list(got), list(torch.autograd.grad(module(x)[0].sum(), free)))
+
+
+def test_unused_outputs() -> None:
+    module = fastrnn.LSTM(3, 4)
+    x = torch.randn(5, 2, 3)
+    for pick in (lambda r: r[0], lambda r: r[1][0], lambda r: r[1][1]):
+        compiled = torch.compile(
+            lambda x, pick=pick: pick(module(x)), fullgraph=True, backend="aot_eager"
+        )
+        got = torch.autograd.grad(compiled(x).sum(), list(module.parameters()))
+        eager = torch.autograd.grad(pick(module(x)).sum(), list(module.parameters()))
+        assert_equal_to_eager(list(got), list(eager))
+
+
+def test_autocast() -> None:
+    module = fastrnn.LSTM(3, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, eager = flat(compiled(x)), flat(module(x))
+    assert [t.dtype for t in got] == [torch.bfloat16] * 3
+    for a, b in zip(got, eager, strict=True):
+        assert_close_by_rule("autocast", a, b.detach().double(), b)
+
+
+def test_backend_chosen_around_a_compiled_call() -> None:
+    """use_backend is noticed by code that is already compiled."""
+    module = fastrnn.GRU(3, 4)
+    operators: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        operators.append(graph.code)
+        return graph
+
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend=record)
+        x = torch.randn(5, 2, 3)
+        expected = compiled(x)[0]
+        with fastrnn.use_backend("reference"):
+            got = compiled(x)[0]
+        assert_close_by_rule("reference", got, expected.double(), expected)
+        compiled(x)
+    assert ["fastrnn" in code for code in operators] == [True, False]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
+@pytest.mark.parametrize("name", NAMES)
+def test_export(name: str, strict: bool) -> None:
+    module = getattr(fastrnn, name)(3, 4, 2, bidirectional=True).eval()
+    x = torch.randn(5, 2, 3)
+    steps = torch.export.Dim("steps", min=2, max=1000)
+    shapes = {"input": {0: steps}}
+    program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=strict)
+    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert sum("fastrnn" in t for t in targets) == 2, targets
+    for length in (5, 11):
+        x = torch.randn(length, 2, 3)
+        with torch.no_grad():
+            assert_equal_to_eager(flat(program.module()(x)), flat(module(x)))
+
+
+def test_no_graph_break() -> None:
+    report = torch._dynamo.explain(fastrnn.LSTM(3, 4))(torch.randn(5, 2, 3))
+    assert report.graph_break_count == 0
+    assert report.graph_count == 1
