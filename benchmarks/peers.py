@@ -224,8 +224,8 @@ def _onnx(problem: Problem) -> Contestant:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its workers would spin into the next contestant's turn; measured, this costs ONNX Runtime
-    # itself nothing.
+    # Its workers would spin into the next contestant's turn; a spot check found ONNX Runtime
+    # no slower for it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         onnx_model(problem), options, providers=["CPUExecutionProvider"]

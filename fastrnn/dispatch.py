@@ -45,10 +45,12 @@ class Handover(NamedTuple):
     batch: tuple[int, int]
     hidden: tuple[int, int]
     measured: str
+    needs_amx: bool = False
 
     def covers(self, problem: Problem) -> bool:
         return (
             problem.dtype == self.dtype
+            and (_AMX or not self.needs_amx)
             and problem.training == self.training
             and self.steps[0] <= problem.steps <= self.steps[1]
             and self.batch[0] <= problem.batch <= self.batch[1]
@@ -56,8 +58,23 @@ class Handover(NamedTuple):
         )
 
 
-# Cell -> boxes. Filled from the committed benchmark results, never by guess.
-HANDOVER: dict[str, tuple[Handover, ...]] = {}
+_ANY = (0, 1 << 62)
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+# Cell -> boxes. Filled from measurements, never by guess.
+HANDOVER: dict[str, tuple[Handover, ...]] = {
+    "lstm": (
+        Handover(
+            torch.bfloat16, False, _ANY, (8, 1 << 62), _ANY,
+            "oneDNN's bfloat16 LSTM uses this CPU's AMX tiles (1.6 to 3 times), ours does not yet",
+            needs_amx=True,
+        ),
+    ),
+}  # fmt: skip
+
+
+def _may_hand_over(cell: str, dtype: torch.dtype) -> bool:
+    return any(box.dtype == dtype for box in HANDOVER.get(cell, ()))
 
 
 @dataclass(frozen=True)
@@ -245,7 +262,7 @@ def choose(
         and not CPU_MISSING
         and input.is_cpu
         and input.dtype in CPU_DTYPES
-        and cell not in HANDOVER
+        and not (cell in HANDOVER and _may_hand_over(cell, input.dtype))
         and sizes[0]
         and input.size(-1)
         and not _under_transforms()
@@ -258,7 +275,7 @@ def choose(
         if override is not None and backend != override.name and not is_compiling():
             override.fallbacks.append((override.name, backend, found.rejected[0][1]))
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
-    return backend, "bf16" if rounds and _bf16_allowed() else ""
+    return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
 
 def _problem(
@@ -298,6 +315,18 @@ def _under_transforms() -> bool:
 
 
 _rnn_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def _bf16_pays(batch: int) -> bool:
+    """Few rows wait for weights, whose bytes are halved; many gain only where vdpbf16ps is fast."""
+    return batch <= 4 or _bf16_is_fast()
+
+
+@assume_constant_result
+def _bf16_is_fast() -> bool:
+    from fastrnn.backends import cpu
+
+    return cpu.isa() == "avx512bf16"
 
 
 @assume_constant_result
@@ -345,9 +374,12 @@ def _plan(backend: str, p: Problem) -> str:
 
     precision = ""
     if p.dtype == torch.float32 and _bf16_allowed():
-        precision = (
-            "float32 (bf16 weights are for inference only), " if p.training else "bf16 weights, "
-        )
+        if p.training:
+            precision = "float32 (bf16 weights are for inference only), "
+        elif _bf16_pays(p.batch):
+            precision = "bf16 weights, "
+        else:
+            precision = "float32 (bf16 weights pay up to 4 rows on this CPU), "
     threads = torch.get_num_threads()
     plans: dict[str, list[str]] = {}
     out = p.proj_size or p.hidden_size

@@ -32,6 +32,31 @@ constexpr int max_rows(int nv) {
 
 constexpr int kPrefetch = 512;  // elements ahead, 2 KiB
 
+// acc += a[r][k] * b_k + a[r][k + 1] * b_{k+1} in bfloat16; without a second k the first alone.
+template <class E, int R, int NV>
+FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
+                                  const typename E::A* b, int64_t k, bool two) {
+  constexpr int W = E::W;
+#if defined(__AVX512BF16__)
+  __m512bh w[NV];
+  FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+    int pair = 0;
+    std::memcpy(&pair, a[r] + k, two ? 4 : 2);
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v].v = _mm512_dpbf16_ps(acc[r][v].v, x, w[v]);
+  }
+#else
+  using V = typename E::V;
+  V lo[NV], hi[NV];
+  FASTRNN_UNROLL for (int v = 0; v < NV; v++) split_pair(b + v * 2 * W, lo[v], hi[v]);
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+    const V even = V::set1(to_float(a[r][k])), odd = V::set1(two ? to_float(a[r][k + 1]) : 0.f);
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(odd, hi[v], V::fma(even, lo[v], acc[r][v]));
+  }
+#endif
+}
+
 template <class E, int R, int NV>
 FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
                              const typename E::A* b, int64_t K) {
@@ -60,30 +85,11 @@ FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E:
       b += NV * W;
     }
   } else {
-    // bfloat16 pairs: lane j of a vector holds (k, k+1) of column j. An odd K ends in a zero weight;
-    // its activation partner is not read.
-    for (int64_t k = 0; k < K; k += 2) {
-      FASTRNN_UNROLL for (int r = 0; r < R; r++) {
-#if defined(__AVX512BF16__)
-        int pair;
-        if (k + 1 < K)
-          std::memcpy(&pair, a[r] + k, 4);
-        else
-          pair = a[r][k].bits;
-        __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-        FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v].v = _mm512_dpbf16_ps(
-            acc[r][v].v, x, (__m512bh)_mm512_loadu_si512(b + v * 2 * W));
-#else
-        V even = V::set1(to_float(a[r][k])), odd = V::set1(k + 1 < K ? to_float(a[r][k + 1]) : 0.f);
-        FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
-          V lo, hi;
-          split_pair(b + v * 2 * W, lo, hi);
-          acc[r][v] = V::fma(odd, hi, V::fma(even, lo, acc[r][v]));
-        }
-#endif
-      }
-      b += NV * W * 2;
-    }
+    // bfloat16 pairs: lane j of a vector holds (k, k+1) of column j. An odd K ends in a zero weight, whose
+    // activation is not read.
+    int64_t k = 0;
+    for (; k + 1 < K; k += 2, b += NV * W * 2) multiply_pair<E, R, NV>(acc, a, b, k, true);
+    if (k < K) multiply_pair<E, R, NV>(acc, a, b, k, false);
   }
 }
 

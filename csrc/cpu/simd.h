@@ -254,6 +254,14 @@ FASTRNN_INLINE void store_as(bf16* p, V a, int n) {
 #if defined(__AVX512BF16__)
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1),
                            (__m256i)_mm512_cvtneps_pbh(a.v));
+#elif defined(__AVX512F__)
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), _mm512_cvtepi32_epi16(bits));
 #else
   typename V::T tmp[V::W];
   V::store(tmp, a);

@@ -33,6 +33,11 @@ def available() -> tuple[bool, str]:
     return False, f"the native library is not built ({_import_error}); run `pip install .` in the source tree"
 
 
+def isa() -> str:
+    """The instruction set whose kernels run."""
+    return str(_cpu.isa())
+
+
 def supports(dtype: torch.dtype) -> bool:
     return dtype in _TYPES
 
