@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import is_compiling
 from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
@@ -317,19 +318,25 @@ def _under_transforms() -> bool:
 _rnn_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
+def _constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
+    """What assume_constant_result sets; calling that would import all of torch._dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _bf16_pays(batch: int) -> bool:
     """Few rows wait for weights, whose bytes are halved; many gain only where vdpbf16ps is fast."""
     return batch <= 4 or _bf16_is_fast()
 
 
-@assume_constant_result
+@_constant_in_graphs
 def _bf16_is_fast() -> bool:
     from fastrnn.backends import cpu
 
     return cpu.isa() == "avx512bf16"
 
 
-@assume_constant_result
+@_constant_in_graphs
 def _bf16_allowed() -> bool:
     """Whether torch's switches allow bfloat16 weights for float32 input on the CPU."""
     # torch before 2.9 has no switch of its own for recurrent layers.

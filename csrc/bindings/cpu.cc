@@ -137,7 +137,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_isa", [](const std::string& name) {
     if (select_isa(name.c_str())) return;
     std::string known;
-    for (const char* const* n = available_isas(); *n; n++) known += std::string(known.empty() ? "" : ", ") + *n;
+    for (const char* const* n = available_isas(); *n; n++)
+      known += std::string(known.empty() ? "" : ", ") + *n;
     throw std::invalid_argument("isa: got '" + name + "', this machine has " + known);
   });
   m.def("team_kind", &team_kind);
@@ -185,8 +186,9 @@ PYBIND11_MODULE(_cpu, m) {
     kernels().backward(a);
   });
   m.def(
-      "measure_peak_flops", [](int threads, double seconds) { return kernels().peak_flops(threads, seconds); },
-      py::arg("threads"), py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>());
+      "measure_peak_flops",
+      [](int threads, double seconds) { return kernels().peak_flops(threads, seconds); }, py::arg("threads"),
+      py::arg("seconds") = 0.5, py::call_guard<py::gil_scoped_release>());
   m.def(
       "measure_bandwidth",
       [](int threads, size_t bytes_per_thread, double seconds) {

@@ -7,6 +7,7 @@
 #pragma once
 #include "cells_cpu_backward.h"
 #include "plan.h"
+#include "recompute.h"
 #include "sequence.h"
 #include "team.h"
 
@@ -39,12 +40,12 @@ class Backward {
   static constexpr int kMaxSegments = 4;
   struct Lane {  // per thread
     RowList list;
-    const T** next;   // gate gradients of each batch row's next step, or zeros
+    const T** next;  // gate gradients of each batch row's next step, or zeros
     const T** a_rows;
     const T** b_rows;
     GradRow<E>* rows;
     T* tile;
-    const IO** x;       // per row of the chunk
+    const IO** x;  // per row of the chunk
     const IO** h_prev;
     void** dx;
     Lane(Arena& a, const Backward& b)
@@ -123,14 +124,12 @@ class Backward {
         r.sums = arena.take<T>(S);
         r.d_ih = kCast ? arena.take<T>(G * I) : static_cast<T*>(args.grads[d].w_ih);
         r.d_hh = kCast ? arena.take<T>(G * O) : static_cast<T*>(args.grads[d].w_hh);
-        if (args.projected)
-          r.d_hr = kCast ? arena.take<T>(O * H) : static_cast<T*>(args.grads[d].w_hr);
+        if (args.projected) r.d_hr = kCast ? arena.take<T>(O * H) : static_cast<T*>(args.grads[d].w_hr);
         const int64_t K = imin(kOuterK, M);
         const int64_t columns = S + O + (kMaxSegments + 1) * kOuterRows;
         r.outer = arena.take<T>(columns * K);
         const int64_t widths[3] = {I, O, has_mid ? H : 0};
-        for (int o = 0; o < 3; o++)
-          r.operand[o] = arena.take<T>((widths[o] + kMaxVectors * E::W) * K);
+        for (int o = 0; o < 3; o++) r.operand[o] = arena.take<T>((widths[o] + kMaxVectors * E::W) * K);
       }
     }
     Arena sizing;
@@ -179,6 +178,10 @@ class Backward {
     if (C::kCellState) init_grads(dir.dc, args_.dc_n, d, H, i0, i1);
     if (dir.c0) init_grads(dir.c0, args_.c0, d, H, i0, i1);
     for (int64_t n = 0; n < N; n++) lane.next[n] = nullptr;
+    if (d == 0 && args_.lengths && args_.dx.data)
+      for (int64_t n = i0; n < i1; n++)
+        for (int64_t t = seq_.length(n); t < args_.T; t++)
+          std::memset(seq_.at<IO>(args_.dx, t, n), 0, args_.I * sizeof(IO));
     dir.barrier.wait(share.count);
 
     bool add = false;
@@ -231,40 +234,15 @@ class Backward {
     }
   }
 
-  // The chunk's gates into its dg buffer; each thread takes a range of rows through all units.
   void recompute(Direction& dir, const Share& share, Lane& lane) {
-    const int64_t H = args_.H, S = C::kSlots * H;
     const int64_t m0 = lane.list.rows * share.id / share.count;
     const int64_t m1 = lane.list.rows * (share.id + 1) / share.count;
     for (int64_t m = m0; m < m1; m++) {
       lane.a_rows[m] = operand_row(lane.x[m], dir.x_cast + m * args_.I, args_.I);
       lane.b_rows[m] = operand_row(lane.h_prev[m], dir.h_cast + m * args_.O, args_.O);
     }
-    T* gx = lane.tile + kMaxRows * kMaxVectors * E::W;
-    for (int j = 0; j < layout_.stages && layout_.stage[j].from_x; j++) {
-      const Stage<E>& st = layout_.stage[j];
-      if (j == 1)
-        for (int64_t m = m0; m < m1; m++) lane.b_rows[m] = dir.mid + m * H;
-      const T* wx = reinterpret_cast<const T*>(dir.gates + st.x);
-      const T* wh = reinterpret_cast<const T*>(dir.gates + st.h);
-      const T* bias = reinterpret_cast<const T*>(dir.gates + st.bias);
-      const T* h_bias = reinterpret_cast<const T*>(dir.gates + st.h_bias);
-      const bool apart = args_.cell == Cell::gru;
-      for (int64_t b = 0; b < st.panels.blocks; b++) {
-        const int nv = st.panels.vectors(b), units = st.panels.units(b);
-        const int64_t cols = st.panels.columns(b), u0 = st.panels.first(b), o = st.panels.offset(b);
-        row_blocks(m1 - m0, nv, [&](int64_t first, int r) {
-          const int64_t m = m0 + first;
-          auto fn = tile_for<E>(r, nv);
-          fn(lane.a_rows + m, wx + st.panels.stream(b, st.Kx), st.Kx, bias + o, 0, gx, cols);
-          fn(lane.b_rows + m, wh + st.panels.stream(b, st.Kh), st.Kh, apart ? h_bias + o : gx,
-             apart ? 0 : cols, lane.tile, cols);
-          for (int q = 0; q < r; q++)
-            C::activate(j, lane.tile + q * cols, gx + q * cols, dir.dg + (m + q) * S, lane.h_prev[m + q],
-                        dir.mid ? dir.mid + (m + q) * H : nullptr, u0, units, H);
-        });
-      }
-    }
+    recompute_gates<E, C>(layout_, args_.cell, dir.gates, args_.H, m0, m1, lane.a_rows, lane.b_rows,
+                          lane.h_prev, dir.dg, dir.mid, lane.tile);
   }
   static const T* operand_row(const IO* src, T* copy, int64_t n) {
     if constexpr (kCast) {
@@ -298,15 +276,15 @@ class Backward {
       g.dh_in = last || (C::kCarryH && !cut) ? g.dh_out : zero;
       g.h = seq_.at<const IO>(args_.y, t, n) + d * O;
       g.h_prev = lane.h_prev[m];
-      g.tape = args_.gates ? static_cast<const T*>(args_.gates) +
-                                 (d * seq_.rows() + seq_.index(t, n)) * C::kTape * H
-                           : g.dg;
+      g.tape = args_.gates
+                   ? static_cast<const T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * C::kTape * H
+                   : g.dg;
       if constexpr (C::kCellState) {
         g.dc_out = dir.dc + n * H;
         g.dc_in = cut ? zero : g.dc_out;
         g.dcells = args_.dcells.data ? seq_.at<const T>(args_.dcells, t, n) + d * H : nullptr;
         g.c = seq_.at<const T>(args_.cells, t, n) + d * H;
-        g.c_prev = seq_.resets(t, n) ? zero
+        g.c_prev = seq_.resets(t, n)    ? zero
                    : begins(d, s, t, n) ? initial_cell(d, n)
                                         : seq_.at<const T>(args_.cells, before, n) + d * H;
       }
@@ -325,21 +303,13 @@ class Backward {
     }
     const int64_t count = last - first, H = args_.H;
     gather(d, lane, begin + i, first, count);
-    sweep(split_units, share, hh_, dir.w_hh, gates_ * H, count, i, [&](int64_t b, int nv, int64_t cols, int64_t m, int r) {
-      const T* init = nullptr;
-      for (const auto& piece : C::kPieces) {
-        const T* a[kMaxRows];
-        for (int q = 0; q < r; q++) {
-          a[q] = lane.a_rows[m + q];
-          if (a[q] != reinterpret_cast<const T*>(zero_)) a[q] += piece[0] * H;
-        }
-        tile_for<E>(r, nv)(a, dir.w_hh + hh_.stream(b, gates_ * H, piece[1] * H), piece[2] * H, init, cols,
-                           lane.tile, cols);
-        init = lane.tile;
-      }
-      for (int q = 0; q < r; q++)
-        C::finish(0, args_.projected, lane.rows[m + q], lane.tile + q * cols, hh_.first(b), hh_.units(b), H);
-    });
+    sweep(split_units, share, hh_, dir.w_hh, gates_ * H, count, i,
+          [&](int64_t b, int, int64_t cols, int64_t m, int r) {
+            state_product(dir, lane, b, m, r);
+            for (int q = 0; q < r; q++)
+              C::finish(0, args_.projected, lane.rows[m + q], lane.tile + q * cols, hh_.first(b),
+                        hh_.units(b), H);
+          });
     if (args_.projected || C::kTwoStage) {
       if (split_units) dir.barrier.wait(share.count);
       const Panels<E>& p = args_.projected ? hr_ : hh_;
@@ -357,14 +327,30 @@ class Backward {
     if (split_units) dir.barrier.wait(share.count);
   }
 
+  // Gate gradients of lane.a_rows[m .. m + r) times block b of weight_hh, into lane.tile.
+  void state_product(const Direction& dir, Lane& lane, int64_t b, int64_t m, int r) const {
+    const int64_t H = args_.H, cols = hh_.columns(b);
+    const T* init = nullptr;
+    for (const auto& piece : C::kPieces) {
+      const T* a[kMaxRows];
+      for (int q = 0; q < r; q++) {
+        a[q] = lane.a_rows[m + q];
+        if (a[q] != reinterpret_cast<const T*>(zero_)) a[q] += piece[0] * H;
+      }
+      tile_for<E>(r, hh_.vectors(b))(a, dir.w_hh + hh_.stream(b, gates_ * H, piece[1] * H), piece[2] * H,
+                                     init, cols, lane.tile, cols);
+      init = lane.tile;
+    }
+  }
+
   // f(block, vectors, columns, first row, rows) over this thread's blocks, alternating the direction of travel.
   template <class F>
   void sweep(bool split_units, const Share& share, const Panels<E>& p, const T* w, int64_t K, int64_t count,
              int64_t i, F&& f) {
     const int64_t b0 = split_units ? p.blocks * share.id / share.count : 0;
     const int64_t b1 = split_units ? p.blocks * (share.id + 1) / share.count : p.blocks;
-    const bool ahead =
-        b1 > b0 && count >= kPrefetchRows && (p.offset(b1 - 1) - p.offset(b0)) * K * sizeof(T) >= kPrefetchBytes;
+    const bool ahead = b1 > b0 && count >= kPrefetchRows &&
+                       (p.offset(b1 - 1) - p.offset(b0)) * K * sizeof(T) >= kPrefetchBytes;
     for (int64_t k = b0; k < b1; k++) {
       const int64_t b = i % 2 ? b1 - 1 - (k - b0) : k, next = i % 2 ? b - 1 : b + 1;
       const T* coming = ahead && k + 1 < b1 ? w + p.stream(next, K) : nullptr;
@@ -465,35 +451,15 @@ class Backward {
     for (int64_t n = i0; n < i1; n++) {
       const bool cut = seq_.resets(d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0), n);
       lane.a_rows[n] = cut ? zero : lane.next[n];
-      IO* dh0 = static_cast<IO*>(args_.dh0) + (d * N + n) * O;
-      if (cut || !C::kCarryH)
-        std::memset(dh0, 0, O * sizeof(IO));
-      else
-        convert_row(dh0, dir.dh + n * O, O);
-      if (C::kCellState) {
-        IO* dc0 = static_cast<IO*>(args_.dc0) + (d * N + n) * H;
-        if (cut)
-          std::memset(dc0, 0, H * sizeof(IO));
-        else
-          convert_row(dc0, dir.dc + n * H, H);
-      }
+      if (C::kCellState)
+        convert_row(static_cast<IO*>(args_.dc0) + (d * N + n) * H, cut ? zero : dir.dc + n * H, H);
     }
     for (int64_t b = 0; b < hh_.blocks; b++) {
       const int nv = hh_.vectors(b), units = hh_.units(b);
       const int64_t cols = hh_.columns(b), u0 = hh_.first(b);
       row_blocks(i1 - i0, nv, [&](int64_t first, int r) {
         const int64_t n = i0 + first;
-        const T* init = nullptr;
-        for (const auto& piece : C::kPieces) {
-          const T* a[kMaxRows];
-          for (int q = 0; q < r; q++) {
-            a[q] = lane.a_rows[n + q];
-            if (a[q] != zero) a[q] += piece[0] * H;
-          }
-          tile_for<E>(r, nv)(a, dir.w_hh + hh_.stream(b, gates_ * H, piece[1] * H), piece[2] * H, init, cols,
-                             lane.tile, cols);
-          init = lane.tile;
-        }
+        state_product(dir, lane, b, n, r);
         for (int q = 0; q < r; q++) {
           IO* dh0 = static_cast<IO*>(args_.dh0) + (d * N + n + q) * O + u0;
           const bool carry = C::kCarryH && lane.a_rows[n + q] != zero;

@@ -12,17 +12,17 @@ template <class E>
 struct GradRow {
   using IO = typename E::IO;
   using T = typename E::T;
-  const IO* dy;       // gradient of y's row, or null
-  const T* dh_in;     // what reaches h_t beside dy and the matmul
-  const T* dc_in;     // the same for c_t
-  const T* dcells;    // gradient of the cell-state output's row, or null
-  const T* tape;      // saved gates; may be dg itself when recomputed
+  const IO* dy;     // gradient of y's row, or null
+  const T* dh_in;   // what reaches h_t beside dy and the matmul
+  const T* dc_in;   // the same for c_t
+  const T* dcells;  // gradient of the cell-state output's row, or null
+  const T* tape;    // saved gates; may be dg itself when recomputed
   const IO *h, *h_prev;
   const T *c, *c_prev;
-  T* dg;              // gate gradients of this row
+  T* dg;               // gate gradients of this row
   T *dh_out, *dc_out;  // carried to the previous step
-  T* dh;              // projection: gradient of the projected state
-  T* mid;             // operand of a second-stage weight gradient: o * tanh(c), or r * h_prev
+  T* dh;               // projection: gradient of the projected state
+  T* mid;              // operand of a second-stage weight gradient: o * tanh(c), or r * h_prev
 };
 
 template <class E>
@@ -35,7 +35,7 @@ FASTRNN_INLINE typename E::V incoming(const GradRow<E>& g, const typename E::T* 
 
 // Columns of the gate gradients that one weight gradient is made of.
 struct Segment {
-  int slot, slots;   // in the gate gradients
+  int slot, slots;     // in the gate gradients
   int x_gate, h_gate;  // first gate in weight_ih / weight_hh, -1: no part
   bool mid;            // recurrent operand is `mid`, not h_prev
 };
@@ -67,9 +67,9 @@ struct LstmGradCpu {
       V dc = load_as<V>(g.dc_in + at, n);
       if (g.dcells) dc = dc + load_as<V>(g.dcells + at, n);
       V o = load_as<V>(g.tape + 3 * H + at, n), c = load_as<V>(g.c + at, n);
-      auto r = lstm_backward<Math>(load_as<V>(g.tape + at, n), load_as<V>(g.tape + H + at, n),
-                                   load_as<V>(g.tape + 2 * H + at, n), o, c, load_as<V>(g.c_prev + at, n), dh,
-                                   dc);
+      auto r =
+          lstm_backward<Math>(load_as<V>(g.tape + at, n), load_as<V>(g.tape + H + at, n),
+                              load_as<V>(g.tape + 2 * H + at, n), o, c, load_as<V>(g.c_prev + at, n), dh, dc);
       store_as<V>(g.dg + at, r.i, n);
       store_as<V>(g.dg + H + at, r.f, n);
       store_as<V>(g.dg + 2 * H + at, r.g, n);

@@ -11,15 +11,18 @@ namespace fastrnn {
 int tape_slots(Cell cell) {
   switch (cell) {
     case Cell::lstm:
-    case Cell::gru: return 4;
-    case Cell::gru_reset_before: return 3;
-    default: return 0;
+    case Cell::gru:
+      return 4;
+    case Cell::gru_reset_before:
+      return 3;
+    default:
+      return 0;
   }
 }
 
-#define FASTRNN_DECLARE(isa)  \
-  namespace isa_##isa {       \
-  extern const Kernels table; \
+#define FASTRNN_DECLARE(isa)    \
+  namespace isa_##isa {         \
+    extern const Kernels table; \
   }
 // FASTRNN_HAVE_*: the sets this build was given objects for (CMakeLists.txt).
 FASTRNN_DECLARE(baseline)
@@ -60,8 +63,9 @@ struct Registry {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    [[maybe_unused]] const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     // vdpbf16ps pays on AMD; on Intel it measured up to 1.5 times slower than widening and two FMAs.
     [[maybe_unused]] const bool dot = avx512 && __builtin_cpu_supports("avx512bf16");
     [[maybe_unused]] const bool dot_first = __builtin_cpu_is("amd");
@@ -87,8 +91,9 @@ struct Registry {
       std::fprintf(stderr, "fastrnn: instruction set %s, because FASTRNN_ISA is set; unset it to use %s\n",
                    wanted, names[0]);
     } else {
-      std::fprintf(stderr, "fastrnn: FASTRNN_ISA=%s is unknown or not on this machine; using %s. Available:",
-                   wanted, names[0]);
+      std::fprintf(stderr,
+                   "fastrnn: FASTRNN_ISA=%s is unknown or not on this machine; using %s. Available:", wanted,
+                   names[0]);
       for (int i = 0; i < count; i++) std::fprintf(stderr, " %s", names[i]);
       std::fprintf(stderr, "\n");
     }

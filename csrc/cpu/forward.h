@@ -80,8 +80,7 @@ class Forward {
     zero_ = arena.take<char>(imax(args.H, args.O) * sizeof(double));
     if (arena.base) std::memset(zero_, 0, imax(args.H, args.O) * sizeof(double));
     for (int d = 0; d < args.directions; d++) {
-      dir_[d].packed = args.packed ? static_cast<char*>(const_cast<void*>(args.packed)) +
-                                         d * layout_.bytes
+      dir_[d].packed = args.packed ? static_cast<char*>(const_cast<void*>(args.packed)) + d * layout_.bytes
                                    : arena.take<char>(layout_.bytes);
       dir_[d].c = C::kCellState ? arena.take<T>(NH) : nullptr;
       dir_[d].z = C::kStages == 2 && !args.projected ? arena.take<T>(NH) : nullptr;
@@ -120,6 +119,7 @@ class Forward {
     // Initial states in compute type; rows split over the group either way.
     const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
     init_states(d, i0, i1);
+    clear_frozen(d, i0, i1);
     if (split_units) dir.barrier.wait(share.count);
 
     for (int64_t s0 = 0; s0 < args_.T; s0 += steps_) {
@@ -138,6 +138,17 @@ class Forward {
     if constexpr (kShadow)
       convert_row(dir_[d].shadow + (2 * N + i0) * O, static_cast<const IO*>(args_.h0) + (d * N + i0) * O,
                   (i1 - i0) * O);
+  }
+
+  // Outputs past the ends of rows [i0, i1) are zero.
+  void clear_frozen(int d, int64_t i0, int64_t i1) {
+    if (!args_.lengths) return;
+    for (int64_t n = i0; n < i1; n++)
+      for (int64_t t = seq_.length(n); t < args_.T; t++) {
+        std::memset(seq_.at<IO>(args_.y, t, n) + d * args_.O, 0, args_.O * sizeof(IO));
+        if (args_.cells.data)
+          std::memset(seq_.at<T>(args_.cells, t, n) + d * args_.H, 0, args_.H * sizeof(T));
+      }
   }
 
   void input_term(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t steps) {
@@ -210,9 +221,9 @@ class Forward {
       st.mid = dir.mid ? dir.mid + n * H : nullptr;
       lane.mid_rows[i] = st.mid;
       st.z = dir.z ? dir.z + n * H : nullptr;
-      st.tape = args_.gates ? static_cast<T*>(args_.gates) +
-                                  (d * seq_.rows() + seq_.index(t, n)) * C::kSlots * H
-                            : nullptr;
+      st.tape = args_.gates
+                    ? static_cast<T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * C::kSlots * H
+                    : nullptr;
     }
   }
 
@@ -228,8 +239,9 @@ class Forward {
       const A* const* rows = j == 0 ? lane.h_rows : lane.mid_rows;
       const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
       const int64_t base = st.panels.offset(b0), M = lane.list.rows;
-      const bool ahead = count >= kPrefetchRows &&
-                         ((b1 > b0 ? st.panels.offset(b1 - 1) : base) - base) * st.Kh * sizeof(A) >= kPrefetchBytes;
+      const bool ahead =
+          count >= kPrefetchRows &&
+          ((b1 > b0 ? st.panels.offset(b1 - 1) : base) - base) * st.Kh * sizeof(A) >= kPrefetchBytes;
       for (int64_t k = b0; k < b1; k++) {
         // Every other step walks the blocks backwards: what the last step left in cache comes first.
         const int64_t b = (s0 + i) % 2 ? b1 - 1 - (k - b0) : k;
@@ -239,17 +251,15 @@ class Forward {
         const int64_t next = (s0 + i) % 2 ? b - 1 : b + 1;
         const A* coming = ahead && k + 1 < b1 ? w + st.panels.stream(next, st.Kh) : nullptr;
         row_blocks(count, nv, [&](int64_t m, int r) {
-          if (coming)
-            prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
+          if (coming) prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
           const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx + m * cols;
-          tile_for<E>(r, nv)(rows + m, w + st.panels.stream(b, st.Kh), st.Kh, init,
-                             C::kApart ? 0 : cols, tile_out, cols);
+          tile_for<E>(r, nv)(rows + m, w + st.panels.stream(b, st.Kh), st.Kh, init, C::kApart ? 0 : cols,
+                             tile_out, cols);
           C::finish(j, args_.projected, {lane.states + m, r, tile_out, gx + m * cols, cols, u0, units},
                     args_.H);
         });
       }
-      if (st.from_x && b1 > b0)
-        term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
+      if (st.from_x && b1 > b0) term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
       if (split_units) dir_[d].barrier.wait(share.count);
     }
   }

@@ -16,32 +16,46 @@ using BF16Grad = Types<float, bf16, float>;
 template <class E, bool Linear, class F>
 auto with_cell(Cell cell, F&& f) {
   switch (cell) {
-    case Cell::lstm: return f(LstmCpu<E, Linear>{});
-    case Cell::gru: return f(GruCpu<E, Linear>{});
-    case Cell::gru_reset_before: return f(GruResetBeforeCpu<E, Linear>{});
-    case Cell::rnn_tanh: return f(RnnCpu<E, Linear, false>{});
-    default: return f(RnnCpu<E, Linear, true>{});
+    case Cell::lstm:
+      return f(LstmCpu<E, Linear>{});
+    case Cell::gru:
+      return f(GruCpu<E, Linear>{});
+    case Cell::gru_reset_before:
+      return f(GruResetBeforeCpu<E, Linear>{});
+    case Cell::rnn_tanh:
+      return f(RnnCpu<E, Linear, false>{});
+    default:
+      return f(RnnCpu<E, Linear, true>{});
   }
 }
 
 template <class E, bool Linear, class F>
 auto with_grad(Cell cell, F&& f) {
   switch (cell) {
-    case Cell::lstm: return f(LstmGradCpu<E, Linear>{});
-    case Cell::gru: return f(GruGradCpu<E, Linear>{});
-    case Cell::gru_reset_before: return f(GruResetBeforeGradCpu<E, Linear>{});
-    case Cell::rnn_tanh: return f(RnnGradCpu<E, Linear, false>{});
-    default: return f(RnnGradCpu<E, Linear, true>{});
+    case Cell::lstm:
+      return f(LstmGradCpu<E, Linear>{});
+    case Cell::gru:
+      return f(GruGradCpu<E, Linear>{});
+    case Cell::gru_reset_before:
+      return f(GruResetBeforeGradCpu<E, Linear>{});
+    case Cell::rnn_tanh:
+      return f(RnnGradCpu<E, Linear, false>{});
+    default:
+      return f(RnnGradCpu<E, Linear, true>{});
   }
 }
 
 template <class F>
 auto with_type(Type type, F&& f) {
   switch (type) {
-    case Type::f32: return f(F32{});
-    case Type::f64: return f(F64{});
-    case Type::bf16: return f(BF16{});
-    default: return f(F32xBF16{});
+    case Type::f32:
+      return f(F32{});
+    case Type::f64:
+      return f(F64{});
+    case Type::bf16:
+      return f(BF16{});
+    default:
+      return f(F32xBF16{});
   }
 }
 
@@ -70,9 +84,12 @@ auto backward_class(const Problem& p, F&& f) {
     return with_grad<E, false>(p.cell, run);
   };
   switch (p.type) {
-    case Type::f64: return pick(F64{});
-    case Type::bf16: return pick(BF16Grad{});
-    default: return pick(F32{});
+    case Type::f64:
+      return pick(F64{});
+    case Type::bf16:
+      return pick(BF16Grad{});
+    default:
+      return pick(F32{});
   }
 }
 
@@ -125,8 +142,16 @@ void backward(const BackwardArgs& a) {
 #define FASTRNN_STRING_(x) #x
 #define FASTRNN_STRING(x) FASTRNN_STRING_(x)
 extern const Kernels table;
-const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME), plan,     packed_bytes, pack, forward_workspace,
-                       forward,  backward_workspace,           backward, peak_flops,   bandwidth};
+const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
+                       plan,
+                       packed_bytes,
+                       pack,
+                       forward_workspace,
+                       forward,
+                       backward_workspace,
+                       backward,
+                       peak_flops,
+                       bandwidth};
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

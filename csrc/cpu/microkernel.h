@@ -26,9 +26,7 @@ struct Types {
 
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;
-constexpr int max_rows(int nv) {
-  return kRegisters == 32 ? (nv == 4 ? 6 : 8) : (nv == 4 ? 3 : 4);
-}
+constexpr int max_rows(int nv) { return kRegisters == 32 ? (nv == 4 ? 6 : 8) : (nv == 4 ? 3 : 4); }
 
 constexpr int kPrefetch = 512;  // elements ahead, 2 KiB
 
@@ -52,7 +50,8 @@ FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typena
   FASTRNN_UNROLL for (int v = 0; v < NV; v++) split_pair(b + v * 2 * W, lo[v], hi[v]);
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
     const V even = V::set1(to_float(a[r][k])), odd = V::set1(two ? to_float(a[r][k + 1]) : 0.f);
-    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(odd, hi[v], V::fma(even, lo[v], acc[r][v]));
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
+        V::fma(odd, hi[v], V::fma(even, lo[v], acc[r][v]));
   }
 #endif
 }
@@ -99,8 +98,7 @@ using Arithmetic = Types<T_, T_, A_>;
 
 template <class E, int R, int NV>
 static void tile(const typename E::A* const* rows, const typename E::A* b, int64_t K,
-                 const typename E::T* init, int64_t init_stride, typename E::T* out,
-                 int64_t out_stride) {
+                 const typename E::T* init, int64_t init_stride, typename E::T* out, int64_t out_stride) {
   using V = typename E::V;
   V acc[R][NV];
   const typename E::A* a[R];
@@ -110,13 +108,13 @@ static void tile(const typename E::A* const* rows, const typename E::A* b, int64
         init ? V::load(init + r * init_stride + v * E::W) : V::zero();
   }
   multiply<E, R, NV>(acc, a, b, K);
-  FASTRNN_UNROLL for (int r = 0; r < R; r++)
-    FASTRNN_UNROLL for (int v = 0; v < NV; v++) V::store(out + r * out_stride + v * E::W, acc[r][v]);
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++)
+      V::store(out + r * out_stride + v * E::W, acc[r][v]);
 }
 
 template <class E>
-using TileFn = void (*)(const typename E::A* const*, const typename E::A*, int64_t,
-                        const typename E::T*, int64_t, typename E::T*, int64_t);
+using TileFn = void (*)(const typename E::A* const*, const typename E::A*, int64_t, const typename E::T*,
+                        int64_t, typename E::T*, int64_t);
 
 template <class E, int R, int NV>
 constexpr TileFn<E> tile_or_null() {
@@ -129,19 +127,22 @@ constexpr TileFn<E> tile_or_null() {
 template <class E, int NV>
 struct TileRow {
   static constexpr TileFn<E> fn[8] = {
-      tile_or_null<E, 1, NV>(), tile_or_null<E, 2, NV>(), tile_or_null<E, 3, NV>(),
-      tile_or_null<E, 4, NV>(), tile_or_null<E, 5, NV>(), tile_or_null<E, 6, NV>(),
-      tile_or_null<E, 7, NV>(), tile_or_null<E, 8, NV>()};
+      tile_or_null<E, 1, NV>(), tile_or_null<E, 2, NV>(), tile_or_null<E, 3, NV>(), tile_or_null<E, 4, NV>(),
+      tile_or_null<E, 5, NV>(), tile_or_null<E, 6, NV>(), tile_or_null<E, 7, NV>(), tile_or_null<E, 8, NV>()};
 };
 
 template <class E>
 FASTRNN_INLINE TileFn<E> tile_for(int rows, int nv) {
   using M = Arithmetic<typename E::T, typename E::A>;
   switch (nv) {
-    case 1: return TileRow<M, 1>::fn[rows - 1];
-    case 2: return TileRow<M, 2>::fn[rows - 1];
-    case 3: return TileRow<M, 3>::fn[rows - 1];
-    default: return TileRow<M, 4>::fn[rows - 1];
+    case 1:
+      return TileRow<M, 1>::fn[rows - 1];
+    case 2:
+      return TileRow<M, 2>::fn[rows - 1];
+    case 3:
+      return TileRow<M, 3>::fn[rows - 1];
+    default:
+      return TileRow<M, 4>::fn[rows - 1];
   }
 }
 
@@ -160,15 +161,13 @@ FASTRNN_INLINE void row_blocks(int64_t n, int nv, F&& f) {
 // fetched by the first tile of rows that meets them, at a quarter of the speed of the others.
 FASTRNN_INLINE void prefetch_part(const void* panel, int64_t bytes, int64_t m0, int64_t m1, int64_t M) {
   const char* p = static_cast<const char*>(panel);
-  for (int64_t at = bytes * m0 / M / 64 * 64; at < bytes * m1 / M; at += 64)
-    __builtin_prefetch(p + at, 0, 2);
+  for (int64_t at = bytes * m0 / M / 64 * 64; at < bytes * m1 / M; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
 
 // rows x panel for any number of rows: out[m][0..nv*W) = init[m] + a[m] . b
 template <class E>
 static void panel(const typename E::A* const* a, int64_t M, const typename E::A* b, int64_t K, int nv,
-                  const typename E::T* init, int64_t init_stride, typename E::T* out,
-                  int64_t out_stride) {
+                  const typename E::T* init, int64_t init_stride, typename E::T* out, int64_t out_stride) {
   row_blocks(M, nv, [&](int64_t m, int r) {
     tile_for<E>(r, nv)(a + m, b, K, init ? init + m * init_stride : nullptr, init_stride,
                        out + m * out_stride, out_stride);

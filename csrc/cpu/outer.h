@@ -34,8 +34,8 @@ struct OuterOperand {
   using IO = typename E::IO;
   using T = typename E::T;
   int64_t width = 0;
-  const IO** rows = nullptr;    // one pointer per row of the chunk ...
-  const T* block = nullptr;     // ... or a dense block of them
+  const IO** rows = nullptr;  // one pointer per row of the chunk ...
+  const T* block = nullptr;   // ... or a dense block of them
   T* packed = nullptr;
 };
 
@@ -45,8 +45,8 @@ static void outer_tile(const typename E::T* a, const typename E::T* b, int64_t K
   using V = typename E::V;
   constexpr int R = kOuterRows, W = E::W;
   V acc[R][NV];
-  FASTRNN_UNROLL for (int r = 0; r < R; r++)
-    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::zero();
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
+      V::zero();
   for (int64_t k = 0; k < K; k++) {
     if constexpr (kRegisters == 32) {
       V w[NV];
@@ -82,10 +82,14 @@ static void outer_any(int nv, const typename E::T* a, const typename E::T* b, in
                       int64_t ldc, int rows, int width, bool add) {
   using M = Arithmetic<typename E::T, typename E::T>;
   switch (nv) {
-    case 1: return outer_tile<M, 1>(a, b, K, c, ldc, rows, width, add);
-    case 2: return outer_tile<M, 2>(a, b, K, c, ldc, rows, width, add);
-    case 3: return outer_tile<M, 3>(a, b, K, c, ldc, rows, width, add);
-    default: return outer_tile<M, 4>(a, b, K, c, ldc, rows, width, add);
+    case 1:
+      return outer_tile<M, 1>(a, b, K, c, ldc, rows, width, add);
+    case 2:
+      return outer_tile<M, 2>(a, b, K, c, ldc, rows, width, add);
+    case 3:
+      return outer_tile<M, 3>(a, b, K, c, ldc, rows, width, add);
+    default:
+      return outer_tile<M, 4>(a, b, K, c, ldc, rows, width, add);
   }
 }
 
@@ -101,8 +105,7 @@ static void pack_outer(const OuterJob<E>& job, int64_t p, int64_t k0, int64_t K,
   constexpr int kParts = (kOuterRows + V::W - 1) / V::W;
   V total[kParts];
   FASTRNN_UNROLL for (int i = 0; i < kParts; i++) total[i] = V::zero();
-  for (int64_t k = 0; k < K; k++)
-    FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
+  for (int64_t k = 0; k < K; k++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
       const int n = static_cast<int>(imin(V::W, width - i * V::W));
       V v = n > 0 ? load_n(src + k * job.lda + i * V::W, n) : V::zero();
       store_n(dst + k * kOuterRows + i * V::W, v, static_cast<int>(imin(V::W, kOuterRows - i * V::W)));
@@ -162,9 +165,9 @@ static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOp
           for (const auto& to : jobs[j].to) {
             if (to.operand != o) continue;
             for (int64_t p = imax(mine0 - base, 0); p < imin(mine1 - base, jobs[j].panels()); p++)
-              outer_any<E>(nv, panels + (base + p) * K * kOuterRows, b, K,
-                           to.c + p * kOuterRows * to.ldc + c, to.ldc,
-                           static_cast<int>(imin(kOuterRows, jobs[j].columns - p * kOuterRows)), n, add);
+              outer_any<E>(nv, panels + (base + p) * K * kOuterRows, b, K, to.c + p * kOuterRows * to.ldc + c,
+                           to.ldc, static_cast<int>(imin(kOuterRows, jobs[j].columns - p * kOuterRows)), n,
+                           add);
           }
       }
     barrier.wait(count);

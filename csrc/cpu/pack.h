@@ -113,8 +113,7 @@ FASTRNN_INLINE void transpose8(const float* s, int64_t ld, float* d, int64_t ldd
 
 // dst[k][c] = src[c][k] for n rows of src (row stride ld) and K columns; dst rows of stride ldd.
 template <class E, class Src>
-static void transpose_strip(const Src* src, int64_t ld, int n, int64_t K, typename E::A* dst,
-                            int64_t ldd) {
+static void transpose_strip(const Src* src, int64_t ld, int n, int64_t K, typename E::A* dst, int64_t ldd) {
   using A = typename E::A;
   int64_t k = 0;
   if constexpr (sizeof(A) == 4 && sizeof(Src) == 4) {
@@ -147,8 +146,8 @@ static void pack_gates(const Panels<E>& p, const Src* w, int64_t K, typename E::
     for (int g = 0; g < p.gates; g++)
       for (int u = 0; u < units; u += E::W)
         transpose_strip<E, Src>(w + (g * p.width + p.first(b) + u) * K, K,
-                                static_cast<int>(imin(E::W, units - u)), K,
-                                out + (g * units + u) * E::kPair, cols);
+                                static_cast<int>(imin(E::W, units - u)), K, out + (g * units + u) * E::kPair,
+                                cols);
   }
 }
 
@@ -173,7 +172,7 @@ static void pack_rows(const Panels<E>& p, const Src* w, int64_t ld, int64_t K, t
 template <class E>
 struct Stage {
   Panels<E> panels;
-  bool from_x = false;    // has an input term
+  bool from_x = false;  // has an input term
   int64_t first_gate = 0, Kx = 0, Kh = 0;
   size_t x = 0, h = 0, bias = 0, h_bias = 0;  // byte offsets inside a direction's packed weights
 };
@@ -191,12 +190,15 @@ struct PackedLayout {
         add(4, p.H, 0, true, p.I, p.O);
         if (p.projected) add(1, p.O, 0, false, 0, p.H);
         break;
-      case Cell::gru: add(3, p.H, 0, true, p.I, p.O); break;
+      case Cell::gru:
+        add(3, p.H, 0, true, p.I, p.O);
+        break;
       case Cell::gru_reset_before:
         add(2, p.H, 0, true, p.I, p.O);
         add(1, p.H, 2, true, p.I, p.O);
         break;
-      default: add(1, p.H, 0, true, p.I, p.O);
+      default:
+        add(1, p.H, 0, true, p.I, p.O);
     }
   }
 

@@ -20,10 +20,13 @@ struct Plan {
 
 inline int gate_count(Cell c) {
   switch (c) {
-    case Cell::lstm: return 4;
+    case Cell::lstm:
+      return 4;
     case Cell::gru:
-    case Cell::gru_reset_before: return 3;
-    default: return 1;
+    case Cell::gru_reset_before:
+      return 3;
+    default:
+      return 1;
   }
 }
 

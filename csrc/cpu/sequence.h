@@ -21,7 +21,7 @@ struct Arena {
 
 struct Sequence {
   const Problem* p = nullptr;
-  int64_t* offsets = nullptr;        // packed: first row of each step, T + 1
+  int64_t* offsets = nullptr;         // packed: first row of each step, T + 1
   int64_t* packed_lengths = nullptr;  // packed: steps of each row
 
   Sequence(const Problem& problem, Arena& arena) : p(&problem) {
@@ -33,8 +33,7 @@ struct Sequence {
     for (int64_t n = 0; n < problem.N; n++) packed_lengths[n] = 0;
     for (int64_t t = 0; t < problem.T; t++) {
       offsets[t + 1] = offsets[t] + problem.batch_sizes[t];
-      for (int64_t n = problem.batch_sizes[t]; n-- > 0 && packed_lengths[n] == t;)
-        packed_lengths[n] = t + 1;
+      for (int64_t n = problem.batch_sizes[t]; n-- > 0 && packed_lengths[n] == t;) packed_lengths[n] = t + 1;
     }
   }
   bool ragged() const { return offsets || p->lengths; }
@@ -61,7 +60,7 @@ struct Sequence {
 
 // Rows of a run of steps in processing order, for one thread's share [n0, n1) of the batch.
 struct RowList {
-  int32_t* n = nullptr;    // batch index of each row
+  int32_t* n = nullptr;      // batch index of each row
   int64_t* start = nullptr;  // first row of each step of the chunk, steps + 1
   int64_t rows = 0;
 

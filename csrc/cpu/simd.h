@@ -73,8 +73,8 @@ struct Vec<float> {
   FASTRNN_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   // a * 2^n, n in the low bits of `shifted`; a and the result are normal numbers.
   FASTRNN_INLINE Vec times2(Vec a, Vec shifted) {
-    return {_mm512_castsi512_ps(_mm512_add_epi32(
-        _mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)))};
+    return {_mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23)))};
   }
   // d[i] becomes 1 / d[i] for i < NS and a[i] / d[i] for the NT others, d in [1, 2^126]: a Newton step on the
   // 14-bit reciprocal and one on the result, which then is what division gives (csrc/tests/test_math.cc looks at
@@ -89,8 +89,8 @@ struct Vec<float> {
     FASTRNN_UNROLL for (int i = 0; i < M; i++) e[i] = _mm512_fnmadd_ps(d[i].v, r[i], one);
     FASTRNN_UNROLL for (int i = 0; i < M; i++) r[i] = _mm512_fmadd_ps(r[i], e[i], r[i]);
     FASTRNN_UNROLL for (int i = NS; i < M; i++) a[i].v = _mm512_mul_ps(e[i] = a[i].v, r[i]);
-    FASTRNN_UNROLL for (int i = 0; i < M; i++)
-      e[i] = i < NS ? _mm512_fnmadd_ps(d[i].v, r[i], one) : _mm512_fnmadd_ps(d[i].v, a[i].v, e[i]);
+    FASTRNN_UNROLL for (int i = 0; i < M; i++) e[i] =
+        i < NS ? _mm512_fnmadd_ps(d[i].v, r[i], one) : _mm512_fnmadd_ps(d[i].v, a[i].v, e[i]);
     FASTRNN_UNROLL for (int i = 0; i < M; i++) {
       __m512 up = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(r[i]), _mm512_set1_epi32(1)));
       d[i].v = i < NS ? _mm512_fmadd_ps(e[i], up, r[i]) : _mm512_fmadd_ps(e[i], r[i], a[i].v);
@@ -126,13 +126,13 @@ struct Vec<float> {
   FASTRNN_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   FASTRNN_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   FASTRNN_INLINE Vec times2(Vec a, Vec shifted) {
-    return {_mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)))};
+    return {_mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23)))};
   }
   template <int NS, int NT>
   FASTRNN_INLINE void quotients(Vec (&a)[NS + NT], Vec (&d)[NS + NT]) {
-    FASTRNN_UNROLL for (int i = 0; i < NS + NT; i++)
-      d[i].v = _mm256_div_ps(i < NS ? _mm256_set1_ps(1.f) : a[i].v, d[i].v);
+    FASTRNN_UNROLL for (int i = 0; i < NS + NT; i++) d[i].v =
+        _mm256_div_ps(i < NS ? _mm256_set1_ps(1.f) : a[i].v, d[i].v);
   }
 };
 template <>
@@ -173,8 +173,7 @@ FASTRNN_INLINE Vec<S> operator/(Vec<S> a, Vec<S> b) {
 template <class S>
 FASTRNN_INLINE Vec<S> load_n(const S* p, int n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4)
-    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+  if constexpr (sizeof(S) == 4) return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
 #elif defined(__AVX2__)
   if constexpr (sizeof(S) == 4) {
     __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -252,8 +251,7 @@ FASTRNN_INLINE void store_as(typename V::T* p, V a, int n) {
 template <class V>
 FASTRNN_INLINE void store_as(bf16* p, V a, int n) {
 #if defined(__AVX512BF16__)
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1),
-                           (__m256i)_mm512_cvtneps_pbh(a.v));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh(a.v));
 #elif defined(__AVX512F__)
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

@@ -1,7 +1,7 @@
 """The CPU backend: the ops of `fastrnn.ops` on top of the native library `fastrnn._cpu`.
 
-This file owns every buffer: it allocates outputs, the tape and the workspace through torch, and hands the library
-addresses and strides. Shapes are those of `fastrnn.ops`; the arguments have been checked there.
+This file owns every buffer: it allocates outputs, the tape and the workspace through torch, and
+hands the library addresses and strides. Shapes are those of `fastrnn.ops`; arguments were checked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def available() -> tuple[bool, str]:
     """Whether the native library could be loaded, and if not, why."""
     if _import_error is None:
         return True, ""
-    return False, f"the native library is not built ({_import_error}); run `pip install .` in the source tree"
+    return (
+        False,
+        f"the native library is not built ({_import_error}); "
+        "run `pip install .` in the source tree",
+    )
 
 
 def isa() -> str:
@@ -46,7 +50,7 @@ def plan(
     cell: str,
     T: int,
     N: int,
-    I: int,  # noqa: E741
+    I: int,
     H: int,
     P: int,
     D: int,
@@ -85,7 +89,8 @@ class _Plan:
                 self.partition = _PARTITIONS[word[10:]]
             else:
                 raise ValueError(
-                    f"plan: got {word!r}, expected words of bf16, linear, partition=units, partition=rows"
+                    f"plan: got {word!r}, expected words of bf16, linear, partition=units, "
+                    "partition=rows"
                 )
 
 
@@ -125,7 +130,12 @@ def _shape(x: Tensor, batch_sizes: Tensor | None, batch_first: bool, h0: Tensor)
 
 
 def _problem(
-    cell: str, dtype: torch.dtype, plan: _Plan, weights: Sequence[Tensor], shape: tuple[int, int], h0: Tensor
+    cell: str,
+    dtype: torch.dtype,
+    plan: _Plan,
+    weights: Sequence[Tensor],
+    shape: tuple[int, int],
+    h0: Tensor,
 ) -> tuple[int, ...]:
     directions = h0.size(0)
     kind = _F32_BF16 if plan.bf16 and dtype == torch.float32 else _TYPES[dtype]
@@ -210,15 +220,13 @@ def _forward(
     is_packed = batch_sizes is not None
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
-    # Rows past a sequence's end are never written: they must start as zeros.
-    new = x.new_zeros if lengths is not None else x.new_empty
     lead = x.shape[:-1]
-    y = new((*lead, directions * width))
+    y = x.new_empty((*lead, directions * width))
     h_n = torch.empty_like(h0)
     c_n = torch.empty_like(c0) if lstm else x.new_empty(0)  # type: ignore[arg-type]
     compute = _compute_dtype(x.dtype)
     want_cells = want_cells and lstm
-    cells = new((*lead, directions * hidden), dtype=compute) if want_cells else x.new_empty(0, dtype=compute)
+    cells = x.new_empty((*lead, directions * hidden) if want_cells else 0, dtype=compute)
     rows = x.size(0) if is_packed else shape[0] * shape[1]
     slots = TAPE_SLOTS[cell] if want_gates else 0
     gates = x.new_empty((directions, rows, slots * hidden), dtype=compute)
@@ -264,7 +272,19 @@ def layer_forward(
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(
-        x, h0, c0, weights, packed, batch_sizes, lengths, reset, cell, batch_first, return_cells, False, plan
+        x,
+        h0,
+        c0,
+        weights,
+        packed,
+        batch_sizes,
+        lengths,
+        reset,
+        cell,
+        batch_first,
+        return_cells,
+        False,
+        plan,
     )[:4]
 
 
@@ -282,7 +302,19 @@ def layer_forward_train(
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _forward(
-        x, h0, c0, weights, None, batch_sizes, lengths, reset, cell, batch_first, True, not recompute, plan
+        x,
+        h0,
+        c0,
+        weights,
+        None,
+        batch_sizes,
+        lengths,
+        reset,
+        cell,
+        batch_first,
+        True,
+        not recompute,
+        plan,
     )
 
 
@@ -327,7 +359,7 @@ def layer_backward(
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
     empty = x.new_empty(0)
 
-    dx = (torch.zeros_like(x) if lengths is not None else torch.empty_like(x)) if need_dx else empty
+    dx = torch.empty_like(x) if need_dx else empty
     dh0 = torch.empty_like(h0) if need_dstate else empty
     dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else empty
     dweights = [torch.empty_like(w) for w in weights] if need_dw else []
@@ -365,7 +397,7 @@ def layer_backward(
 
 
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
-    """Weights in the order the forward kernels read them: opaque, bound to this process's instruction set."""
+    """Weights in the order the forward kernels read them: opaque, of this instruction set."""
     weights = _contiguous(weights)
     directions = 2 if len(weights) > 5 or _repeats(weights) else 1
     state = weights[0].new_empty((directions, 1, weights[1].size(1)))

@@ -48,7 +48,8 @@ def test_compiled_training_with_several_lengths(
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name.replace("_orig_mod.", "")])
         frames.append(counter.frame_count)
-    assert frames == [1, 1, 1]
+    # Not always 1: dynamo may call its backend again while it settles which sizes are dynamic.
+    assert len(set(frames)) == 1, f"a new length was compiled anew: {frames}"
 
 
 def test_compiled_inference(any_kind: Kind, counter: Any) -> None:
