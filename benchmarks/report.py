@@ -57,7 +57,8 @@ def header(results: Results) -> str:
             if row["bytes_per_thread"] & (row["bytes_per_thread"] - 1) == 0
         )
         lines.append(
-            f"peak {ceiling['peak_flops'] / 1e9:.0f} GFLOP/s; "
+            f"peak {ceiling['peak_flops'] / 1e9:.0f} GFLOP/s "
+            f"(torch.mm {ceiling['matmul_flops'] / 1e9:.0f}); "
             f"GB/s by working set per thread: {rates}"
         )
         lines.append(f"(measured in this run: {ceiling['source']})")

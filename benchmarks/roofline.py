@@ -35,12 +35,17 @@ TABLE_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 
 @dataclass
 class Roofline:
-    """Measured ceilings at a thread count. Bandwidths are measured when first asked for."""
+    """Measured ceilings at a thread count. Bandwidths are measured when first asked for.
+
+    peak_flops comes from a loop that touches registers only; matmul_flops is the best torch.mm of
+    2048 x 2048 x 2048 in the same minute: what a matmul gets of that peak on this machine.
+    """
 
     threads: int
     peak_flops: float
     source: str
     bandwidths: dict[int, float] = field(default_factory=dict)
+    matmul_flops: float = 0.0
     _measure: Callable[[int], float] | None = None
 
     def bandwidth(self, bytes_per_thread: int) -> float:
@@ -77,6 +82,7 @@ class Roofline:
         return {
             "threads": self.threads,
             "peak_flops": self.peak_flops,
+            "matmul_flops": self.matmul_flops,
             "source": self.source,
             "bandwidth": table,
         }
@@ -84,7 +90,8 @@ class Roofline:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Roofline:
         table = {row["bytes_per_thread"]: row["bytes_per_second"] for row in data["bandwidth"]}
-        return cls(data["threads"], data["peak_flops"], data["source"], table)
+        matmul = data.get("matmul_flops", 0.0)
+        return cls(data["threads"], data["peak_flops"], data["source"], table, matmul)
 
 
 def measure(threads: int, seconds: float = 0.15) -> Roofline:
@@ -99,7 +106,11 @@ def measure(threads: int, seconds: float = 0.15) -> Roofline:
             float(native.measure_bandwidth(threads, size, seconds / 3)) for _ in range(TRIES)
         )
 
-    roofline = Roofline(threads, peak, "fastrnn._cpu probes", _measure=stream)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    matmul = 2.0 * 2048**3 / _best(lambda: torch.mm(a, b), 3 * seconds)
+    roofline = Roofline(
+        threads, peak, "fastrnn._cpu probes", matmul_flops=matmul, _measure=stream
+    )
     for size in TABLE_BYTES:
         roofline.bandwidth(size)
     return roofline

@@ -133,7 +133,8 @@ class LayerBackward(Function):
         with torch.enable_grad():
             # Aliases of the true inputs: a third derivative flows on through them.
             aliases = [None if t is None else _alias(t, create_graph) for t in saved]
-            grads_out, inputs = aliases[:4], [*aliases[4:7], *aliases[10:]]
+            grads_out = aliases[:4]
+            inputs: list[Any] = [*aliases[4:7], *aliases[10:]]
             x, h0, c0, *weights = inputs
             outputs = reference.layer(
                 x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first

@@ -433,9 +433,9 @@ def explain(
     if type(module).__module__.startswith("torch."):
         reason = f"this is torch.nn.{name}; fastrnn.replace(model) swaps it for fastrnn.{name}"
         return Explanation("torch", "torch.nn's own choice", reason)
-    batch_sizes = None
+    batch_sizes: Tensor | None = None
     if isinstance(input, PackedSequence):
-        input, batch_sizes = input.data, input.batch_sizes
+        batch_sizes, input = input.batch_sizes, input.data
     states = [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
     tensors = [input, *states, *module.parameters()]
     records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -310,7 +310,8 @@ def _run_layers(
     layout = flip_layout(batch) if turned else batch
     if turned:
         x = x.transpose(0, 1)
-    h_n, c_n = [], []
+    h_n: list[Tensor] = []
+    c_n: list[Any] = []  # None where the cell has no c
     cells: Tensor | None = None
     for k in range(num_layers):
         if turned and k == last:
@@ -422,7 +423,7 @@ def _check_weights(
             f"input.size(-1) must be equal to input_size. Expected {w_ih.size(1)}, got {features}"
         )
     dtype, device = input.dtype, input.device
-    rest = [(rows,), (rows,)] if bias else []
+    rest: list[tuple[int, ...]] = [(rows,), (rows,)] if bias else []
     if proj_size:
         rest.append((proj_size, hidden))
     index = 0
