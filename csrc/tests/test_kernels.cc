@@ -79,7 +79,7 @@ TEST(each_cell_at_a_plain_shape) {
 TEST(random_options_f32) {
   each_isa([] {
     Random random(7);
-    for (int i = 0; i < (kThreadSanitizer ? 15 : kSanitizer ? 60 : 150); ++i)
+    for (int i = 0; i < (kThreadSanitizer ? 8 : 40); ++i)
       check_training(draw(random, Type::f32), 100 + i);
   });
 }
@@ -87,21 +87,21 @@ TEST(random_options_f32) {
 TEST(random_options_f64) {
   each_isa([] {
     Random random(8);
-    for (int i = 0; i < (kSanitizer ? 20 : 60); ++i) check_training(draw(random, Type::f64), 500 + i);
+    for (int i = 0; i < (kSanitizer ? 8 : 15); ++i) check_training(draw(random, Type::f64), 500 + i);
   });
 }
 
 TEST(random_options_bf16) {
   each_isa([] {
     Random random(9);
-    for (int i = 0; i < (kSanitizer ? 20 : 60); ++i) check_training(draw(random, Type::bf16), 900 + i);
+    for (int i = 0; i < (kSanitizer ? 8 : 15); ++i) check_training(draw(random, Type::bf16), 900 + i);
   });
 }
 
 TEST(bf16_weights_forward) {
   each_isa([] {
     Random random(10);
-    for (int i = 0; i < (kSanitizer ? 20 : 60); ++i) {
+    for (int i = 0; i < (kSanitizer ? 8 : 15); ++i) {
       Trial trial(draw(random, Type::f32_bf16), 1300 + i);
       trial.forward(false, nullptr);
       trial.compare_forward();
