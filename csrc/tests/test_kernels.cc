@@ -118,10 +118,10 @@ TEST(shapes_wide_enough_for_a_team) {
           o.cell = cell;
           o.partition = partition;
           o.directions = directions;
-          o.T = 6;
-          o.N = 33;
-          o.I = 29;
-          o.H = 65;
+          o.T = 4;
+          o.N = 17;
+          o.I = 21;
+          o.H = 49;
           o.threads = 3;
           if (kThreadSanitizer) o.N = 9, o.H = 34;
           if (kSanitizer && directions == 2) continue;  // one direction is slow enough there
