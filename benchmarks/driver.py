@@ -36,7 +36,7 @@ def quick_settings(threads: int, verify_only: bool = False) -> Settings:
 
 
 def full_settings(threads: int, verify_only: bool = False) -> Settings:
-    return Settings(False, threads, budget=1.6, min_rounds=4, verify_only=verify_only)
+    return Settings(False, threads, budget=1.0, min_rounds=4, verify_only=verify_only)
 
 
 class Workers:
