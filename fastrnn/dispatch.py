@@ -23,11 +23,11 @@ from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn
+from fastrnn.handover import handed_over
 from fastrnn.sequence import Batch, describe
 
 __all__ = [
     "Explanation",
-    "Handover",
     "Problem",
     "choose",
     "decide",
@@ -35,47 +35,6 @@ __all__ = [
     "explain_call",
     "use_backend",
 ]
-
-
-class Handover(NamedTuple):
-    """A box of shapes, ends included, in which torch's own kernel was measured faster."""
-
-    dtype: torch.dtype
-    training: bool
-    steps: tuple[int, int]
-    batch: tuple[int, int]
-    hidden: tuple[int, int]
-    measured: str
-    needs_amx: bool = False
-
-    def covers(self, problem: Problem) -> bool:
-        return (
-            problem.dtype == self.dtype
-            and (_AMX or not self.needs_amx)
-            and problem.training == self.training
-            and self.steps[0] <= problem.steps <= self.steps[1]
-            and self.batch[0] <= problem.batch <= self.batch[1]
-            and self.hidden[0] <= problem.hidden_size <= self.hidden[1]
-        )
-
-
-_ANY = (0, 1 << 62)
-_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-# Cell -> boxes. Filled from measurements, never by guess.
-HANDOVER: dict[str, tuple[Handover, ...]] = {
-    "lstm": (
-        Handover(
-            torch.bfloat16, False, _ANY, (8, 1 << 62), _ANY,
-            "oneDNN's bfloat16 LSTM uses this CPU's AMX tiles (1.6 to 3 times), ours does not yet",
-            needs_amx=True,
-        ),
-    ),
-}  # fmt: skip
-
-
-def _may_hand_over(cell: str, dtype: torch.dtype) -> bool:
-    return any(box.dtype == dtype for box in HANDOVER.get(cell, ()))
 
 
 @dataclass(frozen=True)
@@ -202,11 +161,13 @@ def _candidates(p: Problem) -> list[tuple[str, str]]:
         native = ("cpu", "the native kernels serve this call, none was measured faster")
         torch_own = ("torch", "the native kernels cannot serve this call, torch's own can")
         # A traced call stays one operator: torch's kernel would be unrolled over the steps.
-        boxes = () if is_compiling() else HANDOVER.get(p.cell, ())
-        for box in boxes:
-            if box.covers(p):
-                faster = ("torch", f"torch's own kernel was measured faster here: {box.measured}")
-                return [faster, native, last]
+        box = None
+        if not is_compiling():
+            plain = not (p.packed or p.proj_size)
+            box = handed_over(p.cell, p.dtype, p.training, p.steps, p.batch, p.hidden_size, plain)
+        if box is not None:
+            faster = ("torch", f"torch's own kernel was measured faster here: {box.measured}")
+            return [faster, native, last]
         return [native, torch_own, last]
     own = ("torch", f"fastrnn has no kernels for {p.device} yet, torch's own serve this call")
     return [("cuda", ""), own, last] if p.device == "cuda" else [own, last]
@@ -263,7 +224,18 @@ def choose(
         and not CPU_MISSING
         and input.is_cpu
         and input.dtype in CPU_DTYPES
-        and not (cell in HANDOVER and _may_hand_over(cell, input.dtype))
+        and (
+            is_compiling()
+            or not handed_over(
+                cell,
+                input.dtype,
+                training,
+                batch.steps,
+                batch.size,
+                sizes[0],
+                batch.batch_sizes is None and not sizes[1],
+            )
+        )
         and sizes[0]
         and input.size(-1)
         and not _under_transforms()

@@ -1,0 +1,78 @@
+"""Where torch's own kernels were measured faster than ours: data for ``fastrnn.dispatch``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Handover(NamedTuple):
+    """A box of shapes, ends included, in which torch's own kernel was measured faster."""
+
+    dtype: torch.dtype
+    training: bool
+    steps: tuple[int, int]
+    batch: tuple[int, int]
+    hidden: tuple[int, int]
+    measured: str
+    needs_amx: bool = False
+
+    def covers(
+        self, dtype: torch.dtype, training: bool, steps: int, batch: int, hidden: int
+    ) -> bool:
+        return (
+            dtype == self.dtype
+            and training == self.training
+            and self.steps[0] <= steps <= self.steps[1]
+            and self.batch[0] <= batch <= self.batch[1]
+            and self.hidden[0] <= hidden <= self.hidden[1]
+            and (_AMX or not self.needs_amx)
+        )
+
+
+_ANY = (0, 1 << 62)
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+_RESULTS = "benchmarks/results/intel-xeon-family-6-model-167/full.json"
+
+# Cell -> boxes. Filled from measurements, never by guess.
+HANDOVER: dict[str, tuple[Handover, ...]] = {
+    "lstm": (
+        Handover(
+            torch.bfloat16, False, _ANY, (8, _ANY[1]), _ANY,
+            "oneDNN's bfloat16 LSTM uses this CPU's AMX tiles (1.6 to 3 times), ours does not yet",
+            needs_amx=True,
+        ),
+        Handover(
+            torch.float32, False, _ANY, (16, 64), (448, 768),
+            f"oneDNN is 1.05 to 1.13 times faster, {_RESULTS}",
+        ),
+    ),
+    "gru": (
+        Handover(
+            torch.float32, True, (1, 1), _ANY, _ANY,
+            f"packing weights for one step costs more than the step (1.1 to 4 times), {_RESULTS}",
+        ),
+    ),
+    "rnn_tanh": (
+        Handover(
+            torch.float32, True, (1, 1), _ANY, _ANY,
+            f"packing weights for one step costs more than the step (1.2 to 4.5 times), {_RESULTS}",
+        ),
+        Handover(
+            torch.float32, False, (1, 1), (1, 1), _ANY,
+            f"one small call: torch.nn's overhead is smaller (1.1 to 1.2 times), {_RESULTS}",
+        ),
+    ),
+}  # fmt: skip
+HANDOVER["rnn_relu"] = HANDOVER["rnn_tanh"]
+
+
+def handed_over(
+    cell: str, dtype: torch.dtype, training: bool, steps: int, batch: int, hidden: int, plain: bool
+) -> Handover | None:
+    # plain: neither packed nor projected, where torch leaves its fast kernels.
+    for box in HANDOVER.get(cell, ()) if plain else ():
+        if box.covers(dtype, training, steps, batch, hidden):
+            return box
+    return None
