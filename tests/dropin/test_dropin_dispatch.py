@@ -216,7 +216,8 @@ def test_explain_float16_names_what_was_rejected(kind: Kind) -> None:
 
 def test_explain_cells_and_torch_modules(cell: Kind) -> None:
     ours, theirs = twins(cell, 5, 7)
-    assert fastrnn.explain(ours, X[0]).backend == "cpu"
+    with torch.no_grad():  # a step with gradients may be handed to torch, see fastrnn.handover
+        assert fastrnn.explain(ours, X[0]).backend == "cpu"
     found = fastrnn.explain(theirs, X[0])
     assert found.backend == "torch"
     assert "fastrnn.replace" in found.reason
