@@ -85,9 +85,9 @@ struct Kernels {
   double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
 };
 
-// The chosen set: the widest the machine has, or what FASTRNN_ISA names.
+// The chosen set: the first of available_isas(), or what FASTRNN_ISA names.
 const Kernels& kernels();
-// Names of the sets compiled in that this machine can run, widest first, null-terminated.
+// Names of the sets compiled in that this machine can run, fastest first, null-terminated.
 const char* const* available_isas();
 // Selects a set by name; false if it is unknown or the machine lacks it.
 bool select_isa(const char* name);
