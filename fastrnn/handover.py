@@ -40,7 +40,7 @@ HANDOVER: dict[str, tuple[Handover, ...]] = {
     "lstm": (
         Handover(
             torch.bfloat16, False, _ANY, (8, _ANY[1]), _ANY,
-            "oneDNN's bfloat16 LSTM uses this CPU's AMX tiles (1.4 to 2.4 times), ours does not yet",
+            "oneDNN's bfloat16 LSTM uses this CPU's AMX (1.4 to 2.4 times), ours does not yet",
             needs_amx=True,
         ),
         Handover(
