@@ -59,10 +59,6 @@ HANDOVER: dict[str, tuple[Handover, ...]] = {
             torch.float32, True, (1, 1), _ANY, _ANY,
             f"packing weights for one step costs more than the step (1.2 to 4.5 times), {_RESULTS}",
         ),
-        Handover(
-            torch.float32, False, (1, 1), (1, 1), _ANY,
-            f"one small call: torch.nn's overhead is smaller (1.1 to 1.2 times), {_RESULTS}",
-        ),
     ),
 }  # fmt: skip
 HANDOVER["rnn_relu"] = HANDOVER["rnn_tanh"]
