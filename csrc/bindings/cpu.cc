@@ -7,37 +7,12 @@
 
 #include "../cpu/layer.h"
 #include "../cpu/team.h"
+#include "fields.h"
 
 namespace py = pybind11;
 using namespace fastrnn;
 
 namespace {
-
-// Reads a tuple of integers front to back; a wrong count is a mistake of the Python side.
-class Fields {
- public:
-  explicit Fields(const py::tuple& t) : tuple_(t.ptr()), size_(PyTuple_GET_SIZE(t.ptr())) {}
-  int64_t integer() {
-    if (next_ >= size_) throw std::invalid_argument("fastrnn._cpu: too few fields in a tuple");
-    const long long v = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, next_++));
-    if (v == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return v;
-  }
-  void* address() { return reinterpret_cast<void*>(static_cast<intptr_t>(integer())); }
-  Grid strides() {
-    Grid g;
-    g.stride_t = integer();
-    g.stride_n = integer();
-    return g;
-  }
-  void end() const {
-    if (next_ != size_) throw std::invalid_argument("fastrnn._cpu: too many fields in a tuple");
-  }
-
- private:
-  PyObject* tuple_;
-  Py_ssize_t size_, next_ = 0;
-};
 
 void read_problem(Fields& f, Problem& p) {
   p.cell = static_cast<Cell>(f.integer());

@@ -25,7 +25,9 @@ int tape_slots(Cell cell) {
     extern const Kernels table; \
   }
 // FASTRNN_HAVE_*: the sets this build was given objects for (CMakeLists.txt).
+#if FASTRNN_HAVE_BASELINE
 FASTRNN_DECLARE(baseline)
+#endif
 #if FASTRNN_HAVE_AVX512BF16
 FASTRNN_DECLARE(avx512bf16)
 #endif
@@ -82,7 +84,9 @@ struct Registry {
     add(isa_avx2::table, avx2);
 #endif
 #endif
+#if FASTRNN_HAVE_BASELINE
     add(isa_baseline::table, true);
+#endif
     chosen = entries[0].kernels;
     const char* wanted = std::getenv("FASTRNN_ISA");
     if (!wanted || !*wanted) return;
