@@ -57,7 +57,7 @@ class PackedCache:
     concurrent callers at worst pack the same weights twice.
     """
 
-    __slots__ = ("_entries", "stepper")
+    __slots__ = ("_entries", "seen", "sequence", "stepper")
 
     def __init__(self) -> None:
         self.clear()
@@ -73,7 +73,10 @@ class PackedCache:
 
     def clear(self) -> None:
         self._entries: dict[int, _Entry] = {}
-        self.stepper: Any = None  # what fastrnn.nn.stepper made of the packed weights
+        # What fastrnn.nn.stepper made of the packed weights, for a step and for a whole sequence.
+        self.stepper: Any = None
+        self.sequence: Any = None
+        self.seen: Any = None  # the shape of the last sequence
 
     def find(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
         """The kept packed weights of `layer`, or None if there are none or they are stale."""
