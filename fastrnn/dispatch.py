@@ -251,16 +251,12 @@ def choose(
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
 
-def conditions() -> tuple[object, ...]:
-    """Everything beside its arguments that ``choose`` depends on in eager mode: while this and
-    they are equal, so is the choice."""
-    return (
-        _in_force,
-        _active.override if _in_force else None,
-        CPU_MISSING,
-        torch._C._are_functorch_transforms_active(),
-        _bf16_allowed(),
-    )
+def settled() -> bool | None:
+    """Whether bfloat16 weights are allowed; None under an override or a transform. While this and
+    the arguments stay, ``choose`` returns the same in eager mode."""
+    if _in_force or torch._C._are_functorch_transforms_active():
+        return None
+    return _bf16_allowed()
 
 
 def _problem(

@@ -422,6 +422,11 @@ def layer_backward(
     return dx, dh0, dc0, dweights
 
 
+def read_words(addresses: bytes) -> bytes:
+    """The 8-byte words at these addresses (native uint64), which must be readable."""
+    return bytes(_cpu.read_words(addresses))
+
+
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
     """Weights in the order the forward kernels read them: opaque, of this instruction set."""
     weights = _contiguous(weights)

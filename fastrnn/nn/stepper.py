@@ -16,7 +16,7 @@ from torch import Tensor
 from fastrnn import dispatch
 from fastrnn.backends import cpu
 from fastrnn.functional.stack import check_weights
-from fastrnn.nn.cache import PackedCache, bypassed
+from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 
 _Fields = tuple[int, ...]
@@ -125,7 +125,7 @@ class NativeCall:
         item = x.element_size() * directions * rows
         self._h_bytes, self._c_bytes = out * item, hidden * item
         self._prepared: _Prepared | None = None
-        self._conditions: object = None
+        self._bf16: bool | None = None
         self._plan = ""
         self._scratch: list[tuple[Tensor, int, int]] = []
 
@@ -141,9 +141,10 @@ class NativeCall:
             or x.shape != self._x_shape
             or x.dtype is not self._dtype
             or not (x.is_contiguous() and x.is_cpu)
-            or bypassed()
+            or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export
+            or torch._C._get_tracing_state() is not None
             or torch._C._autograd._profiler_enabled()  # which shows operators
-            or dispatch.autocast_dtype(x) is not None
+            or torch._C._is_any_autocast_enabled()
         ):
             return None
         if h is None:
@@ -152,14 +153,16 @@ class NativeCall:
             c is not self._c_like if self._c_like is None else not _fits(c, self._c_like)
         ):
             return None
-        conditions = dispatch.conditions()
-        if conditions != self._conditions:
+        bf16 = dispatch.settled()
+        if bf16 is None:
+            return None
+        if bf16 is not self._bf16:
             backend, self._plan = dispatch.choose(
                 self._cell, x, self._batch, self._sizes, False, False, False
             )
             if backend != "cpu":
                 return None
-            self._conditions = conditions
+            self._bf16 = bf16
         prepared = self._current(x, weights, cache)
         return None if prepared is None else self._run(prepared, x, h, c)
 
