@@ -1,4 +1,4 @@
-"""fastrnn.RHN: parameters, arguments, shapes, masks, errors, and what a module has to put up with."""
+"""fastrnn.RHN: parameters, arguments, shapes, masks, errors, compile, export, copies."""
 
 from __future__ import annotations
 
