@@ -13,6 +13,10 @@
 namespace py = pybind11;
 using namespace fastrnn;
 
+namespace fastrnn {
+void bind_rhn(py::module_& m);
+}
+
 namespace {
 
 void read_problem(Fields& f, Problem& p) {
@@ -186,4 +190,5 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("threads"), py::arg("bytes_per_thread"), py::arg("seconds") = 0.5,
       py::call_guard<py::gil_scoped_release>());
+  bind_rhn(m);
 }

@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "machine.h"
+#include "rhn.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -141,6 +142,7 @@ void backward(const BackwardArgs& a) {
 
 #define FASTRNN_STRING_(x) #x
 #define FASTRNN_STRING(x) FASTRNN_STRING_(x)
+extern const RhnKernels rhn_table;
 extern const Kernels table;
 const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        plan,
@@ -151,7 +153,8 @@ const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        backward_workspace,
                        backward,
                        peak_flops,
-                       bandwidth};
+                       bandwidth,
+                       &rhn_table};
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

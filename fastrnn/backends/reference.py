@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrnn.reference import gru_layer, lstm_layer, rnn_layer
+from fastrnn.reference import gru_layer, lstm_layer, rhn_layer, rnn_layer
 
-__all__ = ["layer"]
+__all__ = ["layer", "rhn"]
 
 
 def layer(
@@ -33,16 +33,7 @@ def layer(
         y, h_n, c_n and cells; the last two are None but for an LSTM. Cells have the data's dtype,
         float32 for the 16-bit types.
     """
-    live = None
-    if batch_sizes is not None:
-        live = torch.arange(h0.size(1)) < batch_sizes.unsqueeze(1)
-        lengths = live.sum(0).to(x.device)
-        live = live.to(x.device)
-        x = x.new_zeros((*live.shape, x.size(-1))).index_put(live.nonzero().unbind(1), x)
-    elif batch_first:
-        x = x.transpose(0, 1)
-        reset = None if reset is None else reset.transpose(0, 1)
-
+    x, lengths, reset, live = _time_major(x, h0, batch_sizes, lengths, reset, batch_first)
     directions = h0.size(0)
     per_direction = len(weights) // directions
     ys, h_n, c_n, cells = [], [], [], []
@@ -70,6 +61,62 @@ def layer(
     if states.dtype in (torch.bfloat16, torch.float16):
         states = states.float()
     return y, h, torch.stack(c_n), states
+
+
+def rhn(
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    x_mask: Tensor | None,
+    s_mask: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """One Recurrent Highway layer; arguments, shapes and results as ``fastrnn::rhn_forward``."""
+    x, lengths, reset, live = _time_major(x, h0, batch_sizes, lengths, reset, batch_first)
+    directions = h0.size(0)
+    per = len(weights) // directions
+    results = [
+        rhn_layer(
+            x,
+            h0[d],
+            weights[d * per : (d + 1) * per],
+            x_mask=None if x_mask is None else x_mask[d],
+            s_mask=None if s_mask is None else s_mask[d],
+            reverse=d == 1,
+            lengths=lengths,
+            reset=reset,
+        )
+        for d in range(directions)
+    ]
+    ys, states = zip(*results, strict=True)
+    return _to_layout(ys, live, batch_first), torch.stack(states)
+
+
+_Layout = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _time_major(
+    x: Tensor,
+    h0: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_first: bool,
+) -> _Layout:
+    """x as (T, N, I), lengths, reset as (T, N), and (T, N) bool of a packed sequence's rows."""
+    if batch_sizes is not None:
+        live = torch.arange(h0.size(1)) < batch_sizes.unsqueeze(1)
+        lengths = live.sum(0).to(x.device)
+        live = live.to(x.device)
+        x = x.new_zeros((*live.shape, x.size(-1))).index_put(live.nonzero().unbind(1), x)
+        return x, lengths, reset, live
+    if batch_first:
+        x = x.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
+    return x, lengths, reset, None
 
 
 def _to_layout(parts: Sequence[Tensor], live: Tensor | None, batch_first: bool) -> Tensor:

@@ -16,7 +16,7 @@ An output that does not apply is an empty (0,) tensor. Autograd is not registere
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         results = function(*args)
-        if all(r is not None for r in results):
+        if isinstance(results, Tensor) or all(r is not None for r in results):
             return results
         like = next(a for a in args if isinstance(a, Tensor))
         # Cells and tape, the fourth and fifth result of a forward, are wider than 16 bits.
@@ -176,15 +176,16 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def register(device: str, module: str) -> dict[str, Callable[..., Any]]:
-    """Serve all operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module.
+def register(
+    device: str, module: str, names: Iterable[str] = _SCHEMAS
+) -> dict[str, Callable[..., Any]]:
+    """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module.
 
     Returns the backend's functions, which may return None for an output that does not apply.
     """
-    functions = {name: _backend(module, name) for name in _SCHEMAS}
+    functions = {name: _backend(module, name) for name in names}
     for name, function in functions.items():
-        single = name == "pack_weights"
-        torch.library.impl(f"fastrnn::{name}", device, function if single else _filled(function))
+        torch.library.impl(f"fastrnn::{name}", device, _filled(function))
     return functions
 
 
