@@ -79,6 +79,8 @@ class RHN(Steppable):
         bias_l{k} (depth, G * H).
     """
 
+    _prepares = False
+
     def __init__(
         self,
         input_size: int,
@@ -187,11 +189,6 @@ class RHN(Steppable):
 
     def _cell(self) -> str:
         return "rhn"
-
-    def _step_natively(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any] | None:
-        return (
-            None  # prepared calls exist for the cells of torch.nn; forward keeps weights packed too
-        )
 
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         options.pop("return_cells", None)
