@@ -141,6 +141,7 @@ void backward(const BackwardArgs& a) {
 
 #define FASTRNN_STRING_(x) #x
 #define FASTRNN_STRING(x) FASTRNN_STRING_(x)
+extern const BnLstmKernels bnlstm_table;
 extern const Kernels table;
 const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        plan,
@@ -151,7 +152,8 @@ const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        backward_workspace,
                        backward,
                        peak_flops,
-                       bandwidth};
+                       bandwidth,
+                       &bnlstm_table};
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

@@ -71,6 +71,8 @@ struct BackwardArgs : Problem {
 // Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none.
 int tape_slots(Cell cell);
 
+struct BnLstmKernels;
+
 // One instruction set's entry points.
 struct Kernels {
   const char* isa;
@@ -83,6 +85,7 @@ struct Kernels {
   void (*backward)(const BackwardArgs&);
   double (*peak_flops)(int threads, double seconds);
   double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
+  const BnLstmKernels* bnlstm;
 };
 
 // The chosen set: the first of available_isas(), or what FASTRNN_ISA names.
