@@ -40,7 +40,9 @@ class BNCase:
     rows: int = 4  # of the running statistics
     upstream: tuple[str, ...] = UPSTREAM
     plan: str = ""
-    eps: float = 1e-5
+    # A batch of 2 or 3 has small variances: with 1e-5 one rounding grows by up to 300 at every
+    # step, and the rule speaks of data of unit scale. Cases of many rows take 1e-5.
+    eps: float = 0.1
     seed: int = 0
 
     def __str__(self) -> str:

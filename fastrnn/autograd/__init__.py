@@ -1,5 +1,6 @@
 """Gradients: one differentiable ``torch.autograd.Function`` per kind of layer."""
 
+from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward
 from fastrnn.autograd.layer import Layer, LayerBackward, distinct
 
-__all__ = ["Layer", "LayerBackward", "distinct"]
+__all__ = ["BNLSTMLayer", "BNLSTMLayerBackward", "Layer", "LayerBackward", "distinct"]

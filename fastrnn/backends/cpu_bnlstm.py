@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ __all__ = ["bnlstm_backward", "bnlstm_forward", "plan"]
 
 _TERMS = 3  # input term, recurrent term, cell
 
+
+def _library() -> Any:
+    """The native module; absent from a tree without a build, where no call comes this far."""
+    return cpu._cpu  # type: ignore[attr-defined]
 
 
 def _problem(
@@ -57,7 +62,7 @@ def plan(
     """What the kernels will do with a layer of this shape, in words for ``explain``."""
     x = torch.empty((0, features), dtype=dtype, device="cpu")
     problem = _problem(x, shape, directions, hidden, True, False, 1.0, "")
-    count = cpu._cpu.bnlstm_threads(problem)
+    count = _library().bnlstm_threads(problem)
     if count == 1:
         split = "1 thread"
     elif directions == 2 and count == 2:
@@ -98,7 +103,7 @@ def bnlstm_forward(
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     cells = x.new_empty((*lead, directions * hidden) if return_cells or record else 0)
     rows = (x.size(0) if is_packed else shape[0] * size) if record else 0
-    tape = x.new_empty((directions, rows, cpu._cpu.bnlstm_tape_width(hidden)))
+    tape = x.new_empty((directions, rows, _library().bnlstm_tape_width(hidden)))
     steps = shape[0] if batch_stats or record else 0
     widths = (4 * hidden, 4 * hidden, hidden)
     used = [
@@ -134,9 +139,9 @@ def bnlstm_forward(
         *fields,
     )
     workspace = torch.empty(
-        cpu._cpu.bnlstm_forward_workspace(problem, tensors) + 64, dtype=torch.uint8
+        _library().bnlstm_forward_workspace(problem, tensors) + 64, dtype=torch.uint8
     )
-    cpu._cpu.bnlstm_forward(problem, tensors, cpu._aligned(workspace))
+    _library().bnlstm_forward(problem, tensors, cpu._aligned(workspace))
     return y, h_n, c_n, cells, tape, *used  # type: ignore[return-value]
 
 
@@ -205,7 +210,7 @@ def bnlstm_backward(
         *(_addresses(dweights, directions) if need_dw else ()),
     )
     workspace = torch.empty(
-        cpu._cpu.bnlstm_backward_workspace(problem, tensors) + 64, dtype=torch.uint8
+        _library().bnlstm_backward_workspace(problem, tensors) + 64, dtype=torch.uint8
     )
-    cpu._cpu.bnlstm_backward(problem, tensors, cpu._aligned(workspace))
+    _library().bnlstm_backward(problem, tensors, cpu._aligned(workspace))
     return dx, dh0, dc0, dweights

@@ -33,9 +33,7 @@ def layer(
         y, h_n, c_n and cells; the last two are None but for an LSTM. Cells have the data's dtype,
         float32 for the 16-bit types.
     """
-    x, lengths, reset, live = from_layout(
-        x, h0.size(1), batch_sizes, lengths, reset, batch_first
-    )
+    x, lengths, reset, live = from_layout(x, h0.size(1), batch_sizes, lengths, reset, batch_first)
     directions = h0.size(0)
     per_direction = len(weights) // directions
     ys, h_n, c_n, cells = [], [], [], []

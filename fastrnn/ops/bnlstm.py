@@ -6,7 +6,7 @@
     running  per direction mean and variance of the input term (L, 4H), of the recurrent term
              (L, 4H) and of the cell (L, H); step s reads row min(s, L - 1)
     used_*   the statistics that each step used, (D, 2, T, width): mean, then biased variance;
-             T is 1 for a shared input term. Empty in dimension T unless ``batch_stats`` or ``record``.
+             T is 1 for a shared input term, and 0 without both ``batch_stats`` and ``record``.
     tape     normalised terms for the backward, where ``record``: opaque
 
 ``batch_stats``: statistics of the batch in each step with two live rows or more. ``sequence``: one

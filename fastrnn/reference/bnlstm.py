@@ -7,8 +7,8 @@ For every step s, with the gate rows of the weights in torch's order i, f, g, o:
     h' = sigmoid(z_o) * tanh(BN(c'; gamma_c) + beta_c)
     BN(u; gamma) = gamma * (u - mean) / sqrt(var + eps)
 
-Mean and biased variance are over the batch, apart for every step; gamma, beta and bias are shared by all
-steps. The carry c' itself is not normalised.
+Mean and biased variance are over the batch, apart for every step; gamma, beta and bias are shared
+by all steps. The carry c' itself is not normalised.
 
 Source: Cooijmans, Ballas, Laurent, Gulcehre, Courville 2016 (arXiv:1603.09025). As there, the two
 batch norms of the pre-activations have no shift of their own: bias carries both.
