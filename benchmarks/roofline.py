@@ -108,9 +108,7 @@ def measure(threads: int, seconds: float = 0.15) -> Roofline:
 
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     matmul = 2.0 * 2048**3 / _best(lambda: torch.mm(a, b), 3 * seconds)
-    roofline = Roofline(
-        threads, peak, "fastrnn._cpu probes", matmul_flops=matmul, _measure=stream
-    )
+    roofline = Roofline(threads, peak, "fastrnn._cpu probes", matmul_flops=matmul, _measure=stream)
     for size in TABLE_BYTES:
         roofline.bandwidth(size)
     return roofline

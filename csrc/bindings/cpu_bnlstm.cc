@@ -49,7 +49,8 @@ BnLstmForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensor
   for (void*& used : a.used) used = g.address();
   read_sequence(g, a);
   for (int d = 0; d < a.directions; d++) {
-    a.weights[d] = {g.address(), g.address(), g.address(), g.address(), g.address(), g.address(), g.address()};
+    a.weights[d] = {g.address(), g.address(), g.address(), g.address(),
+                    g.address(), g.address(), g.address()};
     for (int term = 0; term < kBnTerms; term++) {
       a.given[d].mean[term] = g.address();
       a.given[d].var[term] = g.address();
@@ -80,10 +81,12 @@ BnLstmBackwardArgs backward_args(const py::tuple& problem, const py::tuple& tens
   a.want_weights = g.integer() != 0;
   read_sequence(g, a);
   for (int d = 0; d < a.directions; d++)
-    a.weights[d] = {g.address(), g.address(), g.address(), g.address(), g.address(), g.address(), g.address()};
+    a.weights[d] = {g.address(), g.address(), g.address(), g.address(),
+                    g.address(), g.address(), g.address()};
   if (a.want_weights)
     for (int d = 0; d < a.directions; d++)
-      a.grads[d] = {g.address(), g.address(), g.address(), g.address(), g.address(), g.address(), g.address()};
+      a.grads[d] = {g.address(), g.address(), g.address(), g.address(),
+                    g.address(), g.address(), g.address()};
   g.end();
   return a;
 }

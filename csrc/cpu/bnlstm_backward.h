@@ -6,8 +6,7 @@
 // recurrent and of the input term stay in cache until they meet the weights and the operands.
 // Where all steps share the input term's statistics its gradient waits for the last step.
 #pragma once
-#include "../cells/bnlstm.h"
-#include "bnlstm_columns.h"
+#include "bnlstm_gradients.h"
 #include "outer.h"
 #include "plan.h"
 #include "team.h"
@@ -16,6 +15,9 @@ namespace fastrnn {
 namespace FASTRNN_ISA {
 
 constexpr int64_t kBnGradRows = 384;
+
+// Rows of 4H gradients a power of two apart would all fall into the same few sets of L1.
+constexpr int64_t kRowPadding = 16;
 
 template <class E, bool Linear>
 class BnLstmBackward {
@@ -37,39 +39,32 @@ class BnLstmBackward {
   }
 
  private:
-  struct Row {
-    const T *dy, *dcells;  // gradients of the output rows, or null
-    const T *dh, *dc_in;   // what reaches h_t and c_t beside those and the matmul
-    const T *c, *c_prev;
-    T *dc_out, *da, *db;
-  };
   struct Lane {  // per thread
     RowList list;
     const T** a_rows;
-    Row* rows;
+    BnGradRow<T>* rows;
     const T** x;
     const T** h_prev;
     T** dx;
-    T *dh, *gates, *m, *hat, *tile;
+    T *dh, *tile;
+    typename BnGradients<E, Linear>::Scratch scratch;
     Lane(Arena& a, const BnLstmBackward& b)
         : list(a, b.steps_, b.args_.N),
           a_rows(a.take<const T*>(b.steps_ * b.args_.N)),
-          rows(a.take<Row>(b.args_.N)),
+          rows(a.take<BnGradRow<T>>(b.args_.N)),
           x(a.take<const T*>(b.steps_ * b.args_.N)),
           h_prev(a.take<const T*>(b.steps_ * b.args_.N)),
           dx(a.take<T*>(b.steps_ * b.args_.N)),
           dh(a.take<T>(b.args_.N * kBlockColumns<E>)),
-          gates(a.take<T>(b.args_.N * kBlockColumns<E>)),
-          m(a.take<T>(b.args_.N * W)),
-          hat(a.take<T>(b.args_.N * W)),
-          tile(a.take<T>(kMaxRows * kBlockColumns<E>)) {}
+          tile(a.take<T>(kMaxRows * kBlockColumns<E>)),
+          scratch(a, b.args_.N) {}
   };
   struct Direction {
     T *w_hh, *w_ih = nullptr;
     T *da, *db, *carry, *dc;
-    T *dx = nullptr;
-    T *sum_z, *sum_a, *sum_x, *sum_m, *sum_c;  // over all rows: dz, dz a^, dz b^ (4H); dm, dm c^ (H)
-    T *sums = nullptr, *outer = nullptr, *operand[2] = {};
+    T* dx = nullptr;
+    BnSums<T> sum;
+    T *outer = nullptr, *operand[2] = {};
     Barrier barrier;
   };
 
@@ -78,11 +73,11 @@ class BnLstmBackward {
   const Sequence seq_;
   const BnSteps steps_of_;
   const int64_t steps_;
-  const bool deferred_;  // dz of all steps is kept, the input term's gradient comes last
-  const int64_t rows_;   // of the tape
-  const Panels<E> gates_;  // the tape's blocks
+  const bool deferred_;   // dz of all steps is kept, the input term's gradient comes last
+  const int64_t stride_;  // of a row of gate gradients
   Panels<E> hh_, ih_;
   T* zero_;
+  const BnGradients<E, Linear> grad_;
   Direction dir_[2];
   Arena lanes_;
   size_t lane_bytes_ = 0;
@@ -95,26 +90,23 @@ class BnLstmBackward {
         steps_of_(args, seq_, arena),
         steps_(imin(args.T, imax(1, kBnGradRows / args.N))),
         deferred_(args.sequence && args.batch),
-        rows_(seq_.rows()),
-        gates_(4, args.H),
+        stride_(4 * args.H + kRowPadding),
         hh_(1, args.H, block_vectors(args.H, plan_.threads, args.directions)),
-        ih_(1, args.I) {
+        ih_(1, args.I),
+        zero_(arena.take<T>(4 * args.H)),
+        grad_{args, steps_of_, Panels<E>(4, args.H), seq_.rows(), deferred_, zero_} {
     const int64_t N = args.N, H = args.H, I = args.I, G = 4 * H, M = steps_ * N;
-    zero_ = arena.take<T>(G);
     if (arena.base) std::memset(zero_, 0, G * sizeof(T));
     for (int d = 0; d < args.directions; d++) {
       Direction& r = dir_[d];
       r.w_hh = arena.take<T>(hh_.elements(G));
       if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(G));
-      r.da = arena.take<T>(M * G);
-      r.db = arena.take<T>((deferred_ ? args.T * N : M) * G);
-      r.carry = arena.take<T>(N * G);
+      r.da = arena.take<T>(M * stride_);
+      r.db = arena.take<T>((deferred_ ? args.T * N : M) * stride_);
+      r.carry = arena.take<T>(N * stride_);
       r.dc = arena.take<T>(N * H);
-      r.sum_z = arena.take<T>(3 * G + 2 * H);
-      r.sum_a = r.sum_z + G;
-      r.sum_x = r.sum_a + G;
-      r.sum_m = r.sum_x + G;
-      r.sum_c = r.sum_m + H;
+      T* sums = arena.take<T>(3 * G + 2 * H);
+      r.sum = {sums, sums + G, sums + 2 * G, sums + 3 * G, sums + 3 * G + H};
       // The second direction's dx is added when both are complete.
       if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
       if (args.want_weights) {
@@ -181,7 +173,7 @@ class BnLstmBackward {
       std::memcpy(dir.dc + i0 * H, dc_n + (d * N + i0) * H, (i1 - i0) * H * sizeof(T));
     else
       std::memset(dir.dc + i0 * H, 0, (i1 - i0) * H * sizeof(T));
-    if (share.id == 0) std::memset(dir.sum_z, 0, (3 * G + 2 * H) * sizeof(T));
+    if (share.id == 0) std::memset(dir.sum.z, 0, (3 * G + 2 * H) * sizeof(T));
     if (d == 0 && args_.lengths && args_.dx.data)
       for (int64_t n = i0; n < i1; n++)
         for (int64_t t = seq_.length(n); t < args_.T; t++)
@@ -204,11 +196,14 @@ class BnLstmBackward {
     }
     if (args_.dh0) initial_grads(d, lane, i0, i1);
     if (deferred_) {
-      shared_input_grad(d, share, b0, b1);
+      for (int64_t k = b0; k < b1; k++)
+        for (int64_t u = 0; u < hh_.units(k); u += grad_.blocks.unit)
+          grad_.share(d, dir.sum, (hh_.first(k) + u) / grad_.blocks.unit, dir.db, stride_);
+      dir.barrier.wait(share.count);
       add = false;
       for (int64_t begin = 0; begin < args_.T; begin += steps_) {
         chunk_operands(d, lane, begin, imin(steps_, args_.T - begin));
-        T* db = dir.db + steps_of_.start[begin] * G;
+        T* db = dir.db + steps_of_.start[begin] * stride_;
         input_grad(d, share, lane, db);
         weight_grads(d, share, lane, nullptr, db, add);
         add = true;
@@ -225,10 +220,9 @@ class BnLstmBackward {
         const int64_t n = lane.list.n[m], s = begin + i, t = steps_of_.time(d, s, n);
         lane.x[m] = seq_.template at<const T>(args_.x, t, n);
         if (args_.dx.data)
-          lane.dx[m] =
-              d == 0 ? seq_.template at<T>(args_.dx, t, n) : dir_[d].dx + seq_.index(t, n) * args_.I;
+          lane.dx[m] = d == 0 ? seq_.template at<T>(args_.dx, t, n) : dir_[d].dx + seq_.index(t, n) * args_.I;
         lane.h_prev[m] = seq_.resets(t, n) ? zero_
-                         : s == 0          ? static_cast<const T*>(args_.h0) + (d * args_.N + n) * H
+                         : s == 0 ? static_cast<const T*>(args_.h0) + (d * args_.N + n) * H
                                   : seq_.template at<const T>(args_.y, steps_of_.before(d, t), n) + d * H;
       }
   }
@@ -239,19 +233,19 @@ class BnLstmBackward {
   void gather(int d, Lane& lane, int64_t begin, int64_t i, const T** later) {
     Direction& dir = dir_[d];
     const int64_t s = begin + i, first = lane.list.start[i], count = lane.list.count(i);
-    const int64_t H = args_.H, N = args_.N, G = 4 * H;
+    const int64_t H = args_.H, N = args_.N;
     const bool in_chunk = s + 1 < begin + chunk_steps(begin);
     int64_t after = in_chunk ? lane.list.start[i + 1] : 0;
     for (int64_t k = 0; k < count; k++) {
       const int64_t m = first + k, n = lane.list.n[m], t = steps_of_.time(d, s, n);
       const int64_t before = steps_of_.before(d, t);
-      Row& g = lane.rows[k];
+      BnGradRow<T>& g = lane.rows[k];
       const bool last = ends(s, n);
       const bool cut = !last && seq_.resets(steps_of_.time(d, s + 1, n), n);
       // The rows of the next step are those of this one that do not end here, in the same order.
       later[k] = zero_;
       if (!last) {
-        const T* row = in_chunk ? dir.da + after++ * G : dir.carry + n * G;
+        const T* row = in_chunk ? dir.da + after++ * stride_ : dir.carry + n * stride_;
         if (!cut) later[k] = row;
       }
       g.dy = args_.dy.data ? seq_.template at<const T>(args_.dy, t, n) + d * H : nullptr;
@@ -263,14 +257,12 @@ class BnLstmBackward {
       g.c_prev = seq_.resets(t, n) ? zero_
                  : s == 0          ? static_cast<const T*>(args_.c0) + (d * N + n) * H
                                    : seq_.template at<const T>(args_.cells, before, n) + d * H;
-      g.da = dir.da + m * G;
-      g.db = dir.db + (deferred_ ? steps_of_.start[begin] + m : m) * G;
+      g.da = dir.da + m * stride_;
+      g.db = dir.db + (deferred_ ? steps_of_.start[begin] + m : m) * stride_;
     }
   }
   // Chunks are cut from the end, so the first may be short.
-  int64_t chunk_steps(int64_t begin) const {
-    return begin == 0 ? (args_.T - 1) % steps_ + 1 : steps_;
-  }
+  int64_t chunk_steps(int64_t begin) const { return begin == 0 ? (args_.T - 1) % steps_ + 1 : steps_; }
 
   void step(int d, Lane& lane, int64_t b0, int64_t b1, int64_t begin, int64_t i) {
     Direction& dir = dir_[d];
@@ -288,177 +280,18 @@ class BnLstmBackward {
         tile_for<E>(r, hh_.vectors(b))(lane.a_rows + m, dir.w_hh + hh_.stream(b, G), G, nullptr, 0,
                                        lane.dh + m * cols, cols);
       });
-      for (int64_t u = 0; u < hh_.units(b); u += gates_.unit)
-        block(d, lane, begin + i, count, first, (hh_.first(b) + u) / gates_.unit, lane.dh + u, cols);
+      for (int64_t u = 0; u < hh_.units(b); u += grad_.blocks.unit)
+        grad_.block(d, lane.scratch, lane.rows, dir.sum, begin + i, count, first,
+                    (hh_.first(b) + u) / grad_.blocks.unit, lane.dh + u, cols);
     }
-  }
-
-  // Statistics that step s used, as vectors of n units from u0 on.
-  void used(int d, int term, int64_t s, int gates, int64_t u0, int n, V* mean, V* factor) const {
-    const int64_t H = args_.H, steps = term == 0 && args_.sequence ? 1 : args_.T, size = steps * gates * H;
-    const T* at = static_cast<const T*>(args_.used[term]) + 2 * d * size + imin(s, steps - 1) * gates * H + u0;
-    alignas(64) T f[W];
-    for (int g = 0; g < gates; g++) {
-      mean[g] = load_as<V>(at + g * H, n);
-      V::store(f, load_as<V>(at + size + g * H, n));
-      for (int j = 0; j < W; j++) f[j] = T(1) / std::sqrt(f[j] + T(args_.eps));
-      factor[g] = V::load(f);
-    }
-  }
-
-  // All rows of one of the tape's blocks at step s, from the gradient dh of their outputs.
-  void block(int d, Lane& lane, int64_t s, int64_t count, int64_t first, int64_t b, const T* dh,
-             int64_t dh_stride) {
-    Direction& dir = dir_[d];
-    const BnLstmWeights& w = args_.weights[d];
-    const int64_t H = args_.H, u0 = gates_.first(b), cols = gates_.columns(b);
-    const int n = gates_.units(b);
-    const T* x_hat = static_cast<const T*>(args_.tape) + d * rows_ * bnlstm_tape_width(H) +
-                     rows_ * gates_.offset(b) + first * cols;
-    const T* a_hat = x_hat + rows_ * (bnlstm_tape_width(H) / 2);
-
-    V scale_a[4], scale_x[4], gamma_h[4], gamma_x[4], bias[4], mean[4], c_mean, c_factor;
-    used(d, 2, s, 1, u0, n, &c_mean, &c_factor);
-    used(d, 1, s, 4, u0, n, mean, scale_a);
-    used(d, 0, s, 4, u0, n, mean, scale_x);
-    FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
-      gamma_h[g] = load_as<V>(static_cast<const T*>(w.gamma_hh) + g * H + u0, n);
-      gamma_x[g] = load_as<V>(static_cast<const T*>(w.gamma_ih) + g * H + u0, n);
-      bias[g] = load_as<V>((w.bias ? static_cast<const T*>(w.bias) : zero_) + g * H + u0, n);
-      scale_a[g] = scale_a[g] * gamma_h[g];
-      scale_x[g] = scale_x[g] * gamma_x[g];
-    }
-    const V gamma = load_as<V>(static_cast<const T*>(w.gamma_c) + u0, n);
-    const V beta = load_as<V>(static_cast<const T*>(w.beta_c) + u0, n);
-    const V zero = V::zero();
-
-    V sum_m = zero, sum_c = zero;
-    auto outputs = [&](auto q, int64_t r) {
-      constexpr int Q = decltype(q)::value;
-      V sig[3 * Q], act[2 * Q], hat[Q];
-      FASTRNN_UNROLL for (int j = 0; j < Q; j++) {
-        FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
-          const int64_t at = (r + j) * cols + g * n;
-          (g == 2 ? act[2 * j] : sig[3 * j + (g == 3 ? 2 : g)]) = batch_norm_gate<Math>(
-              load_as<V>(a_hat + at, n), load_as<V>(x_hat + at, n), gamma_h[g], gamma_x[g], bias[g]);
-        }
-        hat[j] = (load_as<V>(lane.rows[r + j].c + u0, n) - c_mean) * c_factor;
-        act[2 * j + 1] = Math::fma(gamma, hat[j], beta);
-      }
-      Math::both(sig, act);
-      FASTRNN_UNROLL for (int j = 0; j < Q; j++) {
-        const Row& row = lane.rows[r + j];
-        V g = load_as<V>(dh + (r + j) * dh_stride, n);
-        if (row.dh) g = g + load_as<V>(row.dh + u0, n);
-        if (row.dy) g = g + load_as<V>(row.dy + u0, n);
-        const auto out = bnlstm_backward_output<Math>(sig[3 * j + 2], act[2 * j + 1], g);
-        T* gates = lane.gates + (r + j) * 4 * W;
-        V::store(gates, sig[3 * j]);
-        V::store(gates + W, sig[3 * j + 1]);
-        V::store(gates + 2 * W, act[2 * j]);
-        V::store(gates + 3 * W, out.o);
-        V::store(lane.m + (r + j) * W, out.m);
-        V::store(lane.hat + (r + j) * W, hat[j]);
-        sum_m = sum_m + out.m;
-        sum_c = Math::fma(out.m, hat[j], sum_c);
-      }
-    };
-    int64_t r = 0;
-    for (; r + kSideBySide <= count; r += kSideBySide) outputs(std::integral_constant<int, kSideBySide>{}, r);
-    for (; r < count; r++) outputs(std::integral_constant<int, 1>{}, r);
-    add_to(dir.sum_m + u0, sum_m, n);
-    add_to(dir.sum_c + u0, sum_c, n);
-
-    const bool batch = steps_of_.measured(count);
-    const V inverse = V::set1(T(1) / T(count));
-    const V m_mean = batch ? sum_m * inverse : zero, c_hat_mean = batch ? sum_c * inverse : zero;
-    const V c_scale = gamma * c_factor;
-    V sum_z[4], sum_a[4], sum_x[4];
-    FASTRNN_UNROLL for (int g = 0; g < 4; g++) sum_z[g] = sum_a[g] = sum_x[g] = zero;
-    for (r = 0; r < count; r++) {
-      const Row& row = lane.rows[r];
-      T* gates = lane.gates + r * 4 * W;
-      V dc = batch_norm_backward<Math>(V::load(lane.m + r * W), V::load(lane.hat + r * W), c_scale, m_mean,
-                                       c_hat_mean) +
-             load_as<V>(row.dc_in + u0, n);
-      if (row.dcells) dc = dc + load_as<V>(row.dcells + u0, n);
-      const auto back = bnlstm_backward_cell<Math>(V::load(gates), V::load(gates + W), V::load(gates + 2 * W),
-                                                   load_as<V>(row.c_prev + u0, n), dc);
-      store_as<V>(row.dc_out + u0, back.c_prev, n);
-      const V dz[4] = {back.i, back.f, back.g, V::load(gates + 3 * W)};
-      FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
-        if (g < 3) V::store(gates + g * W, dz[g]);
-        sum_z[g] = sum_z[g] + dz[g];
-        sum_a[g] = Math::fma(dz[g], load_as<V>(a_hat + r * cols + g * n, n), sum_a[g]);
-        sum_x[g] = Math::fma(dz[g], load_as<V>(x_hat + r * cols + g * n, n), sum_x[g]);
-      }
-    }
-    const bool batch_x = steps_of_.input_measured(count) && !deferred_;
-    V z_mean[4], a_mean[4], zx_mean[4], x_mean[4];
-    FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
-      add_to(dir.sum_z + g * H + u0, sum_z[g], n);
-      add_to(dir.sum_a + g * H + u0, sum_a[g], n);
-      add_to(dir.sum_x + g * H + u0, sum_x[g], n);
-      z_mean[g] = batch ? sum_z[g] * inverse : zero;
-      a_mean[g] = batch ? sum_a[g] * inverse : zero;
-      zx_mean[g] = batch_x ? sum_z[g] * inverse : zero;
-      x_mean[g] = batch_x ? sum_x[g] * inverse : zero;
-      if (deferred_) scale_x[g] = V::set1(T(1));
-    }
-    for (r = 0; r < count; r++) {
-      const Row& row = lane.rows[r];
-      FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
-        const int64_t at = r * cols + g * n;
-        const V dz = V::load(lane.gates + r * 4 * W + g * W);
-        store_as<V>(row.da + g * H + u0,
-                    batch_norm_backward<Math>(dz, load_as<V>(a_hat + at, n), scale_a[g], z_mean[g], a_mean[g]),
-                    n);
-        store_as<V>(row.db + g * H + u0,
-                    batch_norm_backward<Math>(dz, load_as<V>(x_hat + at, n), scale_x[g], zx_mean[g], x_mean[g]),
-                    n);
-      }
-    }
-  }
-
-  static void add_to(T* sum, V v, int n) { store_as<V>(sum, load_as<V>(sum, n) + v, n); }
-
-  // Shared statistics: dz of all rows becomes the gradient of the input term, in place.
-  void shared_input_grad(int d, const Share& share, int64_t b0, int64_t b1) {
-    Direction& dir = dir_[d];
-    const int64_t H = args_.H, G = 4 * H, M = steps_of_.start[args_.T];
-    const bool batch = steps_of_.input_measured(M);
-    for (int64_t k = b0; k < b1; k++)
-      for (int64_t u = 0; u < hh_.units(k); u += gates_.unit) {
-        const int64_t b = (hh_.first(k) + u) / gates_.unit, u0 = gates_.first(b), cols = gates_.columns(b);
-        const int n = gates_.units(b);
-        const T* x_hat = static_cast<const T*>(args_.tape) + d * rows_ * bnlstm_tape_width(H) +
-                         rows_ * gates_.offset(b);
-        V mean[4], scale[4];
-        used(d, 0, 0, 4, u0, n, mean, scale);
-        for (int g = 0; g < 4; g++) {
-          const int64_t at = g * H + u0;
-          scale[g] = scale[g] * load_as<V>(static_cast<const T*>(args_.weights[d].gamma_ih) + at, n);
-          const V inverse = V::set1(batch ? T(1) / T(M) : T(0));
-          const V z_mean = load_as<V>(dir.sum_z + at, n) * inverse;
-          const V x_mean = load_as<V>(dir.sum_x + at, n) * inverse;
-          for (int64_t m = 0; m < M; m++) {
-            T* p = dir.db + m * G + at;
-            store_as<V>(p,
-                        batch_norm_backward<Math>(load_as<V>(p, n), load_as<V>(x_hat + m * cols + g * n, n),
-                                                  scale[g], z_mean, x_mean),
-                        n);
-          }
-        }
-      }
-    dir.barrier.wait(share.count);
   }
 
   // The chunk after this one reads the gradients of its first step.
   void keep_boundary(Direction& dir, Lane& lane, int64_t i0, int64_t i1) {
-    const int64_t G = 4 * args_.H;
     for (int64_t m = 0; m < lane.list.count(0); m++) {
       const int64_t n = lane.list.n[m];
-      if (n >= i0 && n < i1) std::memcpy(dir.carry + n * G, dir.da + m * G, G * sizeof(T));
+      if (n >= i0 && n < i1)
+        std::memcpy(dir.carry + n * stride_, dir.da + m * stride_, 4 * args_.H * sizeof(T));
     }
   }
 
@@ -466,14 +299,14 @@ class BnLstmBackward {
     if (!args_.dx.data) return;
     const int64_t G = 4 * args_.H, M = lane.list.rows;
     const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
-    for (int64_t m = m0; m < m1; m++) lane.a_rows[m] = db + m * G;
+    for (int64_t m = m0; m < m1; m++) lane.a_rows[m] = db + m * stride_;
     const int64_t kRows = 16 * kMaxRows;
     for (int64_t from = m0; from < m1; from += kRows)
       for (int64_t b = 0; b < ih_.blocks; b++)
         row_blocks(imin(m1, from + kRows) - from, ih_.vectors(b), [&](int64_t k, int r) {
           const int64_t cols = ih_.columns(b);
-          tile_for<E>(r, ih_.vectors(b))(lane.a_rows + from + k, dir_[d].w_ih + ih_.stream(b, G), G, nullptr, 0,
-                                         lane.tile, cols);
+          tile_for<E>(r, ih_.vectors(b))(lane.a_rows + from + k, dir_[d].w_ih + ih_.stream(b, G), G, nullptr,
+                                         0, lane.tile, cols);
           for (int q = 0; q < r; q++)
             std::memcpy(lane.dx[from + k + q] + ih_.first(b), lane.tile + q * cols, ih_.units(b) * sizeof(T));
         });
@@ -504,7 +337,7 @@ class BnLstmBackward {
       OuterJob<E>& j = jobs[count++];
       j.columns = G;
       j.a = a;
-      j.lda = G;
+      j.lda = stride_;
       j.to[0] = {operand, static_cast<T*>(c), ldc};
     };
     job(da, 1, args_.grads[d].w_hh, args_.H);
@@ -522,17 +355,17 @@ class BnLstmBackward {
     const int64_t N = args_.N, H = args_.H, G = 4 * H;
     for (int64_t n = i0; n < i1; n++) {
       const bool cut = seq_.resets(steps_of_.time(d, 0, n), n);
-      lane.a_rows[n] = cut ? zero_ : dir.carry + n * G;
+      lane.a_rows[n] = cut ? zero_ : dir.carry + n * stride_;
       std::memcpy(static_cast<T*>(args_.dc0) + (d * N + n) * H, cut ? zero_ : dir.dc + n * H, H * sizeof(T));
     }
     for (int64_t b = 0; b < hh_.blocks; b++)
       row_blocks(i1 - i0, hh_.vectors(b), [&](int64_t k, int r) {
         const int64_t cols = hh_.columns(b);
-        tile_for<E>(r, hh_.vectors(b))(lane.a_rows + i0 + k, dir.w_hh + hh_.stream(b, G), G, nullptr, 0, lane.tile,
-                                       cols);
+        tile_for<E>(r, hh_.vectors(b))(lane.a_rows + i0 + k, dir.w_hh + hh_.stream(b, G), G, nullptr, 0,
+                                       lane.tile, cols);
         for (int q = 0; q < r; q++)
-          std::memcpy(static_cast<T*>(args_.dh0) + (d * N + i0 + k + q) * H + hh_.first(b), lane.tile + q * cols,
-                      hh_.units(b) * sizeof(T));
+          std::memcpy(static_cast<T*>(args_.dh0) + (d * N + i0 + k + q) * H + hh_.first(b),
+                      lane.tile + q * cols, hh_.units(b) * sizeof(T));
       });
   }
 
@@ -542,11 +375,11 @@ class BnLstmBackward {
     auto copy = [&](void* to, const T* from, int64_t n) {
       if (to) std::memcpy(to, from, n * sizeof(T));
     };
-    copy(out.bias, dir.sum_z, 4 * args_.H);
-    copy(out.gamma_hh, dir.sum_a, 4 * args_.H);
-    copy(out.gamma_ih, dir.sum_x, 4 * args_.H);
-    copy(out.beta_c, dir.sum_m, args_.H);
-    copy(out.gamma_c, dir.sum_c, args_.H);
+    copy(out.bias, dir.sum.z, 4 * args_.H);
+    copy(out.gamma_hh, dir.sum.a, 4 * args_.H);
+    copy(out.gamma_ih, dir.sum.x, 4 * args_.H);
+    copy(out.beta_c, dir.sum.m, args_.H);
+    copy(out.gamma_c, dir.sum.c, args_.H);
   }
 };
 

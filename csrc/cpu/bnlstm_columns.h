@@ -61,7 +61,7 @@ static void sum_columns(int nv, const typename E::T* x, int64_t rows, int64_t st
 }
 
 template <class E>
-constexpr int kBlockColumns = kMaxVectors* E::W;
+constexpr int kBlockColumns = kMaxVectors * E::W;
 
 // The statistics of one block's columns at one step, and the factor 1 / sqrt(var + eps).
 template <class E>

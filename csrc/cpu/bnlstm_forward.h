@@ -161,8 +161,7 @@ class BnLstmForward {
     for (int64_t n = i0; n < i1; n++)
       for (int64_t t = seq_.length(n); t < args_.T; t++) {
         std::memset(seq_.template at<T>(args_.y, t, n) + d * H, 0, H * sizeof(T));
-        if (args_.cells.data)
-          std::memset(seq_.template at<T>(args_.cells, t, n) + d * H, 0, H * sizeof(T));
+        if (args_.cells.data) std::memset(seq_.template at<T>(args_.cells, t, n) + d * H, 0, H * sizeof(T));
       }
   }
 
@@ -370,8 +369,8 @@ class BnLstmForward {
       const int64_t t = d ? 0 : seq_.length(n) - 1;
       const T* c =
           args_.cells.data ? seq_.template at<const T>(args_.cells, t, n) + d * H : dir_[d].c + n * H;
-      std::memcpy(static_cast<T*>(args_.h_n) + (d * N + n) * H, seq_.template at<const T>(args_.y, t, n) + d * H,
-                  H * sizeof(T));
+      std::memcpy(static_cast<T*>(args_.h_n) + (d * N + n) * H,
+                  seq_.template at<const T>(args_.y, t, n) + d * H, H * sizeof(T));
       std::memcpy(static_cast<T*>(args_.c_n) + (d * N + n) * H, c, H * sizeof(T));
     }
   }

@@ -73,7 +73,8 @@ class BNLSTMLayer(Function):
         if torch.is_grad_enabled() and not is_compiling():
             dx, dh0, dc0, *dweights = BNLSTMLayerBackward.apply(
                 dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), cells.detach(), tape, *used,
-                batch_sizes, lengths, reset, eps, ctx.options, need_dx, need_dstate, need_dw, *weights,
+                batch_sizes, lengths, reset, eps, ctx.options, need_dx, need_dstate, need_dw,
+                *weights,
             )  # fmt: skip
         else:
             direct = ops.unobserved(x, weights[0])

@@ -30,8 +30,8 @@ def _problem(
     eps: float,
     plan: str,
 ) -> tuple[float, ...]:
-    if plan not in ("", "linear"):
-        raise ValueError(f"plan: got {plan!r}, expected '' or 'linear'")
+    if plan and (plan != "linear" or x.dtype != torch.float64):
+        raise ValueError(f"plan: got {plan!r}, expected '', or 'linear' in float64")
     return (
         cpu._TYPES[x.dtype],
         plan == "linear",

@@ -265,7 +265,7 @@ def _update(
         weight = torch.where(valid, share, torch.zeros_like(share)).unsqueeze(1)
     for i, buffer in enumerate(buffers):
         found = used[i // 2][i % 2]
-        shared = found.size(0) == 1 and i < 2
+        shared = i < 2 and buffer.size(0) == 1
         rows = 1 if shared else steps
         mine = weight[:rows].to(found.dtype) if isinstance(weight, Tensor) else weight
         target = buffer.narrow(0, 0 if shared else first, rows)

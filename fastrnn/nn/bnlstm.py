@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, functional
-from fastrnn.functional.bnlstm import STATISTICS, _problem
+from fastrnn.functional.bnlstm import _problem
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
+from fastrnn.nn.statistics import RunningStatistics
 from fastrnn.sequence import describe
 
 
@@ -28,7 +28,7 @@ class _Stream(NamedTuple):
     taken: int
 
 
-class BNLSTM(nn.Module):
+class BNLSTM(RunningStatistics):
     r"""A stack of batch-normalised LSTM layers (Cooijmans et al. 2016, arXiv:1603.09025).
 
     Each layer computes, for every step t, with gates in the order i, f, g, o::
@@ -247,56 +247,6 @@ class BNLSTM(nn.Module):
                     parameter[self.hidden_size : 2 * self.hidden_size].fill_(self.forget_bias)
         self.reset_running_stats()
 
-    def reset_running_stats(self) -> None:
-        """Set running means and counts to 0 and running variances to 1."""
-        for name, buffer in zip(self._statistic_names, self._statistics()):
-            buffer.fill_(1 if "_var_" in name else 0)
-
-    @torch.no_grad()
-    def recalibrate(self, batches: Iterable[Any]) -> BNLSTM:
-        """Replace the running statistics by their means over ``batches``, as the paper evaluates.
-
-        The batches are run with the statistics of each batch, but without dropout and noise.
-
-        Args:
-            batches: inputs as of forward, or pairs (input, lengths).
-
-        Returns:
-            self.
-
-        Raises:
-            ValueError: no batch, or none in which two sequences reach a step.
-            What forward raises; the running statistics then are what they were.
-        """
-        kept = [buffer.clone() for buffer in self._statistics()]
-        self.reset_running_stats()
-        try:
-            for batch in batches:
-                packed = isinstance(batch, (Tensor, PackedSequence))
-                input, lengths = (batch, None) if packed else batch
-                with self._recalibrating():
-                    self(input, lengths=lengths)
-            if not int(self._statistics()[STATISTICS - 1].sum()):
-                raise ValueError(
-                    "recalibrate: got no batch of two sequences or more, whose statistics could "
-                    "be taken"
-                )
-        except BaseException:
-            for buffer, before in zip(self._statistics(), kept):
-                buffer.copy_(before)
-            raise
-        return self
-
-    _recalibrates = False
-
-    @contextlib.contextmanager
-    def _recalibrating(self) -> Iterator[None]:
-        self._recalibrates = True
-        try:
-            yield
-        finally:
-            del self._recalibrates
-
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, max_length={self.max_length}"
         for name, default in _DEFAULTS.items():
@@ -316,9 +266,6 @@ class BNLSTM(nn.Module):
 
     def _weights(self) -> list[Any]:
         return [getattr(self, name) for name in self._weight_names]
-
-    def _statistics(self) -> list[Any]:
-        return [getattr(self, name) for name in self._statistic_names]
 
     def _name(self) -> str:
         return "BNLSTM"
