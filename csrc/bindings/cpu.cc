@@ -160,6 +160,12 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     kernels().backward(a);
   });
+  m.def("random", [](intptr_t seed, uint32_t stream, uint64_t threshold, int64_t T, int64_t N, int64_t units,
+                     int threads, intptr_t words, intptr_t keep) {
+    const RandomArgs a{*reinterpret_cast<const uint64_t*>(seed), stream, threshold, T, N, units, threads};
+    py::gil_scoped_release release;
+    kernels().random(a, reinterpret_cast<uint32_t*>(words), reinterpret_cast<uint8_t*>(keep));
+  });
   m.def(
       "measure_peak_flops",
       [](int threads, double seconds) { return kernels().peak_flops(threads, seconds); }, py::arg("threads"),

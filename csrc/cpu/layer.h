@@ -71,6 +71,15 @@ struct BackwardArgs : Problem {
 // Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none.
 int tape_slots(Cell cell);
 
+// Random numbers of a mask: rows (t, n) of `units` words each, t in [0, T), n in [0, N); see csrc/cells/philox.h.
+struct RandomArgs {
+  uint64_t seed;
+  uint32_t stream;
+  uint64_t threshold;
+  int64_t T, N, units;
+  int threads = 1;
+};
+
 // One instruction set's entry points.
 struct Kernels {
   const char* isa;
@@ -81,6 +90,8 @@ struct Kernels {
   void (*forward)(const ForwardArgs&);
   size_t (*backward_workspace)(const BackwardArgs&);
   void (*backward)(const BackwardArgs&);
+  // The words, and whether each is at least the threshold: (T, N, units) each, either may be null.
+  void (*random)(const RandomArgs&, uint32_t* words, uint8_t* keep);
   double (*peak_flops)(int threads, double seconds);
   double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
 };

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrnn.reference import philox
+
 try:
     from fastrnn import _cpu
 
@@ -394,6 +396,16 @@ def layer_backward(
     workspace = torch.empty(_cpu.backward_workspace(problem, tensors) + 64, dtype=torch.uint8)
     _cpu.backward(problem, tensors, _aligned(workspace))
     return dx, dh0, dc0, dweights
+
+
+def random_mask(seed: Tensor, stream: int, p: float, steps: int, rows: int, units: int) -> Tensor:
+    """(steps, rows, units) bool, False with probability p: the masks the kernels draw."""
+    if _import_error is not None:
+        return philox.keep(seed, stream, p, steps, rows, units, seed.device)
+    keep = torch.empty((steps, rows, units), dtype=torch.bool)
+    shape = (stream, philox.threshold(p), steps, rows, units, torch.get_num_threads())
+    _cpu.random(seed.data_ptr(), *shape, 0, keep.data_ptr())
+    return keep
 
 
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:

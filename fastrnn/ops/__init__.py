@@ -9,6 +9,7 @@ from fastrnn.ops.layer import (
     state_dtype,
     unobserved,
 )
+from fastrnn.ops.random import random_mask
 
 __all__ = [
     "CPU",
@@ -16,6 +17,7 @@ __all__ = [
     "layer_forward",
     "layer_forward_train",
     "pack_weights",
+    "random_mask",
     "state_dtype",
     "unobserved",
 ]

@@ -16,7 +16,7 @@ An output that does not apply is an empty (0,) tensor. Autograd is not registere
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -157,9 +157,11 @@ def _backend(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-def register(device: str, module: str) -> dict[str, Callable[..., Any]]:
-    """Serve all operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module."""
-    functions = {name: _backend(module, name) for name in _SCHEMAS}
+def register(
+    device: str, module: str, names: Iterable[str] = tuple(_SCHEMAS)
+) -> dict[str, Callable[..., Any]]:
+    """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module."""
+    functions = {name: _backend(module, name) for name in names}
     for name, function in functions.items():
         torch.library.impl(f"fastrnn::{name}", device, function)
     return functions

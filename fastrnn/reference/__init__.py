@@ -2,6 +2,7 @@
 
 from fastrnn.reference.gru import gru_layer
 from fastrnn.reference.lstm import lstm_layer
+from fastrnn.reference.masks import Masks
 from fastrnn.reference.rnn import rnn_layer
 
-__all__ = ["gru_layer", "lstm_layer", "rnn_layer"]
+__all__ = ["Masks", "gru_layer", "lstm_layer", "rnn_layer"]
