@@ -163,7 +163,7 @@ def _candidates(p: Problem) -> list[tuple[str, str]]:
         # A traced call stays one operator: torch's kernel would be unrolled over the steps.
         box = None
         if not is_compiling():
-            plain = not (p.packed or p.proj_size)
+            plain = not (p.packed or p.proj_size or p.regularisers)
             box = handed_over(p.cell, p.dtype, p.training, p.steps, p.batch, p.hidden_size, plain)
         if box is not None:
             faster = ("torch", f"torch's own kernel was measured faster here: {box.measured}")
@@ -212,12 +212,14 @@ def choose(
     training: bool,
     return_cells: bool,
     recompute: bool,
+    regularisers: str = "",
 ) -> tuple[str, str]:
     """The backend of a call and its plan ("" leaves it to the backend).
 
     Args:
         sizes: hidden_size, proj_size, directions, num_layers.
         training: gradients are recorded.
+        regularisers: names those that have an effect.
     """
     if (
         not _in_force
@@ -233,7 +235,7 @@ def choose(
                 batch.steps,
                 batch.size,
                 sizes[0],
-                batch.batch_sizes is None and not sizes[1],
+                not (batch.batch_sizes is not None or sizes[1] or regularisers),
             )
         )
         and sizes[0]
@@ -242,7 +244,9 @@ def choose(
     ):
         backend = "cpu"
     else:
-        problem = _problem(cell, input, batch, sizes, training, return_cells, recompute)
+        problem = _problem(
+            cell, input, batch, sizes, training, return_cells, recompute, regularisers
+        )
         found = decide(problem)
         backend, override = found.backend, _override()
         if override is not None and backend != override.name and not is_compiling():
@@ -259,6 +263,7 @@ def _problem(
     training: bool,
     return_cells: bool,
     recompute: bool,
+    regularisers: str,
 ) -> Problem:
     hidden, proj, directions, layers = sizes
     return Problem(
@@ -279,6 +284,7 @@ def _problem(
         return_cells=return_cells,
         recompute=recompute and not cell.startswith("rnn"),
         transforms=_under_transforms(),
+        regularisers=regularisers,
     )
 
 
@@ -337,9 +343,10 @@ def explain_call(
     training: bool,
     return_cells: bool = False,
     recompute: bool = False,
+    regularisers: str = "",
 ) -> Explanation:
     """What ``choose`` would choose with the same arguments, and why; nothing runs."""
-    problem = _problem(cell, input, batch, sizes, training, return_cells, recompute)
+    problem = _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
     found = decide(problem)
     return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
 
@@ -347,8 +354,9 @@ def explain_call(
 def _plan(backend: str, p: Problem) -> str:
     if backend == "torch":
         return torch_nn.plan(p.cell)
+    noise = f", {p.regularisers}" if p.regularisers else ""
     if backend != "cpu":
-        return "a Python loop over the steps"
+        return "a Python loop over the steps" + noise
     from fastrnn.backends import cpu
 
     precision = ""
@@ -370,8 +378,9 @@ def _plan(backend: str, p: Problem) -> str:
         )  # fmt: skip
         plans.setdefault(str(text), []).append(str(k))
     if len(plans) == 1:
-        return precision + next(iter(plans))
-    return precision + "; ".join(f"layers {', '.join(k)}: {text}" for text, k in plans.items())
+        return precision + next(iter(plans)) + noise
+    each = (f"layers {', '.join(k)}: {text}" for text, k in plans.items())
+    return precision + "; ".join(each) + noise
 
 
 _MODES = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
@@ -434,4 +443,6 @@ def explain(
     half = autocast_dtype(input)
     if half is not None:
         input = input.to(half)
-    return explain_call(cell, input, batch, sizes, records, return_cells, recompute)
+    active = getattr(module, "_active_regularisers", None)
+    regularisers = "" if active is None else active()
+    return explain_call(cell, input, batch, sizes, records, return_cells, recompute, regularisers)

@@ -1,8 +1,8 @@
 """Initial values for weight_hh, in place, as in ``torch.nn.init``.
 
-A recurrent matrix of G gates is G blocks of H rows: (G*H, H), or (G*H, P) with a projection. Every function
-fills each block by itself, without recording gradients, and returns the tensor. Draws come from
-``generator``, or from torch's default one.
+A recurrent matrix of G gates is G blocks of H rows: (G*H, H), or (G*H, P) with a projection. Every
+function fills each block by itself, without recording gradients, and returns the tensor. Draws come
+from ``generator``, or from torch's default one.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def orthogonal_gates_(
 
 
 def unitary_(weight: Tensor, generator: Generator | None = None) -> Tensor:
-    """The unitary matrix of Arjovsky, Shah and Bengio (arXiv:1511.06464) in real form, in every block.
+    """The unitary matrix of Arjovsky, Shah and Bengio (arXiv:1511.06464), real, in every block.
 
-    With D diagonal of phases U(-pi, pi), R a Householder reflection, F the unitary Fourier transform
-    and P a random permutation, W = D_3 R_2 F^-1 D_2 P R_1 F D_1 is unitary, of size H/2. A state of H
-    real numbers is H/2 complex ones, all real parts first, and the block is
+    With D diagonal of phases U(-pi, pi), R a Householder reflection, F the unitary Fourier
+    transform and P a random permutation, W = D_3 R_2 F^-1 D_2 P R_1 F D_1 is unitary, of size H/2.
+    A state of H real numbers is H/2 complex ones, all real parts first, and the block is
     ((Re W, -Im W), (Im W, Re W)): orthogonal, its eigenvalues on the unit circle.
 
     Args:

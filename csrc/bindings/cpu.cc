@@ -37,6 +37,20 @@ void read_sequence(Fields& f, Problem& p) {
   p.reset_stride_n = f.integer();
 }
 
+// Where a call has none, its tuple ends before.
+void read_noise(Fields& f, Problem& p) {
+  if (f.at_end()) return;
+  Noise& n = p.noise;
+  n.seed = static_cast<const uint64_t*>(f.address());
+  n.layer = f.integer();
+  n.training = f.integer() != 0;
+  n.mode = static_cast<Drop>(f.integer());
+  n.per_sequence = f.integer() != 0;
+  n.drop = f.number();
+  n.zoneout_h = f.number();
+  n.zoneout_c = f.number();
+}
+
 void read_weights(Fields& f, const Problem& p, Weights* w) {
   for (int d = 0; d < p.directions; d++)
     w[d] = {f.address(), f.address(), f.address(), f.address(), f.address()};
@@ -62,6 +76,7 @@ ForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensors) {
   a.gates = g.address();
   read_sequence(g, a);
   read_weights(g, a, a.weights);
+  read_noise(g, a);
   g.end();
   return a;
 }
@@ -94,6 +109,7 @@ BackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
   if (a.want_weights)
     for (int d = 0; d < a.directions; d++)
       a.grads[d] = {g.address(), g.address(), g.address(), g.address(), g.address()};
+  read_noise(g, a);
   g.end();
   return a;
 }

@@ -20,7 +20,8 @@ constexpr int kUnitsPerDraw = 64, kCountersPerDraw = 16;
 enum class Mask : uint32_t { recurrent = 0, zoneout_h = 1, zoneout_c = 2, weight = 3 };
 
 FASTRNN_CELL uint32_t random_stream(int64_t layer, int direction, Mask mask) {
-  return static_cast<uint32_t>(layer) << 8 | static_cast<uint32_t>(direction) << 4 | static_cast<uint32_t>(mask);
+  return static_cast<uint32_t>(layer) << 8 | static_cast<uint32_t>(direction) << 4 |
+         static_cast<uint32_t>(mask);
 }
 
 FASTRNN_CELL void philox4x32(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {

@@ -38,7 +38,8 @@ class Backward {
 
  private:
   static constexpr int kMaxSegments = 4;
-  struct Lane {  // per thread
+  static constexpr int kTape = C::kTape ? C::kTape : 1;  // RNN: where noise mixes
+  struct Lane {                                          // per thread
     RowList list;
     const T** next;  // gate gradients of each batch row's next step, or zeros
     const T** a_rows;
@@ -47,7 +48,10 @@ class Backward {
     T* tile;
     const IO** x;  // per row of the chunk
     const IO** h_prev;
+    const IO** h_in;  // what the recurrent matmul took: h_prev, or its masked copy
     void** dx;
+    MaskBits<E> masks;
+    UnitRange units;
     Lane(Arena& a, const Backward& b)
         : list(a, b.steps_, b.args_.N),
           next(a.take<const T*>(b.args_.N)),
@@ -57,13 +61,16 @@ class Backward {
           tile(a.take<T>(2 * kMaxRows * kMaxVectors * E::W)),
           x(a.take<const IO*>(b.steps_ * b.args_.N)),
           h_prev(a.take<const IO*>(b.steps_ * b.args_.N)),
-          dx(a.take<void*>(b.steps_ * b.args_.N)) {}
+          h_in(b.noise_.state() ? a.take<const IO*>(b.steps_ * b.args_.N) : h_prev),
+          dx(a.take<void*>(b.steps_ * b.args_.N)),
+          masks(a, b.noise_, b.args_.N) {}
   };
   struct Direction {
     char* gates = nullptr;  // forward packing, only to recompute
     T *w_hh = nullptr, *w_ih = nullptr, *w_hr = nullptr;
     T *dg, *carry, *c0 = nullptr, *dc = nullptr, *dh, *dh_rows = nullptr, *mid = nullptr;
     T *x_cast = nullptr, *h_cast = nullptr, *dx = nullptr;
+    IO* h_in = nullptr;
     T *d_ih = nullptr, *d_hh = nullptr, *d_hr = nullptr, *sums = nullptr;
     T *outer = nullptr, *operand[3] = {};
     Barrier barrier;
@@ -75,7 +82,9 @@ class Backward {
   const Sequence seq_;
   const int gates_;
   const int64_t steps_;
+  const MaskPlan<T> noise_;
   const bool recompute_;
+  const bool carry_h_;  // h_{t-1} has gradients beside the matmul's
   Panels<E> hh_, ih_, hr_;
   char* zero_;
   Direction dir_[2];
@@ -90,7 +99,9 @@ class Backward {
         seq_(args, arena),
         gates_(gate_count(args.cell)),
         steps_(imin(args.T, imax(1, kGradRows / args.N))),
-        recompute_(!args.gates && C::kTape > 0),
+        noise_(args, C::kTwoStage),
+        recompute_(!args.gates && (C::kTape > 0 || args.noise.mixes())),
+        carry_h_(C::kCarryH || noise_.zones_h()),
         hh_(1, args.O, block_vectors(args.O)),
         ih_(1, args.I),
         hr_(1, args.H, block_vectors(args.H)) {
@@ -112,6 +123,7 @@ class Backward {
       r.dh = arena.take<T>(N * O);
       if (C::kCellState) r.dc = arena.take<T>(N * H);
       if (C::kCellState && kCast) r.c0 = arena.take<T>(N * H);
+      if (noise_.state()) r.h_in = arena.take<IO>(M * O);
       if (args.projected) r.dh_rows = arena.take<T>(M * O);
       if (has_mid) r.mid = arena.take<T>(M * H);
       if (kCast && recompute_) {
@@ -178,6 +190,8 @@ class Backward {
     if (C::kCellState) init_grads(dir.dc, args_.dc_n, d, H, i0, i1);
     if (dir.c0) init_grads(dir.c0, args_.c0, d, H, i0, i1);
     for (int64_t n = 0; n < N; n++) lane.next[n] = nullptr;
+    lane.units = unit_range(share);
+    lane.masks.begin(d, 0, N, lane.units);
     if (d == 0 && args_.lengths && args_.dx.data)
       for (int64_t n = i0; n < i1; n++)
         for (int64_t t = seq_.length(n); t < args_.T; t++)
@@ -190,6 +204,7 @@ class Backward {
       // Chunk rows in the forward direction's processing order, all of the batch.
       lane.list.fill(seq_, steps, 0, N, [&](int64_t i) { return time(d, begin + i); });
       chunk_operands(d, lane, begin, steps);
+      if (noise_.state()) mask_states(d, share, lane, begin, steps);
       if (recompute_) {
         recompute(dir, share, lane);
         dir.barrier.wait(share.count);
@@ -214,6 +229,7 @@ class Backward {
       std::memset(dst + i0 * width, 0, (i1 - i0) * width * sizeof(T));
   }
 
+  int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
   bool begins(int d, int64_t s, int64_t t, int64_t n) const {
     return s == 0 || (d && seq_.ragged() && t == seq_.length(n) - 1);
   }
@@ -234,15 +250,43 @@ class Backward {
     }
   }
 
+  // Masked copies of the previous states: this thread's share, complete for all at the next barrier.
+  void mask_states(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
+    const int64_t M = lane.list.rows, O = args_.O;
+    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    for (int64_t i = 0; i < steps; i++)
+      for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
+        IO* copy = dir_[d].h_in + m * O;
+        lane.h_in[m] = copy;
+        if (m >= m0 && m < m1)
+          lane.masks.mask_state(copy, lane.h_prev[m], d, time(d, begin + i), lane.list.n[m]);
+      }
+  }
+
+  // The units that a thread computes where units are split.
+  UnitRange unit_range(const Share& share) const {
+    const bool split = plan_.units && share.count > 1;
+    auto range = [&](const Panels<E>& p, int64_t& first, int64_t& last) {
+      const int64_t b0 = split ? p.blocks * share.id / share.count : 0;
+      const int64_t b1 = split ? p.blocks * (share.id + 1) / share.count : p.blocks;
+      first = p.first(b0);
+      last = b1 > b0 ? p.first(b1 - 1) + p.units(b1 - 1) : first;
+    };
+    UnitRange r;
+    range(hh_, r.o_first, r.o_last);
+    range(args_.projected ? hr_ : hh_, r.h_first, r.h_last);
+    return r;
+  }
+
   void recompute(Direction& dir, const Share& share, Lane& lane) {
     const int64_t m0 = lane.list.rows * share.id / share.count;
     const int64_t m1 = lane.list.rows * (share.id + 1) / share.count;
     for (int64_t m = m0; m < m1; m++) {
       lane.a_rows[m] = operand_row(lane.x[m], dir.x_cast + m * args_.I, args_.I);
-      lane.b_rows[m] = operand_row(lane.h_prev[m], dir.h_cast + m * args_.O, args_.O);
+      lane.b_rows[m] = operand_row(lane.h_in[m], dir.h_cast + m * args_.O, args_.O);
     }
     recompute_gates<E, C>(layout_, args_.cell, dir.gates, args_.H, m0, m1, lane.a_rows, lane.b_rows,
-                          lane.h_prev, dir.dg, dir.mid, lane.tile);
+                          lane.h_in, dir.dg, dir.mid, lane.tile);
   }
   static const T* operand_row(const IO* src, T* copy, int64_t n) {
     if constexpr (kCast) {
@@ -273,11 +317,11 @@ class Backward {
       g.dg = dir.dg + m * S;
       g.dy = args_.dy.data ? seq_.at<const IO>(args_.dy, t, n) + d * O : nullptr;
       g.dh_out = dir.dh + n * O;
-      g.dh_in = last || (C::kCarryH && !cut) ? g.dh_out : zero;
+      g.dh_in = last || (carry_h_ && !cut) ? g.dh_out : zero;
       g.h = seq_.at<const IO>(args_.y, t, n) + d * O;
       g.h_prev = lane.h_prev[m];
       g.tape = args_.gates
-                   ? static_cast<const T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * C::kTape * H
+                   ? static_cast<const T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * kTape * H
                    : g.dg;
       if constexpr (C::kCellState) {
         g.dc_out = dir.dc + n * H;
@@ -290,6 +334,7 @@ class Backward {
       }
       g.dh = dir.dh_rows ? dir.dh_rows + m * O : nullptr;
       g.mid = dir.mid ? dir.mid + m * H : nullptr;
+      if (noise_.on) lane.masks.step(i, d, t, after, n, lane.units);
     }
   }
   void step(int d, const Share& share, Lane& lane, int64_t begin, int64_t i) {
@@ -306,9 +351,7 @@ class Backward {
     sweep(split_units, share, hh_, dir.w_hh, gates_ * H, count, i,
           [&](int64_t b, int, int64_t cols, int64_t m, int r) {
             state_product(dir, lane, b, m, r);
-            for (int q = 0; q < r; q++)
-              C::finish(0, args_.projected, lane.rows[m + q], lane.tile + q * cols, hh_.first(b),
-                        hh_.units(b), H);
+            for (int q = 0; q < r; q++) finish(0, lane, m + q, lane.tile + q * cols, hh_, b);
           });
     if (args_.projected || C::kTwoStage) {
       if (split_units) dir.barrier.wait(share.count);
@@ -320,11 +363,20 @@ class Backward {
         for (int q = 0; q < r; q++)
           a[q] = args_.projected ? lane.rows[m + q].dh : lane.rows[m + q].dg + 2 * H;
         tile_for<E>(r, nv)(a, w + p.stream(b, K, k0), K - k0, nullptr, 0, lane.tile, cols);
-        for (int q = 0; q < r; q++)
-          C::finish(1, args_.projected, lane.rows[m + q], lane.tile + q * cols, p.first(b), p.units(b), H);
+        for (int q = 0; q < r; q++) finish(1, lane, m + q, lane.tile + q * cols, p, b);
       });
     }
     if (split_units) dir.barrier.wait(share.count);
+  }
+
+  void finish(int stage, Lane& lane, int64_t m, const T* acc, const Panels<E>& p, int64_t b) const {
+    const int64_t u0 = p.first(b), H = args_.H;
+    const int units = p.units(b);
+    if (noise_.on)
+      C::finish(stage, args_.projected, lane.rows[m], acc, u0, units, H,
+                MaskRows<E>{noise_, lane.masks.rows + m});
+    else
+      C::finish(stage, args_.projected, lane.rows[m], acc, u0, units, H, Quiet{});
   }
 
   // Gate gradients of lane.a_rows[m .. m + r) times block b of weight_hh, into lane.tile.
@@ -437,7 +489,7 @@ class Backward {
     }
     OuterOperand<E> operands[3];
     operands[0] = {args_.I, lane.x, nullptr, dir.operand[0]};
-    operands[1] = {args_.O, lane.h_prev, nullptr, dir.operand[1]};
+    operands[1] = {args_.O, lane.h_in, nullptr, dir.operand[1]};
     operands[2] = {H, nullptr, dir.mid, dir.operand[2]};
     outer_products<E>(jobs, count, operands, dir.mid ? 3 : 2, lane.list.rows, dir.outer, add, share.id,
                       share.count, dir.barrier);
@@ -449,8 +501,9 @@ class Backward {
     const int64_t N = args_.N, H = args_.H, O = args_.O;
     const T* zero = reinterpret_cast<const T*>(zero_);
     for (int64_t n = i0; n < i1; n++) {
-      const bool cut = seq_.resets(d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0), n);
+      const bool cut = seq_.resets(first_time(d, n), n);
       lane.a_rows[n] = cut ? zero : lane.next[n];
+      if (noise_.state()) lane.masks.step(n, d, first_time(d, n), first_time(d, n), n, {0, H, 0, O});
       if (C::kCellState)
         convert_row(static_cast<IO*>(args_.dc0) + (d * N + n) * H, cut ? zero : dir.dc + n * H, H);
     }
@@ -462,9 +515,10 @@ class Backward {
         state_product(dir, lane, b, n, r);
         for (int q = 0; q < r; q++) {
           IO* dh0 = static_cast<IO*>(args_.dh0) + (d * N + n + q) * O + u0;
-          const bool carry = C::kCarryH && lane.a_rows[n + q] != zero;
+          const bool carry = carry_h_ && lane.a_rows[n + q] != zero;
           each_vector<V>(units, [&](int u, int w) {
             V v = load_as<V>(lane.tile + q * cols + u, w);
+            if (noise_.state()) v = v * MaskRows<E>{noise_, lane.masks.rows + n + q}.state(0, u0 + u);
             if (carry) v = v + load_as<V>(dir.dh + (n + q) * O + u0 + u, w);
             store_as<V>(dh0 + u, v, w);
           });

@@ -30,6 +30,22 @@ struct Weights {  // torch layout, contiguous; biases and w_hr may be null
   const void *w_ih = nullptr, *w_hh = nullptr, *b_ih = nullptr, *b_hh = nullptr, *w_hr = nullptr;
 };
 
+// Where recurrent dropout acts; see csrc/cells and docs/maths.md.
+enum class Drop : int32_t { none = 0, update = 1, cell = 2, state = 3 };
+
+// Recurrent dropout and zoneout; probabilities of 0 are off. In training masks are drawn from the seed (read through its
+// address), else expectations take their place.
+struct Noise {
+  Drop mode = Drop::none;
+  bool training = false, per_sequence = false;
+  double drop = 0, zoneout_h = 0, zoneout_c = 0;
+  int64_t layer = 0;
+  const uint64_t* seed = nullptr;
+  bool any() const { return mode != Drop::none || zoneout_h > 0 || zoneout_c > 0; }
+  // Zoneout mixes new and old values: an Elman layer's derivative then needs the new ones, on its tape.
+  bool mixes() const { return !training && (zoneout_h > 0 || zoneout_c > 0); }
+};
+
 struct Problem {
   Cell cell = Cell::lstm;
   Type type = Type::f32;
@@ -43,6 +59,7 @@ struct Problem {
   const int64_t* lengths = nullptr;      // dense: steps of each row, 1..T
   const uint8_t* reset = nullptr;        // state zeroed before step (t, n) where non-zero
   int64_t reset_stride_t = 0, reset_stride_n = 0;
+  Noise noise;
 };
 
 struct ForwardArgs : Problem {
@@ -68,7 +85,8 @@ struct BackwardArgs : Problem {
   void* workspace = nullptr;
 };
 
-// Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none.
+// Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none, or h_t before
+// zoneout where Noise::mixes().
 int tape_slots(Cell cell);
 
 // Random numbers of a mask: rows (t, n) of `units` words each, t in [0, T), n in [0, N); see csrc/cells/philox.h.

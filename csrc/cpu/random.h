@@ -40,7 +40,8 @@ struct Words {
   __m256i v;
   FASTRNN_INLINE Words set1(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
   FASTRNN_INLINE Words count_from(uint32_t x) {
-    return {_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(x)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
+    return {
+        _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(x)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
   }
   FASTRNN_INLINE void store(uint32_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
   FASTRNN_INLINE void multiply(Words x, uint32_t m, Words& high, Words& low) {
@@ -151,7 +152,8 @@ static inline void random_words(const RandomRow& row, int64_t units, uint32_t* o
       for (int w = 0; w < 4; w++) Words::store(words + w * kCountersPerDraw + at, c[0][w]);
     }
     const int64_t left = units - draw * kUnitsPerDraw;
-    std::memcpy(out + draw * kUnitsPerDraw, words, (left < kUnitsPerDraw ? left : kUnitsPerDraw) * sizeof(uint32_t));
+    std::memcpy(out + draw * kUnitsPerDraw, words,
+                (left < kUnitsPerDraw ? left : kUnitsPerDraw) * sizeof(uint32_t));
   }
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrnn.noise import Noise, tape_slots
 from fastrnn.reference import philox
 
 try:
@@ -22,7 +23,6 @@ except ImportError as error:  # a source tree without a build: every other backe
 
 CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
 GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
-TAPE_SLOTS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _F32_BF16 = 3
 _PARTITIONS = {"": 0, "units": 1, "rows": 2}
@@ -173,6 +173,20 @@ def _sequence_fields(
     return [*fields, reset.data_ptr(), *_strides(reset, False, batch_first)]
 
 
+_MODES = {"": 0, "update": 1, "cell": 2, "state": 3}
+
+
+def _noise_fields(seed: Tensor | None, text: str) -> tuple[float, ...]:
+    if not text:
+        return ()
+    n = Noise.parse(text)
+    if n.training and seed is None:
+        raise ValueError(f"seed: got None, expected a tensor for noise {text!r}")
+    address = seed.data_ptr() if seed is not None else 0
+    rates = (n.drop, n.zoneout_h, n.zoneout_c)
+    return (address, n.layer, n.training, _MODES[n.mode], n.sequence, *rates)
+
+
 def _rows(t: Tensor) -> Tensor:
     """Rows must be dense inside; any stride between them will do."""
     return t if t.stride(-1) == 1 or (t.size(-1) == 1 and t.is_contiguous()) else t.contiguous()
@@ -206,6 +220,8 @@ def _forward(
     want_cells: bool,
     want_gates: bool,
     plan_text: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan(plan_text)
     x = _rows(x)
@@ -230,7 +246,7 @@ def _forward(
     want_cells = want_cells and lstm
     cells = x.new_empty((*lead, directions * hidden) if want_cells else 0, dtype=compute)
     rows = x.size(0) if is_packed else shape[0] * shape[1]
-    slots = TAPE_SLOTS[cell] if want_gates else 0
+    slots = tape_slots(cell, noise) if want_gates else 0
     gates = x.new_empty((directions, rows, slots * hidden), dtype=compute)
     if shape[1] == 0:
         return y, h_n, c_n, cells, gates
@@ -249,6 +265,7 @@ def _forward(
         _pointer(gates),
         *_sequence_fields(batch_sizes, lengths, reset, batch_first),
         *_addresses(weights, directions),
+        *_noise_fields(seed, noise),
     )
     workspace = torch.empty(_cpu.forward_workspace(problem, tensors) + 64, dtype=torch.uint8)
     _cpu.forward(problem, tensors, _aligned(workspace))
@@ -272,6 +289,8 @@ def layer_forward(
     batch_first: bool,
     return_cells: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(
         x,
@@ -287,6 +306,8 @@ def layer_forward(
         return_cells,
         False,
         plan,
+        seed,
+        noise,
     )[:4]
 
 
@@ -302,6 +323,8 @@ def layer_forward_train(
     batch_first: bool,
     recompute: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _forward(
         x,
@@ -317,6 +340,8 @@ def layer_forward_train(
         True,
         not recompute,
         plan,
+        seed,
+        noise,
     )
 
 
@@ -346,6 +371,8 @@ def layer_backward(
     need_dstate: bool,
     need_dw: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     read_plan = _plan(plan)
     # dx has x's logical layout, dense; x is read through its own strides only if they are the same.
@@ -392,6 +419,7 @@ def layer_backward(
         *_sequence_fields(batch_sizes, lengths, reset, batch_first),
         *_addresses(weights, directions),
         *(_addresses(dweights, directions) if need_dw else ()),
+        *_noise_fields(seed, noise),
     )
     workspace = torch.empty(_cpu.backward_workspace(problem, tensors) + 64, dtype=torch.uint8)
     _cpu.backward(problem, tensors, _aligned(workspace))

@@ -83,6 +83,8 @@ class Steppable(RecurrentBase):
         cache = self._cache()
         if cache is None or self.bidirectional or (self.training and self.dropout):
             return None
+        if self._active_regularisers():
+            return None
         weights = self._weights()
         done = None if cache.stepper is None else cache.stepper(x_t, h, c, weights, cache)
         if done is None:

@@ -1,7 +1,7 @@
 """Recurrent dropout and zoneout inside a reference cell, from explicit mask tensors.
 
-Recurrent dropout multiplies by a factor m: the mask (0 or 1) in training and 1 - p in evaluation for
-"update" and "cell", the inverted mask (0 or 1 / (1 - p)) in training only for "state":
+Recurrent dropout multiplies by a factor m: for "update" and "cell" the mask (0 or 1) in training
+and 1 - p in evaluation, for "state" the inverted mask (0 or 1 / (1 - p)), in training only:
 
     "update"  LSTM: c_t = f * c_{t-1} + m * (i * g)    GRU: h_t = (1 - z) * (m * n) + z * h_{t-1}
               Semeniuta, Severyn and Barth 2016 (arXiv:1603.05118)
@@ -29,8 +29,8 @@ class Masks(NamedTuple):
     """The factors of one direction; None where there is nothing to do.
 
     Attributes:
-        update, cell, state: of recurrent dropout, (T, N, K) or (1, N, K) for all steps, or a number;
-            K is H, for ``state`` the size of h.
+        update, cell, state: of recurrent dropout, (T, N, K), or (1, N, K) for all steps, or a
+            number; K is H, for ``state`` the size of h.
         zoneout_h, zoneout_c: weight w of the new state, (T, N, K) or a number.
     """
 

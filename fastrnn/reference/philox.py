@@ -1,7 +1,7 @@
 """Philox4x32-10 in torch's integers: the random words of csrc/cells/philox.h on any device.
 
-Word u of row (t, n) in a stream depends on (seed, stream, t, n, u) alone: word u // 16 % 4 of Philox of the
-counter (u // 64 * 16 + u % 16, n, t, stream) under the key (low, high half of the seed).
+Word u of row (t, n) in a stream depends on (seed, stream, t, n, u) alone: it is word u // 16 % 4 of
+Philox of the counter (u // 64 * 16 + u % 16, n, t, stream) under the two halves of the seed.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 """
@@ -41,7 +41,7 @@ def philox4x32(
 def words(
     seed: Tensor, stream: int, steps: int, rows: int, units: int, device: torch.device
 ) -> Tensor:
-    """(steps, rows, units) int64 of values 0 .. 2^32 - 1; seed is an int64 tensor of one element."""
+    """(steps, rows, units) int64 of values 0 .. 2^32 - 1; seed is one int64 element."""
     seed = seed.reshape(()).to(device)
     draws = -(-units // 64)
 
