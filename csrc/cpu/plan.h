@@ -31,7 +31,8 @@ inline int gate_count(Cell c) {
 }
 
 // Rows read all recurrent weights on every core, units only their share. From four rows a core on a weight panel
-// is reused enough, as long as the weights stay in L2 at all; then rows win by not meeting at barriers.
+// is reused enough, as long as the weights stay in L2 at all; then rows win by not meeting at barriers, but for
+// a single step, which meets once.
 constexpr double kStaysInL2 = 2 << 20;
 inline double recurrent_bytes(const Problem& p) {
   const int size = p.type == Type::f64 ? 8 : p.type == Type::bf16 || p.type == Type::f32_bf16 ? 2 : 4;
@@ -52,7 +53,7 @@ inline Plan choose_plan(const Problem& p) {
   if (p.partition != Partition::automatic)
     plan.units = p.partition == Partition::units;
   else
-    plan.units = p.N < 4 * group || recurrent_bytes(p) > kStaysInL2;
+    plan.units = p.T == 1 || p.N < 4 * group || recurrent_bytes(p) > kStaysInL2;
   return plan;
 }
 
