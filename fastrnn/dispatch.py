@@ -255,6 +255,14 @@ def choose(
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
 
+def settled() -> bool | None:
+    """Whether bfloat16 weights are allowed; None under an override or a transform. While this and
+    the arguments stay, ``choose`` returns the same in eager mode."""
+    if _in_force or torch._C._are_functorch_transforms_active():
+        return None
+    return _bf16_allowed()
+
+
 def _problem(
     cell: str,
     input: Tensor,

@@ -45,7 +45,7 @@ inline Plan choose_plan(const Problem& p) {
   // A team costs about 2 us to start and a barrier 0.1-0.2 us per step.
   const bool side_by_side = p.directions == 2;
   int threads = p.threads < 1 ? 1 : p.threads;
-  if (total < 1e6) threads = 1;
+  if (total < 4e5) threads = 1;
   if (!side_by_side && p.N < 2 * threads && per_step < 6e4) threads = 1;
   if (side_by_side && per_step < 6e4 && threads > 2) threads = 2;
   const int group = p.directions == 2 ? imax(1, threads / 2) : threads;

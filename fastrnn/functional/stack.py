@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from fastrnn import dispatch, ops
 from fastrnn.autograd import Layer, distinct
 from fastrnn.backends import reference, torch_nn
+from fastrnn.functional.checks import check_state, check_weights
 from fastrnn.regularisers import NONE, Regularisers, draw_seed, drop_weights, regularisers_of
 from fastrnn.sequence import Batch, describe, flip_layout
 
@@ -24,8 +25,6 @@ __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 # torch before 2.7 does not tell export from compile.
 is_exporting = getattr(torch.compiler, "is_exporting", bool)
-
-_GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 class WeightCache(Protocol):
@@ -275,7 +274,7 @@ def _run(
         input, flat_weights = input.to(half), [w.to(half) for w in flat_weights]
         h0, c0 = [None if t is None else t.to(half) for t in (h0, c0)]
     directions = 2 if bidirectional else 1
-    hidden, out = _check_weights(cell, input, flat_weights, bias, num_layers, directions, proj_size)
+    hidden, out = check_weights(cell, input, flat_weights, bias, num_layers, directions, proj_size)
     h_shape, c_shape = (num_layers * directions, batch.size, out), None
     if cell == "lstm":
         c_shape = (num_layers * directions, batch.size, hidden)
@@ -284,11 +283,11 @@ def _run(
         if c_shape is not None:
             c0 = h0 if c_shape == h_shape else input.new_zeros(c_shape)
     elif c_shape is None:
-        _check_state("hidden", h0, h_shape, input)
+        check_state("hidden", h0, h_shape, input)
     else:
         assert c0 is not None
-        _check_state("hidden[0]", h0, h_shape, input)
-        _check_state("hidden[1]", c0, c_shape, input)
+        check_state("hidden[0]", h0, h_shape, input)
+        check_state("hidden[1]", c0, c_shape, input)
 
     # An exported program holds no backward of ours, so it need not write the tape of one.
     records = (
@@ -434,79 +433,6 @@ def _rnn_name(nonlinearity: str) -> str:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity: got {nonlinearity!r}, expected 'tanh' or 'relu'")
     return "rnn_" + nonlinearity
-
-
-def _check_weights(
-    cell: str,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    directions: int,
-    proj_size: int,
-) -> tuple[int, int]:
-    """Check number, shape, dtype and device of all weights; returns H and Hout."""
-    per_direction = 2 + 2 * bool(bias) + (proj_size > 0)
-    if len(weights) != num_layers * directions * per_direction:
-        raise ValueError(
-            f"flat_weights: got {len(weights)} tensors, expected {per_direction} for each of "
-            f"{num_layers} layers and {directions} directions (bias={bias}, proj_size={proj_size})"
-        )
-    w_ih, w_hh = weights[0], weights[1]
-    if w_ih.dim() != 2 or w_hh.dim() != 2:
-        raise ValueError(
-            f"flat_weights: got w_ih and w_hh of {w_ih.dim()} and {w_hh.dim()} dimensions, "
-            "expected matrices"
-        )
-    features, out = input.size(-1), w_hh.size(1)
-    hidden = w_hh.size(0) // _GATES[cell] if proj_size else out
-    rows = _GATES[cell] * hidden
-    if w_ih.size(1) != features:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {w_ih.size(1)}, got {features}"
-        )
-    dtype, device = input.dtype, input.device
-    rest: list[tuple[int, ...]] = [(rows,), (rows,)] if bias else []
-    if proj_size:
-        rest.append((proj_size, hidden))
-    index = 0
-    for layer in range(num_layers):
-        wide = features if layer == 0 else directions * out
-        for expected in ((rows, wide), (rows, out), *rest) * directions:
-            w = weights[index]
-            if w.shape != expected:
-                raise RuntimeError(
-                    f"flat_weights[{index}]: got shape {tuple(w.shape)}, expected {expected} in "
-                    f"layer {layer} with hidden_size {hidden}"
-                )
-            if w.dtype != dtype:
-                raise ValueError(
-                    f"RNN input dtype ({dtype}) does not match weight dtype ({w.dtype}). Convert "
-                    f"input: input.to({w.dtype}), or convert model: model.to({dtype})"
-                )
-            if w.device != device:
-                raise RuntimeError(
-                    "Input and parameter tensors are not at the same device, found input tensor "
-                    f"at {device} and parameter tensor at {w.device}"
-                )
-            index += 1
-    return hidden, out
-
-
-def _check_state(name: str, state: Tensor, expected: tuple[int, int, int], input: Tensor) -> None:
-    if state.shape != expected:
-        raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-    if state.device != input.device:
-        raise RuntimeError(
-            "Input and hidden tensors are not at the same device, found input tensor at "
-            f"{input.device} and hidden tensor at {state.device}"
-        )
-    if state.dtype != input.dtype:
-        raise RuntimeError(
-            "Input and hidden tensors are not the same dtype, found input tensor with "
-            f"{input.dtype} and hidden tensor with {state.dtype}; convert hx with "
-            f"hx.to({input.dtype})"
-        )
 
 
 def _requires_grad(input: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
