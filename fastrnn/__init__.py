@@ -8,7 +8,7 @@
 of code that cannot be edited, and `fastrnn.explain(module, input)` says what runs and why.
 """
 
-from fastrnn import functional
+from fastrnn import functional, init
 from fastrnn._version import __version__
 from fastrnn.dispatch import Explanation, explain, use_backend
 from fastrnn.nn import BNLSTM, GRU, LSTM, RHN, RNN, GRUCell, LSTMCell, RNNCell
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "explain",
     "functional",
+    "init",
     "patch",
     "replace",
     "restore",

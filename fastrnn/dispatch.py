@@ -164,7 +164,7 @@ def _candidates(p: Problem) -> list[tuple[str, str]]:
         # A traced call stays one operator: torch's kernel would be unrolled over the steps.
         box = None
         if not is_compiling():
-            plain = not (p.packed or p.proj_size)
+            plain = not (p.packed or p.proj_size or p.regularisers)
             box = handed_over(p.cell, p.dtype, p.training, p.steps, p.batch, p.hidden_size, plain)
         if box is not None:
             faster = ("torch", f"torch's own kernel was measured faster here: {box.measured}")
@@ -213,12 +213,14 @@ def choose(
     training: bool,
     return_cells: bool,
     recompute: bool,
+    regularisers: str = "",
 ) -> tuple[str, str]:
     """The backend of a call and its plan ("" leaves it to the backend).
 
     Args:
         sizes: hidden_size, proj_size, directions, num_layers.
         training: gradients are recorded.
+        regularisers: names those that have an effect.
     """
     if (
         not _in_force
@@ -234,7 +236,7 @@ def choose(
                 batch.steps,
                 batch.size,
                 sizes[0],
-                batch.batch_sizes is None and not sizes[1],
+                not (batch.batch_sizes is not None or sizes[1] or regularisers),
             )
         )
         and sizes[0]
@@ -243,7 +245,9 @@ def choose(
     ):
         backend = "cpu"
     else:
-        backend = settle(_problem(cell, input, batch, sizes, training, return_cells, recompute))
+        backend = settle(
+            _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
+        )
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
@@ -272,6 +276,7 @@ def _problem(
     training: bool,
     return_cells: bool,
     recompute: bool,
+    regularisers: str,
 ) -> Problem:
     hidden, proj, directions, layers = sizes
     return Problem(
@@ -292,6 +297,7 @@ def _problem(
         return_cells=return_cells,
         recompute=recompute and not cell.startswith("rnn"),
         transforms=_under_transforms(),
+        regularisers=regularisers,
     )
 
 
@@ -350,6 +356,7 @@ def explain_call(
     training: bool,
     return_cells: bool = False,
     recompute: bool = False,
+    regularisers: str = "",
     depth: int = 1,
     gates: int = 0,
 ) -> Explanation:
@@ -357,7 +364,7 @@ def explain_call(
 
     depth and gates are those of a Recurrent Highway Network.
     """
-    problem = _problem(cell, input, batch, sizes, training, return_cells, recompute)
+    problem = _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
     problem = problem._replace(depth=depth, gates=gates)
     found = decide(problem)
     return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
@@ -366,8 +373,9 @@ def explain_call(
 def _plan(backend: str, p: Problem) -> str:
     if backend == "torch":
         return torch_nn.plan(p.cell)
+    noise = f", {p.regularisers}" if p.regularisers else ""
     if backend != "cpu":
-        return "a Python loop over the steps"
+        return "a Python loop over the steps" + noise
     from fastrnn.backends import cpu
 
     precision = ""
@@ -400,8 +408,9 @@ def _plan(backend: str, p: Problem) -> str:
             )  # fmt: skip
         plans.setdefault(str(text), []).append(str(k))
     if len(plans) == 1:
-        return precision + next(iter(plans))
-    return precision + "; ".join(f"layers {', '.join(k)}: {text}" for text, k in plans.items())
+        return precision + next(iter(plans)) + noise
+    each = (f"layers {', '.join(k)}: {text}" for text, k in plans.items())
+    return precision + "; ".join(each) + noise
 
 
 _MODES = {
@@ -475,4 +484,8 @@ def explain(
     if half is not None:
         input = input.to(half)
     depth, gates = (module.depth, module._gates) if cell == "rhn" else (1, 0)
-    return explain_call(cell, input, batch, sizes, records, return_cells, recompute, depth, gates)
+    active = getattr(module, "_active_regularisers", None)
+    return explain_call(
+        cell, input, batch, sizes, records, return_cells, recompute,
+        "" if active is None else active(), depth, gates,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastrnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastrnn.nn.base import RecurrentBase
 
 Class = type[nn.Module]
 
@@ -27,7 +28,11 @@ _OURS: dict[Class, Class] = {
 _TORCHS: dict[Class, Class] = {ours: torchs for torchs, ours in _OURS.items()}
 # What the new module must not inherit: our own options, lists that belong to the old module's
 # class, and a forward compiled for the old module.
-_LEFT_BEHIND = ("recompute", "reset_after", "_packed", "_flat_weights", "_compiled_call_impl")
+_REGULARISERS = ("recurrent_dropout", "zoneout", "weight_dropout")
+_LEFT_BEHIND = (
+    "recompute", "reset_after", "_packed", "_flat_weights", "_compiled_call_impl",
+    *_REGULARISERS, "recurrent_dropout_mode", "recurrent_dropout_per",
+)  # fmt: skip
 
 
 def replace(model: nn.Module) -> nn.Module:
@@ -62,8 +67,8 @@ def restore(model: nn.Module) -> nn.Module:
     """The way back from `replace`: fastrnn's modules become torch.nn's, in place.
 
     Works on any model, whether or not it came from `replace`. `recompute` is dropped, it changes
-    no result. What torch.nn cannot compute, a GRU with reset_after=False, and subclasses of
-    fastrnn's modules are left alone and reported.
+    no result. What torch.nn cannot compute (a GRU with reset_after=False, recurrent dropout,
+    zoneout, weight dropout) and subclasses of fastrnn's modules are left alone and reported.
 
     Args:
         model: any module; a module that appears twice is replaced by one new module.
@@ -78,6 +83,10 @@ def restore(model: nn.Module) -> nn.Module:
     def refusal(module: nn.Module) -> str | None:
         if isinstance(module, GRU) and not module.reset_after:
             return "reset_after=False, which torch.nn.GRU does not have"
+        for name in _REGULARISERS:
+            if isinstance(module, RecurrentBase) and getattr(module, name):
+                torchs = f"torch.nn.{type(module).__name__}"
+                return f"{name}={getattr(module, name)!r}, which {torchs} does not have"
         ours = isinstance(module, tuple(_TORCHS))
         if ours and parametrize.type_before_parametrizations(module) not in _TORCHS:
             return "a subclass of a fastrnn module, which may override anything"

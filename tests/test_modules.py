@@ -95,8 +95,8 @@ def test_constructor_errors_of_one_class() -> None:
             library.RNN(3, 4, nonlinearity="sine")
         with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
             library.GRU(3, 4, proj_size=2)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'zoneout'"):
-        fastrnn.GRU(3, 4, zoneout=0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'peephole'"):
+        fastrnn.GRU(3, 4, peephole=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'layer_norm'"):
         fastrnn.LSTM(3, 4, layer_norm=True)
     with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):

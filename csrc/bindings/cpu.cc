@@ -42,6 +42,20 @@ void read_sequence(Fields& f, Problem& p) {
   p.reset_stride_n = f.integer();
 }
 
+// Where a call has none, its tuple ends before.
+void read_noise(Fields& f, Problem& p) {
+  if (f.at_end()) return;
+  Noise& n = p.noise;
+  n.seed = static_cast<const uint64_t*>(f.address());
+  n.layer = f.integer();
+  n.training = f.integer() != 0;
+  n.mode = static_cast<Drop>(f.integer());
+  n.per_sequence = f.integer() != 0;
+  n.drop = f.real();
+  n.zoneout_h = f.real();
+  n.zoneout_c = f.real();
+}
+
 void read_weights(Fields& f, const Problem& p, Weights* w) {
   for (int d = 0; d < p.directions; d++)
     w[d] = {f.address(), f.address(), f.address(), f.address(), f.address()};
@@ -67,6 +81,7 @@ ForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensors) {
   a.gates = g.address();
   read_sequence(g, a);
   read_weights(g, a, a.weights);
+  read_noise(g, a);
   g.end();
   return a;
 }
@@ -99,6 +114,7 @@ BackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
   if (a.want_weights)
     for (int d = 0; d < a.directions; d++)
       a.grads[d] = {g.address(), g.address(), g.address(), g.address(), g.address()};
+  read_noise(g, a);
   g.end();
   return a;
 }
@@ -167,6 +183,12 @@ PYBIND11_MODULE(_cpu, m) {
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
     kernels().backward(a);
+  });
+  m.def("random", [](intptr_t seed, uint32_t stream, uint64_t threshold, int64_t T, int64_t N, int64_t units,
+                     int threads, intptr_t words, intptr_t keep) {
+    const RandomArgs a{*reinterpret_cast<const uint64_t*>(seed), stream, threshold, T, N, units, threads};
+    py::gil_scoped_release release;
+    kernels().random(a, reinterpret_cast<uint32_t*>(words), reinterpret_cast<uint8_t*>(keep));
   });
   m.def("read_words", [](const py::bytes& addresses) {
     char *at, *out;

@@ -1,4 +1,4 @@
-// What the bindings share: tuples of integers (sizes and addresses) read front to back.
+// What the bindings share: tuples of numbers (sizes and addresses) read front to back.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -8,7 +8,7 @@
 
 namespace fastrnn {
 
-// Reads a tuple of integers front to back; a wrong count is a mistake of the Python side.
+// Reads a tuple front to back; a wrong count is a mistake of the Python side.
 class Fields {
  public:
   explicit Fields(const pybind11::tuple& t) : tuple_(t.ptr()), size_(PyTuple_GET_SIZE(t.ptr())) {}
@@ -24,6 +24,7 @@ class Fields {
     if (v == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return v;
   }
+  bool at_end() const { return next_ == size_; }
   void* address() { return reinterpret_cast<void*>(static_cast<intptr_t>(integer())); }
   Grid strides() {
     Grid g;

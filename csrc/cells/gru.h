@@ -17,6 +17,12 @@ FASTRNN_CELL V gru_output(V z, V n, V h_prev) {
   return A::fma(z, h_prev - n, n);
 }
 
+// With recurrent dropout, `update` multiplies the candidate.
+template <class A, class V>
+FASTRNN_CELL V gru_output(V z, V n, V h_prev, V update) {
+  return gru_output<A>(z, n * update, h_prev);
+}
+
 template <class V>
 struct GruGrad {
   V r, z, n, un, h_prev;  // n: pre-activation on the input side, un: on the recurrent side
@@ -27,6 +33,17 @@ FASTRNN_CELL GruGrad<V> gru_backward(V r, V z, V n, V un, V h_prev, V dh) {
   GruGrad<V> g;
   g.z = dh * (h_prev - n) * A::dsigmoid(z);
   g.n = dh * (A::one() - z) * A::dtanh(n);
+  g.r = g.n * un * A::dsigmoid(r);
+  g.un = g.n * r;
+  g.h_prev = dh * z;
+  return g;
+}
+
+template <class A, class V>
+FASTRNN_CELL GruGrad<V> gru_backward(V r, V z, V n, V un, V h_prev, V dh, V update) {
+  GruGrad<V> g;
+  g.z = dh * (h_prev - n * update) * A::dsigmoid(z);
+  g.n = dh * (A::one() - z) * update * A::dtanh(n);
   g.r = g.n * un * A::dsigmoid(r);
   g.un = g.n * r;
   g.h_prev = dh * z;

@@ -13,6 +13,12 @@ FASTRNN_CELL V lstm_cell(V i, V f, V g, V c_prev) {
   return A::fma(f, c_prev, i * g);
 }
 
+// With recurrent dropout: `update` multiplies i * g, `cell` the whole of c_t.
+template <class A, class V>
+FASTRNN_CELL V lstm_cell(V i, V f, V g, V c_prev, V update, V cell) {
+  return A::fma(f, c_prev, i * g * update) * cell;
+}
+
 template <class V>
 struct LstmGrad {
   V i, f, g, o, c_prev;
@@ -29,6 +35,20 @@ FASTRNN_CELL LstmGrad<V> lstm_backward(V i, V f, V g, V o, V c, V c_prev, V dh, 
   r.g = dc * i * A::dtanh(g);
   r.f = dc * c_prev * A::dsigmoid(f);
   r.c_prev = dc * f;
+  return r;
+}
+
+template <class A, class V>
+FASTRNN_CELL LstmGrad<V> lstm_backward(V i, V f, V g, V o, V c, V c_prev, V dh, V dc, V update, V cell) {
+  LstmGrad<V> r;
+  V tc = A::tanh(c);
+  dc = A::fma(dh * o, A::dtanh(tc), dc) * cell;
+  r.o = dh * tc * A::dsigmoid(o);
+  r.f = dc * c_prev * A::dsigmoid(f);
+  r.c_prev = dc * f;
+  dc = dc * update;
+  r.i = dc * g * A::dsigmoid(i);
+  r.g = dc * i * A::dtanh(g);
   return r;
 }
 

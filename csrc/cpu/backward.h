@@ -24,6 +24,7 @@ class Backward : BackwardState<E, C> {
   static_assert(std::is_same<typename E::A, T>::value, "gradients are computed in the compute type");
   using State::all_, State::args_, State::dir_, State::direct_, State::gates_, State::hh_, State::hr_,
       State::ih_;
+  using State::carry_h_, State::first_time, State::noise_, State::unit_range;
   using State::kCast, State::kMaxSegments, State::lane_bytes_, State::lanes_, State::layout_, State::plan_;
   using State::recompute_, State::seq_, State::steps_, State::time, State::zero_;
 
@@ -41,6 +42,7 @@ class Backward : BackwardState<E, C> {
 
  private:
   using State::State;
+  static constexpr int kTape = C::kTape ? C::kTape : 1;  // RNN: where noise mixes
 
   void work(int tid, int nt) {
     pack(tid, nt);
@@ -78,6 +80,8 @@ class Backward : BackwardState<E, C> {
     if (C::kCellState) init_grads(dir.dc, args_.dc_n, d, H, i0, i1);
     if (dir.c0) init_grads(dir.c0, args_.c0, d, H, i0, i1);
     for (int64_t n = 0; n < N; n++) lane.next[n] = nullptr;
+    lane.units = unit_range(share);
+    lane.masks.begin(d, 0, N, lane.units);
     if (d == 0 && args_.lengths && args_.dx.data)
       for (int64_t n = i0; n < i1; n++)
         for (int64_t t = seq_.length(n); t < args_.T; t++)
@@ -90,6 +94,7 @@ class Backward : BackwardState<E, C> {
       // Chunk rows in the forward direction's processing order, all of the batch.
       lane.list.fill(seq_, steps, 0, N, [&](int64_t i) { return time(d, begin + i); });
       chunk_operands(d, lane, begin, steps);
+      if (noise_.state()) mask_states(d, share, lane, begin, steps);
       if (recompute_) {
         recompute(dir, share, lane);
         dir.barrier.wait(share.count);
@@ -134,15 +139,28 @@ class Backward : BackwardState<E, C> {
     }
   }
 
+  // Masked copies of the previous states: this thread's share, complete for all at the next barrier.
+  void mask_states(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
+    const int64_t M = lane.list.rows, O = args_.O;
+    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    for (int64_t i = 0; i < steps; i++)
+      for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
+        IO* copy = dir_[d].h_in + m * O;
+        lane.h_in[m] = copy;
+        if (m >= m0 && m < m1)
+          lane.masks.mask_state(copy, lane.h_prev[m], d, time(d, begin + i), lane.list.n[m]);
+      }
+  }
+
   void recompute(Direction& dir, const Share& share, Lane& lane) {
     const int64_t m0 = lane.list.rows * share.id / share.count;
     const int64_t m1 = lane.list.rows * (share.id + 1) / share.count;
     for (int64_t m = m0; m < m1; m++) {
       lane.a_rows[m] = operand_row(lane.x[m], dir.x_cast + m * args_.I, args_.I);
-      lane.b_rows[m] = operand_row(lane.h_prev[m], dir.h_cast + m * args_.O, args_.O);
+      lane.b_rows[m] = operand_row(lane.h_in[m], dir.h_cast + m * args_.O, args_.O);
     }
     recompute_gates<E, C>(layout_, args_.cell, dir.gates, args_.H, m0, m1, lane.a_rows, lane.b_rows,
-                          lane.h_prev, dir.dg, dir.mid, lane.tile);
+                          lane.h_in, dir.dg, dir.mid, lane.tile);
   }
   static const T* operand_row(const IO* src, T* copy, int64_t n) {
     if constexpr (kCast) {
@@ -173,11 +191,11 @@ class Backward : BackwardState<E, C> {
       g.dg = dir.dg + m * S;
       g.dy = args_.dy.data ? seq_.template at<const IO>(args_.dy, t, n) + d * O : nullptr;
       g.dh_out = dir.dh + n * O;
-      g.dh_in = last || (C::kCarryH && !cut) ? g.dh_out : zero;
+      g.dh_in = last || (carry_h_ && !cut) ? g.dh_out : zero;
       g.h = seq_.template at<const IO>(args_.y, t, n) + d * O;
       g.h_prev = lane.h_prev[m];
       g.tape = args_.gates
-                   ? static_cast<const T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * C::kTape * H
+                   ? static_cast<const T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * kTape * H
                    : g.dg;
       if constexpr (C::kCellState) {
         g.dc_out = dir.dc + n * H;
@@ -190,6 +208,7 @@ class Backward : BackwardState<E, C> {
       }
       g.dh = dir.dh_rows ? dir.dh_rows + m * O : nullptr;
       g.mid = dir.mid ? dir.mid + m * H : nullptr;
+      if (noise_.on) lane.masks.step(i, d, t, after, n, lane.units);
     }
   }
   void step(int d, const Share& share, Lane& lane, int64_t begin, int64_t i) {
@@ -206,9 +225,7 @@ class Backward : BackwardState<E, C> {
     sweep(split_units, share, hh_, dir.w_hh, gates_ * H, count, i,
           [&](int64_t b, int, int64_t cols, int64_t m, int r) {
             state_product(dir, lane, b, m, r);
-            for (int q = 0; q < r; q++)
-              C::finish(0, args_.projected, lane.rows[m + q], lane.tile + q * cols, hh_.first(b),
-                        hh_.units(b), H);
+            for (int q = 0; q < r; q++) finish(0, lane, m + q, lane.tile + q * cols, hh_, b);
           });
     if (args_.projected || C::kTwoStage) {
       if (split_units) dir.barrier.wait(share.count);
@@ -220,11 +237,20 @@ class Backward : BackwardState<E, C> {
         for (int q = 0; q < r; q++)
           a[q] = args_.projected ? lane.rows[m + q].dh : lane.rows[m + q].dg + 2 * H;
         tile_for<E>(r, nv)(a, w + p.stream(b, K, k0), K - k0, nullptr, 0, lane.tile, cols);
-        for (int q = 0; q < r; q++)
-          C::finish(1, args_.projected, lane.rows[m + q], lane.tile + q * cols, p.first(b), p.units(b), H);
+        for (int q = 0; q < r; q++) finish(1, lane, m + q, lane.tile + q * cols, p, b);
       });
     }
     if (split_units) dir.barrier.wait(share.count);
+  }
+
+  void finish(int stage, Lane& lane, int64_t m, const T* acc, const Panels<E>& p, int64_t b) const {
+    const int64_t u0 = p.first(b), H = args_.H;
+    const int units = p.units(b);
+    const GradRow<E>& row = lane.rows[m];
+    if (noise_.on)
+      C::finish(stage, args_.projected, row, acc, u0, units, H, MaskRows<E>{noise_, lane.masks.rows + m});
+    else
+      C::finish(stage, args_.projected, row, acc, u0, units, H, Quiet{});
   }
 
   // Gate gradients of lane.a_rows[m .. m + r) times block b of weight_hh, into lane.tile.
@@ -364,7 +390,7 @@ class Backward : BackwardState<E, C> {
     }
     OuterOperand<E> operands[3];
     operands[0] = {args_.I, lane.x, nullptr, dir.operand[0]};
-    operands[1] = {args_.O, lane.h_prev, nullptr, dir.operand[1]};
+    operands[1] = {args_.O, lane.h_in, nullptr, dir.operand[1]};
     operands[2] = {H, nullptr, dir.mid, dir.operand[2]};
     outer_products<E>(jobs, count, operands, dir.mid ? 3 : 2, lane.list.rows, dir.outer, add, share.id,
                       share.count, dir.barrier);
@@ -379,6 +405,9 @@ class Backward : BackwardState<E, C> {
       for (int64_t n = i0; n < i1; n++)
         convert_row(static_cast<IO*>(args_.dc0) + (d * N + n) * H, cut_at_start(d, n) ? zero : dir.dc + n * H,
                     H);
+    if (noise_.state())
+      for (int64_t n = direct_ ? 0 : i0; n < (direct_ ? N : i1); n++)
+        lane.masks.step(n, d, first_time(d, n), first_time(d, n), n, {0, H, 0, args_.O});
     if (direct_) return direct_initial_grads(d, share, lane);
     for (int64_t n = i0; n < i1; n++) lane.a_rows[n] = cut_at_start(d, n) ? zero : lane.next[n];
     for (int64_t b = 0; b < hh_.blocks; b++) {
@@ -387,20 +416,19 @@ class Backward : BackwardState<E, C> {
         const int64_t n = i0 + first;
         state_product(dir, lane, b, n, r);
         for (int q = 0; q < r; q++)
-          put_initial_grad(d, n + q, hh_.first(b), hh_.units(b), lane.tile + q * cols);
+          put_initial_grad(d, lane, n + q, hh_.first(b), hh_.units(b), lane.tile + q * cols);
       });
     }
   }
-  bool cut_at_start(int d, int64_t n) const {
-    return seq_.resets(d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0), n);
-  }
+  bool cut_at_start(int d, int64_t n) const { return seq_.resets(first_time(d, n), n); }
 
   // `width` columns of row n's dh0 from u0 on: the product, and what reached h_0 beside it.
-  void put_initial_grad(int d, int64_t n, int64_t u0, int64_t width, const T* product) {
+  void put_initial_grad(int d, const Lane& lane, int64_t n, int64_t u0, int64_t width, const T* product) {
     IO* dh0 = static_cast<IO*>(args_.dh0) + (d * args_.N + n) * args_.O + u0;
-    const bool carry = C::kCarryH && !cut_at_start(d, n);
+    const bool carry = carry_h_ && !cut_at_start(d, n);
     each_vector<V>(static_cast<int>(width), [&](int u, int w) {
       V v = load_as<V>(product + u, w);
+      if (noise_.state()) v = v * MaskRows<E>{noise_, lane.masks.rows + n}.state(0, u0 + u);
       if (carry) v = v + load_as<V>(dir_[d].dh + n * args_.O + u0 + u, w);
       store_as<V>(dh0 + u, v, w);
     });
@@ -419,7 +447,7 @@ class Backward : BackwardState<E, C> {
     }
     for (int64_t n = 0; n < N; n++) {
       if (cut_at_start(d, n)) std::memset(dir.dh_row + n * O + c0, 0, (c1 - c0) * sizeof(T));
-      put_initial_grad(d, n, c0, c1 - c0, dir.dh_row + n * O + c0);
+      put_initial_grad(d, lane, n, c0, c1 - c0, dir.dh_row + n * O + c0);
     }
   }
 

@@ -26,7 +26,10 @@ struct BackwardState {
     T* tile;
     const IO** x;  // per row of the chunk
     const IO** h_prev;
+    const IO** h_in;  // what the recurrent matmul took: h_prev, or its masked copy
     void** dx;
+    MaskBits<E> masks;
+    UnitRange units;
     Lane(Arena& a, const BackwardState& b)
         : list(a, b.steps_, b.args_.N),
           next(a.take<const T*>(b.args_.N)),
@@ -36,13 +39,16 @@ struct BackwardState {
           tile(a.take<T>(2 * kMaxRows * kMaxVectors * E::W)),
           x(a.take<const IO*>(b.steps_ * b.args_.N)),
           h_prev(a.take<const IO*>(b.steps_ * b.args_.N)),
-          dx(a.take<void*>(b.steps_ * b.args_.N)) {}
+          h_in(b.noise_.state() ? a.take<const IO*>(b.steps_ * b.args_.N) : h_prev),
+          dx(a.take<void*>(b.steps_ * b.args_.N)),
+          masks(a, b.noise_, b.args_.N) {}
   };
   struct Direction {
     char* gates = nullptr;  // forward packing, only to recompute
     T *w_hh = nullptr, *w_ih = nullptr, *w_hr = nullptr;
     T *dg, *carry, *c0 = nullptr, *dc = nullptr, *dh, *dh_rows = nullptr, *mid = nullptr;
     T *x_cast = nullptr, *h_cast = nullptr, *dx = nullptr;
+    IO* h_in = nullptr;
     T *d_ih = nullptr, *d_hh = nullptr, *d_hr = nullptr, *sums = nullptr;
     T *dx_row = nullptr, *dh_row = nullptr;  // what a product with unpacked weights makes
     T *outer = nullptr, *operand[3] = {};
@@ -55,8 +61,10 @@ struct BackwardState {
   const Sequence seq_;
   const int gates_;
   const int64_t steps_;
+  const MaskPlan<T> noise_;
   const bool recompute_;
-  const bool direct_;  // one step of few rows: every weight is used once at most, and not packed
+  const bool carry_h_;  // h_{t-1} has gradients beside the matmul's
+  const bool direct_;   // one step of few rows: every weight is used once at most, and not packed
   Panels<E> hh_, ih_, hr_;
   char* zero_;
   Direction dir_[2];
@@ -71,7 +79,9 @@ struct BackwardState {
         seq_(args, arena),
         gates_(gate_count(args.cell)),
         steps_(imin(args.T, imax(1, kGradRows / args.N))),
-        recompute_(!args.gates && C::kTape > 0),
+        noise_(args, C::kTwoStage),
+        recompute_(!args.gates && (C::kTape > 0 || args.noise.mixes())),
+        carry_h_(C::kCarryH || noise_.zones_h()),
         direct_(args.T == 1 && args.N <= kDirectRows && !args.projected && !C::kTwoStage),
         hh_(1, args.O, block_vectors(args.O)),
         ih_(1, args.I),
@@ -99,6 +109,7 @@ struct BackwardState {
       r.dh = arena.take<T>(N * O);
       if (C::kCellState) r.dc = arena.take<T>(N * H);
       if (C::kCellState && kCast) r.c0 = arena.take<T>(N * H);
+      if (noise_.state()) r.h_in = arena.take<IO>(M * O);
       if (args.projected) r.dh_rows = arena.take<T>(M * O);
       if (has_mid) r.mid = arena.take<T>(M * H);
       if (kCast && recompute_) {
@@ -128,6 +139,22 @@ struct BackwardState {
   // Threads that divide a narrow matrix get half-width blocks, else some would have none.
   int block_vectors(int64_t width) const { return plan_.units && width <= 8 * E::W ? 2 : kMaxVectors; }
   int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
+  int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
+
+  // The units that a thread computes where units are split.
+  UnitRange unit_range(const Share& share) const {
+    const bool split = plan_.units && share.count > 1;
+    auto range = [&](const Panels<E>& p, int64_t& first, int64_t& last) {
+      const int64_t b0 = split ? p.blocks * share.id / share.count : 0;
+      const int64_t b1 = split ? p.blocks * (share.id + 1) / share.count : p.blocks;
+      first = p.first(b0);
+      last = b1 > b0 ? p.first(b1 - 1) + p.units(b1 - 1) : first;
+    };
+    UnitRange r;
+    range(hh_, r.o_first, r.o_last);
+    range(args_.projected ? hr_ : hh_, r.h_first, r.h_last);
+    return r;
+  }
 };
 
 }  // namespace FASTRNN_ISA

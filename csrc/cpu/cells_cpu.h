@@ -8,7 +8,9 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "../cells/zoneout.h"
 #include "math.h"
+#include "noise.h"
 #include "pack.h"
 
 namespace fastrnn {
@@ -60,11 +62,25 @@ FASTRNN_INLINE void each_rows(const TileRows<E>& t, F&& f) {
   });
 }
 
-template <class E>
-FASTRNN_INLINE void put_state(const RowState<E>& st, int64_t at, typename E::V h, int n) {
-  store_as<typename E::V>(st.y + at, h, n);
-  if constexpr (!std::is_same<typename E::A, typename E::IO>::value)
-    store_as<typename E::V>(st.shadow + at, h, n);
+// Writes h_t of row r; with noise, h is the new value, before zoneout.
+template <class E, class Math, class M>
+FASTRNN_INLINE void put_state(const TileRows<E>& tile, int r, int64_t at, typename E::V h, int n,
+                              const M& masks) {
+  using V = typename E::V;
+  constexpr bool kShadow = !std::is_same<typename E::A, typename E::IO>::value;
+  const RowState<E>& st = tile.state[r];
+  if constexpr (M::on) {
+    if (masks.plan.zones_h()) h = zoneout<Math>(masks.zoneout_h(r, at), h, load_as<V>(st.h_prev + at, n));
+    store_as<V>(st.y + at, h, n);
+    // From y as it was rounded, which is what the backward has.
+    if (masks.plan.state())
+      store_as<V>(st.shadow + at, load_as<V>(st.y + at, n) * masks.state(r, at), n);
+    else if constexpr (kShadow)
+      store_as<V>(st.shadow + at, h, n);
+  } else {
+    store_as<V>(st.y + at, h, n);
+    if constexpr (kShadow) store_as<V>(st.shadow + at, h, n);
+  }
 }
 
 template <class E, bool Linear>
@@ -75,12 +91,13 @@ struct LstmCpu {
   static constexpr bool kCellState = true, kApart = false;
   static constexpr int kSlots = 4, kStages = 1;
 
-  static void finish(int stage, bool projected, const TileRows<E>& tile, int64_t H) {
+  template <class M>
+  static void finish(int stage, bool projected, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
     if (stage == 1) {
       each_rows<E>(tile, [&](auto q, int r, int u, int n) {
         for (int i = 0; i < q; i++)
-          put_state(tile.state[r + i], tile.first_unit + u, load_as<V>(tile.row(r + i) + u, n), n);
+          put_state<E, Math>(tile, r + i, tile.first_unit + u, load_as<V>(tile.row(r + i) + u, n), n, masks);
       });
       return;
     }
@@ -98,7 +115,16 @@ struct LstmCpu {
       Math::both(s, g);
       FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
         const RowState<E>& st = tile.state[r + i];
-        V c = lstm_cell<Math>(s[3 * i], s[3 * i + 1], g[i], load_as<V>(st.c_prev + at, n));
+        const V c_prev = load_as<V>(st.c_prev + at, n);
+        V c;
+        if constexpr (M::on) {
+          c = lstm_cell<Math>(s[3 * i], s[3 * i + 1], g[i], c_prev, masks.update(r + i, at),
+                              masks.cell(r + i, at));
+          store_as<V>(tile.row(r + i) + 2 * w + u, c, n);  // h_t is made of the new cell
+          if (masks.plan.zones_c()) c = zoneout<Math>(masks.zoneout_c(r + i, at), c, c_prev);
+        } else {
+          c = lstm_cell<Math>(s[3 * i], s[3 * i + 1], g[i], c_prev);
+        }
         store_as<V>(st.c + at, c, n);
         store_as<V>(tile.row(r + i) + 3 * w + u, s[3 * i + 2], n);
         if (st.tape) {
@@ -113,7 +139,8 @@ struct LstmCpu {
       constexpr int Q = decltype(q)::value;
       const int64_t at = tile.first_unit + u;
       V c[Q];
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) c[i] = load_as<V>(tile.state[r + i].c + at, n);
+      FASTRNN_UNROLL for (int i = 0; i < Q; i++) c[i] =
+          load_as<V>(M::on ? tile.row(r + i) + 2 * w + u : tile.state[r + i].c + at, n);
       Math::tanhs(c);
       FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
         const RowState<E>& st = tile.state[r + i];
@@ -121,7 +148,7 @@ struct LstmCpu {
         if (projected)
           store_as<V>(st.mid + at, h, n);
         else
-          put_state(st, at, h, n);
+          put_state<E, Math>(tile, r + i, at, h, n, masks);
       }
     });
   }
@@ -135,7 +162,8 @@ struct GruCpu {
   static constexpr bool kCellState = false, kApart = true;
   static constexpr int kSlots = 4, kStages = 1;
 
-  static void finish(int, bool, const TileRows<E>& tile, int64_t H) {
+  template <class M>
+  static void finish(int, bool, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
     each_rows<E>(tile, [&](auto q, int r, int u, int n) {
       constexpr int Q = decltype(q)::value;
@@ -154,7 +182,13 @@ struct GruCpu {
       Math::tanhs(c);
       FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
         const RowState<E>& st = tile.state[r + i];
-        put_state(st, at, gru_output<Math>(s[2 * i + 1], c[i], load_as<V>(st.h_prev + at, n)), n);
+        const V h_prev = load_as<V>(st.h_prev + at, n);
+        V h;
+        if constexpr (M::on)
+          h = gru_output<Math>(s[2 * i + 1], c[i], h_prev, masks.update(r + i, at));
+        else
+          h = gru_output<Math>(s[2 * i + 1], c[i], h_prev);
+        put_state<E, Math>(tile, r + i, at, h, n, masks);
         if (st.tape) {
           store_as<V>(st.tape + at, s[2 * i], n);
           store_as<V>(st.tape + H + at, s[2 * i + 1], n);
@@ -175,7 +209,8 @@ struct GruResetBeforeCpu {
   static constexpr bool kCellState = false, kApart = false;
   static constexpr int kSlots = 3, kStages = 2;
 
-  static void finish(int stage, bool, const TileRows<E>& tile, int64_t H) {
+  template <class M>
+  static void finish(int stage, bool, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
     each_rows<E>(tile, [&](auto q, int r, int u, int n) {
       const int64_t at = tile.first_unit + u;
@@ -186,7 +221,9 @@ struct GruResetBeforeCpu {
         if (stage == 0) {
           V s[2] = {load_as<V>(acc, n), load_as<V>(acc + w, n)};
           Math::sigmoids(s);
-          store_as<V>(st.mid + at, s[0] * h, n);
+          V h_in = h;
+          if constexpr (M::on) h_in = h * masks.state_now(r + i, at);
+          store_as<V>(st.mid + at, s[0] * h_in, n);
           store_as<V>(st.z + at, s[1], n);
           if (st.tape) {
             store_as<V>(st.tape + at, s[0], n);
@@ -194,7 +231,13 @@ struct GruResetBeforeCpu {
           }
         } else {
           V c = Math::tanh(load_as<V>(acc, n));
-          put_state(st, at, gru_output<Math>(load_as<V>(st.z + at, n), c, h), n);
+          const V z = load_as<V>(st.z + at, n);
+          V h_new;
+          if constexpr (M::on)
+            h_new = gru_output<Math>(z, c, h, masks.update(r + i, at));
+          else
+            h_new = gru_output<Math>(z, c, h);
+          put_state<E, Math>(tile, r + i, at, h_new, n, masks);
           if (st.tape) store_as<V>(st.tape + 2 * H + at, c, n);
         }
       }
@@ -210,7 +253,8 @@ struct RnnCpu {
   static constexpr bool kCellState = false, kApart = false;
   static constexpr int kSlots = 0, kStages = 1;
 
-  static void finish(int, bool, const TileRows<E>& tile, int64_t) {
+  template <class M>
+  static void finish(int, bool, const TileRows<E>& tile, int64_t, const M& masks) {
     each_rows<E>(tile, [&](auto q, int r, int u, int n) {
       constexpr int Q = decltype(q)::value;
       V h[Q];
@@ -219,7 +263,12 @@ struct RnnCpu {
         for (V& x : h) x = Math::relu(x);
       else
         Math::tanhs(h);
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) put_state(tile.state[r + i], tile.first_unit + u, h[i], n);
+      FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
+        const int64_t at = tile.first_unit + u;
+        if constexpr (M::on)
+          if (tile.state[r + i].tape) store_as<V>(tile.state[r + i].tape + at, h[i], n);
+        put_state<E, Math>(tile, r + i, at, h[i], n, masks);
+      }
     });
   }
 };

@@ -25,12 +25,23 @@ struct GradRow {
   T* mid;              // operand of a second-stage weight gradient: o * tanh(c), or r * h_prev
 };
 
-template <class E>
-FASTRNN_INLINE typename E::V incoming(const GradRow<E>& g, const typename E::T* acc, int64_t at, int u,
-                                      int n) {
+// Gradient of h_t; acc is that of what the next step's matmul took, h_t or its masked copy.
+template <class E, class M>
+FASTRNN_INLINE typename E::V incoming(const GradRow<E>& g, const typename E::T* acc, int64_t at, int u, int n,
+                                      const M& masks) {
   using V = typename E::V;
-  V dh = load_as<V>(acc + u, n) + load_as<V>(g.dh_in + at, n);
+  V dh = load_as<V>(acc + u, n);
+  if constexpr (M::on) dh = dh * masks.state(0, at);
+  dh = dh + load_as<V>(g.dh_in + at, n);
   return g.dy ? dh + load_as<V>(g.dy + at, n) : dh;
+}
+
+// What zoneout sends straight to the state before; dh becomes the gradient of the new value.
+template <class Math, class V, class M>
+FASTRNN_INLINE V zoned(V& dh, int64_t at, const M& masks) {
+  if constexpr (M::on)
+    if (masks.plan.zones_h()) return zoneout_backward<Math>(masks.zoneout_h(0, at), dh);
+  return V::zero();
 }
 
 // Columns of the gate gradients that one weight gradient is made of.
@@ -39,6 +50,15 @@ struct Segment {
   int x_gate, h_gate;  // first gate in weight_ih / weight_hh, -1: no part
   bool mid;            // recurrent operand is `mid`, not h_prev
 };
+
+// Whether h_{t-1} gets a gradient beside the matmul's in a cell that has none of its own.
+template <class M>
+FASTRNN_INLINE bool carries_h(const M& masks) {
+  if constexpr (M::on)
+    return masks.plan.zones_h();
+  else
+    return false;
+}
 
 template <class E, bool Linear>
 struct LstmGradCpu {
@@ -51,25 +71,42 @@ struct LstmGradCpu {
   // Gate gradients that meet weight_hh in stage 0, as (slot, gate, gates) pieces of the k axis.
   static constexpr int kPieces[][3] = {{0, 0, 4}};
 
+  template <class M>
   static void finish(int stage, bool projected, const GradRow<E>& g, const T* acc, int64_t u0, int units,
-                     int64_t H) {
+                     int64_t H, const M& masks) {
     each_vector<V>(units, [&](int u, int n) {
       const int64_t at = u0 + u;
       V dh;
-      if (!projected) {
-        dh = incoming<E>(g, acc, at, u, n);
-      } else if (stage == 0) {
-        store_as<V>(g.dh + at, incoming<E>(g, acc, at, u, n), n);
-        return;
+      if (stage == 0) {
+        dh = incoming<E>(g, acc, at, u, n, masks);
+        const V old = zoned<Math>(dh, at, masks);
+        if (carries_h(masks)) store_as<V>(g.dh_out + at, old, n);
+        if (projected) {
+          store_as<V>(g.dh + at, dh, n);
+          return;
+        }
       } else {
         dh = load_as<V>(acc + u, n);
       }
       V dc = load_as<V>(g.dc_in + at, n);
       if (g.dcells) dc = dc + load_as<V>(g.dcells + at, n);
-      V o = load_as<V>(g.tape + 3 * H + at, n), c = load_as<V>(g.c + at, n);
-      auto r =
-          lstm_backward<Math>(load_as<V>(g.tape + at, n), load_as<V>(g.tape + H + at, n),
-                              load_as<V>(g.tape + 2 * H + at, n), o, c, load_as<V>(g.c_prev + at, n), dh, dc);
+      const V i = load_as<V>(g.tape + at, n), f = load_as<V>(g.tape + H + at, n);
+      const V gate = load_as<V>(g.tape + 2 * H + at, n), o = load_as<V>(g.tape + 3 * H + at, n);
+      const V c_prev = load_as<V>(g.c_prev + at, n);
+      V c = load_as<V>(g.c + at, n);
+      LstmGrad<V> r;
+      if constexpr (M::on) {
+        const V update = masks.update(0, at), cell = masks.cell(0, at);
+        V old = V::zero();
+        if (masks.plan.zones_c()) {
+          c = lstm_cell<Math>(i, f, gate, c_prev, update, cell);  // before zoneout
+          old = zoneout_backward<Math>(masks.zoneout_c(0, at), dc);
+        }
+        r = lstm_backward<Math>(i, f, gate, o, c, c_prev, dh, dc, update, cell);
+        r.c_prev = r.c_prev + old;
+      } else {
+        r = lstm_backward<Math>(i, f, gate, o, c, c_prev, dh, dc);
+      }
       store_as<V>(g.dg + at, r.i, n);
       store_as<V>(g.dg + H + at, r.f, n);
       store_as<V>(g.dg + 2 * H + at, r.g, n);
@@ -101,13 +138,22 @@ struct GruGradCpu {
   static constexpr Segment kSegments[] = {{0, 2, 0, 0, false}, {2, 1, 2, -1, false}, {3, 1, -1, 2, false}};
   static constexpr int kPieces[][3] = {{0, 0, 2}, {3, 2, 1}};
 
-  static void finish(int, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t H) {
+  template <class M>
+  static void finish(int, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t H,
+                     const M& masks) {
     each_vector<V>(units, [&](int u, int n) {
       const int64_t at = u0 + u;
-      V dh = incoming<E>(g, acc, at, u, n);
-      auto r = gru_backward<Math>(load_as<V>(g.tape + at, n), load_as<V>(g.tape + H + at, n),
-                                  load_as<V>(g.tape + 2 * H + at, n), load_as<V>(g.tape + 3 * H + at, n),
-                                  load_as<V>(g.h_prev + at, n), dh);
+      V dh = incoming<E>(g, acc, at, u, n, masks);
+      const V z = load_as<V>(g.tape + H + at, n), c = load_as<V>(g.tape + 2 * H + at, n);
+      const V un = load_as<V>(g.tape + 3 * H + at, n), h_prev = load_as<V>(g.h_prev + at, n);
+      GruGrad<V> r;
+      if constexpr (M::on) {
+        const V old = zoned<Math>(dh, at, masks);
+        r = gru_backward<Math>(load_as<V>(g.tape + at, n), z, c, un, h_prev, dh, masks.update(0, at));
+        r.h_prev = r.h_prev + old;
+      } else {
+        r = gru_backward<Math>(load_as<V>(g.tape + at, n), z, c, un, h_prev, dh);
+      }
       store_as<V>(g.dg + at, r.r, n);
       store_as<V>(g.dg + H + at, r.z, n);
       store_as<V>(g.dg + 2 * H + at, r.n, n);
@@ -139,21 +185,35 @@ struct GruResetBeforeGradCpu {
   static constexpr Segment kSegments[] = {{0, 2, 0, 0, false}, {2, 1, 2, 2, true}};
   static constexpr int kPieces[][3] = {{0, 0, 2}};
 
-  static void finish(int stage, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t H) {
+  template <class M>
+  static void finish(int stage, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t H,
+                     const M& masks) {
     each_vector<V>(units, [&](int u, int n) {
       const int64_t at = u0 + u;
       V h_prev = load_as<V>(g.h_prev + at, n);
       if (stage == 0) {
-        V dh = incoming<E>(g, acc, at, u, n);
+        V dh = incoming<E>(g, acc, at, u, n, masks);
         V z = load_as<V>(g.tape + H + at, n), c = load_as<V>(g.tape + 2 * H + at, n);
+        V dn = dh * (Math::one() - z) * Math::dtanh(c), carry = dh * z;
+        if constexpr (M::on) {
+          const V old = zoned<Math>(dh, at, masks), update = masks.update(0, at);
+          dn = dh * (Math::one() - z) * update * Math::dtanh(c);
+          carry = V::fma(dh, z, old);
+          c = c * update;
+        }
         store_as<V>(g.dg + H + at, dh * (h_prev - c) * Math::dsigmoid(z), n);
-        store_as<V>(g.dg + 2 * H + at, dh * (Math::one() - z) * Math::dtanh(c), n);
-        store_as<V>(g.dh_out + at, dh * z, n);
+        store_as<V>(g.dg + 2 * H + at, dn, n);
+        store_as<V>(g.dh_out + at, carry, n);
       } else {
-        V r = load_as<V>(g.tape + at, n), drh = load_as<V>(acc + u, n);
+        V r = load_as<V>(g.tape + at, n), drh = load_as<V>(acc + u, n), r_in = r;
+        if constexpr (M::on) {
+          const V m = masks.state_now(0, at);
+          h_prev = h_prev * m;
+          r_in = r * m;
+        }
         store_as<V>(g.mid + at, r * h_prev, n);
         store_as<V>(g.dg + at, drh * h_prev * Math::dsigmoid(r), n);
-        store_as<V>(g.dh_out + at, V::fma(drh, r, load_as<V>(g.dh_out + at, n)), n);
+        store_as<V>(g.dh_out + at, V::fma(drh, r_in, load_as<V>(g.dh_out + at, n)), n);
       }
     });
   }
@@ -183,14 +243,34 @@ struct RnnGradCpu {
   static constexpr Segment kSegments[] = {{0, 1, 0, 0, false}};
   static constexpr int kPieces[][3] = {{0, 0, 1}};
 
-  static void finish(int, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t) {
+  template <class M>
+  static void finish(int, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t,
+                     const M& masks) {
     each_vector<V>(units, [&](int u, int n) {
       const int64_t at = u0 + u;
-      V dh = incoming<E>(g, acc, at, u, n);
-      store_as<V>(g.dg + at, rnn_backward<Math, Relu>(load_as<V>(g.h + at, n), dh), n);
+      V dh = incoming<E>(g, acc, at, u, n, masks), h;
+      if constexpr (M::on) {
+        const V old = zoned<Math>(dh, at, masks);
+        if (masks.plan.zones_h()) store_as<V>(g.dh_out + at, old, n);
+        // A drawn mask leaves h_t whole or sends its unit no gradient; an expectation mixes it.
+        h = masks.plan.noise.mixes() ? load_as<V>(g.tape + at, n) : load_as<V>(g.h + at, n);
+      } else {
+        h = load_as<V>(g.h + at, n);
+      }
+      store_as<V>(g.dg + at, rnn_backward<Math, Relu>(h, dh), n);
     });
   }
-  static void activate(int, const T*, const T*, T*, const typename E::IO*, T*, int64_t, int, int64_t) {}
+  static void activate(int, const T* acc, const T*, T* tape, const typename E::IO*, T*, int64_t u0, int units,
+                       int64_t) {
+    each_vector<V>(units, [&](int u, int n) {
+      V a[1] = {load_as<V>(acc + u, n)};
+      if constexpr (Relu)
+        a[0] = Math::relu(a[0]);
+      else
+        Math::tanhs(a);
+      store_as<V>(tape + u0 + u, a[0], n);
+    });
+  }
 };
 
 }  // namespace FASTRNN_ISA

@@ -20,6 +20,7 @@ class Forward {
   using IO = typename E::IO;
   using A = typename E::A;
   static constexpr bool kShadow = !std::is_same<A, IO>::value;  // operand differs from the tensor
+  static constexpr int kTape = C::kSlots ? C::kSlots : 1;       // RNN: where noise mixes
 
  public:
   static size_t workspace(const ForwardArgs& args) {
@@ -42,7 +43,9 @@ class Forward {
     RowState<E>* states;
     T* scratch;
     A* x_copy;
-    A* panel;  // the block of weights in use, where each is used once
+    MaskBits<E> masks;
+    UnitRange units;  // what this thread computes of a row
+    A* panel;         // the block of weights in use, where each is used once
     Lane(Arena& a, const Forward& f)
         : list(a, f.steps_, f.args_.N),
           x_rows(a.take<const A*>(f.steps_ * f.args_.N)),
@@ -51,6 +54,7 @@ class Forward {
           states(a.take<RowState<E>>(f.args_.N)),
           scratch(a.take<T>(f.scratch_)),
           x_copy(kShadow ? a.take<A>(f.steps_ * f.args_.N * f.args_.I) : nullptr),
+          masks(a, f.noise_, f.args_.N),
           panel(f.once_ ? a.take<A>(f.panel_elements()) : nullptr) {}
   };
   struct Direction {
@@ -66,6 +70,7 @@ class Forward {
   const PackedLayout<E> layout_;
   const Sequence seq_;
   const int64_t steps_;  // per chunk
+  const MaskPlan<T> noise_;
   size_t scratch_ = 0;
   Arena lanes_;
   size_t lane_bytes_ = 0;
@@ -79,7 +84,8 @@ class Forward {
         once_(args.T == 1 && !args.packed),
         layout_(args, !once_),
         seq_(args, arena),
-        steps_(imin(args.T, imax(1, kChunkRows / args.N))) {
+        steps_(imin(args.T, imax(1, kChunkRows / args.N))),
+        noise_(args, C::kStages == 2) {
     const int64_t NH = args.N * args.H, NO = args.N * args.O;
     zero_ = arena.take<char>(imax(args.H, args.O) * sizeof(double));
     if (arena.base) std::memset(zero_, 0, imax(args.H, args.O) * sizeof(double));
@@ -89,7 +95,7 @@ class Forward {
       dir_[d].c = C::kCellState ? arena.take<T>(NH) : nullptr;
       dir_[d].z = C::kStages == 2 && !args.projected ? arena.take<T>(NH) : nullptr;
       dir_[d].mid = layout_.stages == 2 ? arena.take<A>(NH) : nullptr;
-      dir_[d].shadow = kShadow ? arena.take<A>(3 * NO) : nullptr;
+      dir_[d].shadow = kShadow || noise_.state() ? arena.take<A>(3 * NO) : nullptr;
     }
     // The team may come out smaller than asked for, so every thread could need all the units.
     for (int i = 0; i < layout_.stages; i++)
@@ -122,7 +128,9 @@ class Forward {
     const int64_t n1 = split_units ? N : N * (share.id + 1) / share.count;
     // Initial states in compute type; rows split over the group either way.
     const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
-    init_states(d, i0, i1);
+    lane.units = unit_range(share, split_units);
+    lane.masks.begin(d, n0, n1, lane.units);
+    init_states(d, i0, i1, lane);
     clear_frozen(d, i0, i1);
     if (split_units) dir.barrier.wait(share.count);
 
@@ -135,13 +143,32 @@ class Forward {
     final_states(d, i0, i1);
   }
 
-  void init_states(int d, int64_t i0, int64_t i1) {
+  void init_states(int d, int64_t i0, int64_t i1, const Lane& lane) {
     const int64_t H = args_.H, O = args_.O, N = args_.N;
     if constexpr (C::kCellState)
       convert_row(dir_[d].c + i0 * H, static_cast<const IO*>(args_.c0) + (d * N + i0) * H, (i1 - i0) * H);
-    if constexpr (kShadow)
-      convert_row(dir_[d].shadow + (2 * N + i0) * O, static_cast<const IO*>(args_.h0) + (d * N + i0) * O,
-                  (i1 - i0) * O);
+    const IO* h0 = static_cast<const IO*>(args_.h0) + d * N * O;
+    if (noise_.state())
+      for (int64_t n = i0; n < i1; n++)
+        lane.masks.mask_state(dir_[d].shadow + (2 * N + n) * O, h0 + n * O, d, first_time(d, n), n);
+    else if constexpr (kShadow)
+      convert_row(dir_[d].shadow + (2 * N + i0) * O, h0 + i0 * O, (i1 - i0) * O);
+  }
+  int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
+
+  // The units of the blocks that a thread computes, over all stages.
+  UnitRange unit_range(const Share& share, bool split) const {
+    UnitRange r{args_.H, 0, args_.O, 0};
+    for (int j = 0; j < layout_.stages; j++) {
+      const Stage<E>& st = layout_.stage[j];
+      const int64_t b0 = first_block(st, share, split), b1 = last_block(st, share, split);
+      if (b0 == b1) continue;
+      const int64_t u0 = st.panels.first(b0), u1 = st.panels.first(b1 - 1) + st.panels.units(b1 - 1);
+      const bool h = j == 0 || !args_.projected, o = j == 1 || !args_.projected;
+      if (h) r.h_first = imin(r.h_first, u0), r.h_last = imax(r.h_last, u1);
+      if (o) r.o_first = imin(r.o_first, u0), r.o_last = imax(r.o_last, u1);
+    }
+    return r;
   }
 
   // Outputs past the ends of rows [i0, i1) are zero.
@@ -221,14 +248,15 @@ class Forward {
                   : begins ? static_cast<const IO*>(args_.h0) + (d * N + n) * O
                            : seq_.at<const IO>(args_.y, before, n) + d * O;
       st.y = seq_.at<IO>(args_.y, t, n) + d * O;
-      if constexpr (kShadow) {
+      if (kShadow || noise_.state()) {
         lane.h_rows[i] = reset    ? reinterpret_cast<const A*>(zero_)
                          : begins ? dir.shadow + (2 * N + n) * O
                                   : dir.shadow + ((s - 1) % 2 * N + n) * O;
         st.shadow = dir.shadow + (s % 2 * N + n) * O;
-      } else {
+      } else if constexpr (!kShadow) {
         lane.h_rows[i] = st.h_prev;
       }
+      if (noise_.on) lane.masks.step(i, d, t, time(d, s + 1), n, lane.units);
       if constexpr (C::kCellState) {
         st.c = dir.c + n * H;
         st.c_prev = st.c;
@@ -241,9 +269,8 @@ class Forward {
       st.mid = dir.mid ? dir.mid + n * H : nullptr;
       lane.mid_rows[i] = st.mid;
       st.z = dir.z ? dir.z + n * H : nullptr;
-      st.tape = args_.gates
-                    ? static_cast<T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * C::kSlots * H
-                    : nullptr;
+      st.tape = args_.gates ? static_cast<T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * kTape * H
+                            : nullptr;
     }
   }
 
@@ -274,8 +301,11 @@ class Forward {
           if (coming) prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
           const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx + m * cols;
           tile_for<E>(r, nv)(rows + m, w, st.Kh, init, C::kApart ? 0 : cols, tile_out, cols);
-          C::finish(j, args_.projected, {lane.states + m, r, tile_out, gx + m * cols, cols, u0, units},
-                    args_.H);
+          const TileRows<E> rows_of{lane.states + m, r, tile_out, gx + m * cols, cols, u0, units};
+          if (noise_.on)
+            C::finish(j, args_.projected, rows_of, args_.H, MaskRows<E>{noise_, lane.masks.rows + m});
+          else
+            C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
         });
       }
       if (st.from_x && b1 > b0) term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);

@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "machine.h"
+#include "random.h"
 #include "rhn.h"
 
 namespace fastrnn {
@@ -138,6 +139,22 @@ void backward(const BackwardArgs& a) {
   });
 }
 
+void random(const RandomArgs& a, uint32_t* words, uint8_t* keep) {
+  team(a.T * a.N * a.units < (1 << 16) ? 1 : a.threads, [&](int tid, int nt) {
+    const int64_t rows = a.T * a.N;
+    for (int64_t i = rows * tid / nt; i < rows * (tid + 1) / nt; i++) {
+      const RandomRow row{a.seed, a.stream, i / a.N, i % a.N};
+      if (words) random_words(row, a.units, words + i * a.units);
+      for (int64_t draw = 0; keep && draw * kUnitsPerDraw < a.units; draw++) {
+        uint64_t bits;
+        keep_bits(row, a.threshold, draw, draw + 1, &bits);
+        const int64_t first = draw * kUnitsPerDraw, count = imin(kUnitsPerDraw, a.units - first);
+        for (int64_t u = 0; u < count; u++) keep[i * a.units + first + u] = bits >> u & 1;
+      }
+    }
+  });
+}
+
 }  // namespace
 
 #define FASTRNN_STRING_(x) #x
@@ -153,6 +170,7 @@ const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        forward,
                        backward_workspace,
                        backward,
+                       random,
                        peak_flops,
                        bandwidth,
                        &rhn_table,

@@ -30,6 +30,22 @@ struct Weights {  // torch layout, contiguous; biases and w_hr may be null
   const void *w_ih = nullptr, *w_hh = nullptr, *b_ih = nullptr, *b_hh = nullptr, *w_hr = nullptr;
 };
 
+// Where recurrent dropout acts; see csrc/cells and docs/maths.md.
+enum class Drop : int32_t { none = 0, update = 1, cell = 2, state = 3 };
+
+// Recurrent dropout and zoneout; probabilities of 0 are off. In training masks are drawn from the seed (read through its
+// address), else expectations take their place.
+struct Noise {
+  Drop mode = Drop::none;
+  bool training = false, per_sequence = false;
+  double drop = 0, zoneout_h = 0, zoneout_c = 0;
+  int64_t layer = 0;
+  const uint64_t* seed = nullptr;
+  bool any() const { return mode != Drop::none || zoneout_h > 0 || zoneout_c > 0; }
+  // Zoneout mixes new and old values: an Elman layer's derivative then needs the new ones, on its tape.
+  bool mixes() const { return !training && (zoneout_h > 0 || zoneout_c > 0); }
+};
+
 struct Problem {
   Cell cell = Cell::lstm;
   Type type = Type::f32;
@@ -43,6 +59,7 @@ struct Problem {
   const int64_t* lengths = nullptr;      // dense: steps of each row, 1..T
   const uint8_t* reset = nullptr;        // state zeroed before step (t, n) where non-zero
   int64_t reset_stride_t = 0, reset_stride_n = 0;
+  Noise noise;
 };
 
 struct ForwardArgs : Problem {
@@ -68,11 +85,21 @@ struct BackwardArgs : Problem {
   void* workspace = nullptr;
 };
 
-// Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none.
+// Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none, or h_t before
+// zoneout where Noise::mixes().
 int tape_slots(Cell cell);
 
 struct RhnKernels;  // rhn.h
-struct BnLstmKernels;
+struct BnLstmKernels;  // bnlstm.h
+
+// Random numbers of a mask: rows (t, n) of `units` words each, t in [0, T), n in [0, N); see csrc/cells/philox.h.
+struct RandomArgs {
+  uint64_t seed;
+  uint32_t stream;
+  uint64_t threshold;
+  int64_t T, N, units;
+  int threads = 1;
+};
 
 // One instruction set's entry points.
 struct Kernels {
@@ -84,6 +111,8 @@ struct Kernels {
   void (*forward)(const ForwardArgs&);
   size_t (*backward_workspace)(const BackwardArgs&);
   void (*backward)(const BackwardArgs&);
+  // The words, and whether each is at least the threshold: (T, N, units) each, either may be null.
+  void (*random)(const RandomArgs&, uint32_t* words, uint8_t* keep);
   double (*peak_flops)(int threads, double seconds);
   double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
   const RhnKernels* rhn;

@@ -26,8 +26,8 @@ _Grad = Tensor | None
 class Layer(Function):
     """One layer with gradients.
 
-    ``Layer.apply(x, h0, c0, batch_sizes, lengths, reset, cell, batch_first, recompute, plan,
-    *weights)`` returns y, h_n, c_n, cells; shapes as ``fastrnn::layer_forward_train``.
+    ``Layer.apply(x, h0, c0, batch_sizes, lengths, reset, seed, cell, batch_first, recompute, plan,
+    noise, *weights)`` returns y, h_n, c_n, cells; shapes as ``fastrnn::layer_forward_train``.
     """
 
     @staticmethod
@@ -39,33 +39,38 @@ class Layer(Function):
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        seed: Tensor | None,
         cell: str,
         batch_first: bool,
         recompute: bool,
         plan: str,
+        noise: str,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         direct = ops.unobserved(x, weights[0])
         run = ops.CPU["layer_forward_train"] if direct else ops.layer_forward_train
         y, h_n, c_n, cells, gates = run(
-            x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, recompute, plan
-        )
+            x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, recompute, plan,
+            seed, noise,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, *weights)
-        ctx.options = (cell, batch_first, plan)
+        ctx.save_for_backward(
+            x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, seed, *weights
+        )
+        ctx.options = (cell, batch_first, plan, noise)
         return y, h_n, c_n, cells
 
     @staticmethod
     def backward(ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad) -> tuple[_Grad, ...]:
-        x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, *weights = ctx.saved_tensors
-        cell, batch_first, plan = ctx.options
+        x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, seed, *weights = ctx.saved_tensors
+        cell, batch_first, plan, noise = ctx.options
         needs = ctx.needs_input_grad
-        need_dx, need_dstate, need_dw = needs[0], needs[1] or needs[2], any(needs[10:])
+        need_dx, need_dstate, need_dw = needs[0], needs[1] or needs[2], any(needs[12:])
         if torch.is_grad_enabled() and not is_compiling():
             dx, dh0, dc0, *dweights = LayerBackward.apply(
                 dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), _plain(cells, x), _plain(gates, x),
-                batch_sizes, lengths, reset, cell, batch_first, need_dx, need_dstate, need_dw,
-                plan, *weights,
+                batch_sizes, lengths, reset, seed, cell, batch_first, need_dx, need_dstate,
+                need_dw, plan, noise, *weights,
             )  # fmt: skip
         else:
             direct = ops.unobserved(x, weights[0])
@@ -73,7 +78,7 @@ class Layer(Function):
             dx, dh0, dc0, dweights = run(
                 dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights,
                 batch_sizes, lengths, reset, cell, batch_first, need_dx, need_dstate, need_dw,
-                plan,
+                plan, seed, noise,
             )  # fmt: skip
         if not need_dw:
             dweights = [None] * len(weights)
@@ -81,7 +86,7 @@ class Layer(Function):
             dx if need_dx else None,
             dh0 if needs[1] else None,
             dc0 if needs[2] else None,
-            None, None, None, None, None, None, None,
+            *([None] * 9),
             *dweights,
         )  # fmt: skip
 
@@ -110,44 +115,46 @@ class LayerBackward(Function):
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        seed: Tensor | None,
         cell: str,
         batch_first: bool,
         need_dx: bool,
         need_dstate: bool,
         need_dw: bool,
         plan: str,
+        noise: str,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         dx, dh0, dc0, dweights = ops.layer_backward(
             dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, batch_sizes, lengths,
-            reset, cell, batch_first, need_dx, need_dstate, need_dw, plan,
+            reset, cell, batch_first, need_dx, need_dstate, need_dw, plan, seed, noise,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            dy, dh_n, dc_n, dcells, x, h0, c0, batch_sizes, lengths, reset, *weights
+            dy, dh_n, dc_n, dcells, x, h0, c0, batch_sizes, lengths, reset, seed, *weights
         )
-        ctx.options = (cell, batch_first)
+        ctx.options = (cell, batch_first, noise)
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def backward(ctx: Any, *upstream: _Grad) -> tuple[_Grad, ...]:
         create_graph = torch.is_grad_enabled()
         saved = ctx.saved_tensors
-        batch_sizes, lengths, reset = saved[7:10]
-        cell, batch_first = ctx.options
+        batch_sizes, lengths, reset, seed = saved[7:11]
+        cell, batch_first, noise = ctx.options
         with torch.enable_grad():
             # Aliases of the true inputs: a third derivative flows on through them.
             aliases = [None if t is None else _alias(t, create_graph) for t in saved]
             grads_out = aliases[:4]
-            inputs: list[Any] = [*aliases[4:7], *aliases[10:]]
+            inputs: list[Any] = [*aliases[4:7], *aliases[11:]]
             x, h0, c0, *weights = inputs
             outputs = reference.layer(
-                x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first
+                x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, seed, noise
             )
             first = _gradients(outputs, inputs, grads_out, create_graph=True)
             second = _gradients(first, [*grads_out, *inputs], upstream, create_graph=create_graph)
         dgrads_out, dinputs = second[:4], second[4:]
-        return *dgrads_out, *dinputs[:3], *([None] * 12), *dinputs[3:]
+        return *dgrads_out, *dinputs[:3], *([None] * 14), *dinputs[3:]
 
 
 def _alias(tensor: Tensor, keep_graph: bool) -> Tensor:

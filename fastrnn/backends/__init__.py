@@ -24,7 +24,8 @@ _FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float
 class Problem(NamedTuple):
     """One call, as far as the choice of a backend depends on it.
 
-    ``training`` means that gradients are recorded, not the module's mode.
+    ``training`` means that gradients are recorded, not the module's mode. ``regularisers`` names
+    recurrent dropout, zoneout and weight dropout that have an effect on the call.
     """
 
     cell: str
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     depth: int = 1
     gates: int = 0
     process_group: bool = False
+    regularisers: str = ""
 
 
 def _probe_cpu() -> str:
@@ -91,6 +93,7 @@ def _serves_torch(p: Problem) -> str:
             ("reset", p.reset),
             ("return_cells", p.return_cells),
             ("recompute", p.recompute),
+            (p.regularisers, p.regularisers),
         )
         if used
     ]

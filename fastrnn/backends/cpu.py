@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.noise import Noise, tape_slots
+from fastrnn.reference import philox
+
 try:
     from fastrnn import _cpu
 
@@ -21,10 +24,9 @@ except ImportError as error:  # a source tree without a build: every other backe
 
 CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
 GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
-TAPE_SLOTS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _F32_BF16 = 3
-_Fields = tuple[int, ...]
+_Fields = tuple[float, ...]
 _PARTITIONS = {"": 0, "units": 1, "rows": 2}
 
 
@@ -173,6 +175,20 @@ def _sequence_fields(
     return [*fields, reset.data_ptr(), *_strides(reset, False, batch_first)]
 
 
+_MODES = {"": 0, "update": 1, "cell": 2, "state": 3}
+
+
+def _noise_fields(seed: Tensor | None, text: str) -> tuple[float, ...]:
+    if not text:
+        return ()
+    n = Noise.parse(text)
+    if n.training and seed is None:
+        raise ValueError(f"seed: got None, expected a tensor for noise {text!r}")
+    address = seed.data_ptr() if seed is not None else 0
+    rates = (n.drop, n.zoneout_h, n.zoneout_c)
+    return (address, n.layer, n.training, _MODES[n.mode], n.sequence, *rates)
+
+
 def _rows(t: Tensor) -> Tensor:
     """Rows must be dense inside; any stride between them will do."""
     return t if t.stride(-1) == 1 or (t.size(-1) == 1 and t.is_contiguous()) else t.contiguous()
@@ -223,6 +239,8 @@ def _forward(
     want_cells: bool,
     want_gates: bool,
     plan_text: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
     plan = _plan(plan_text)
@@ -250,7 +268,7 @@ def _forward(
         c_n = torch.empty_like(c0)  # type: ignore[arg-type]
         if want_cells:
             cells = torch.empty((*lead, directions * hidden), dtype=compute, device=_CPU)
-    slots = TAPE_SLOTS[cell] if want_gates else 0
+    slots = tape_slots(cell, noise) if want_gates else 0
     if slots:
         rows = x.size(0) if is_packed else shape[0] * shape[1]
         gates = torch.empty((directions, rows, slots * hidden), dtype=compute, device=_CPU)
@@ -271,8 +289,9 @@ def _forward(
         _pointer(gates),
         *_sequence_fields(batch_sizes, lengths, reset, batch_first),
         *_addresses(weights, directions),
+        *_noise_fields(seed, noise),
     )
-    key = (problem, _cpu.isa(), packed is None, is_packed)
+    key = (problem, _cpu.isa(), packed is None, is_packed, noise)
     workspace = _workspace(_forward_bytes, key, _cpu.forward_workspace, problem, tensors)
     _cpu.forward(problem, tensors, _aligned(workspace))
     return y, h_n, c_n, cells, gates
@@ -295,6 +314,8 @@ def layer_forward(
     batch_first: bool,
     return_cells: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     return _forward(
         x,
@@ -310,6 +331,8 @@ def layer_forward(
         return_cells,
         False,
         plan,
+        seed,
+        noise,
     )[:4]
 
 
@@ -325,6 +348,8 @@ def layer_forward_train(
     batch_first: bool,
     recompute: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     return _forward(
         x,
@@ -340,6 +365,8 @@ def layer_forward_train(
         True,
         not recompute,
         plan,
+        seed,
+        noise,
     )
 
 
@@ -369,6 +396,8 @@ def layer_backward(
     need_dstate: bool,
     need_dw: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
     read_plan = _plan(plan)
     # dx has x's logical layout, dense; x is read through its own strides only if they are the same.
@@ -414,12 +443,23 @@ def layer_backward(
         *_sequence_fields(batch_sizes, lengths, reset, batch_first),
         *_addresses(weights, directions),
         *(_addresses(dweights, directions) if need_dw else ()),
+        *_noise_fields(seed, noise),
     )
     taped = gates is not None and gates.numel() > 0
-    key = (problem, _cpu.isa(), need_dx, need_dstate, need_dw, taped, is_packed)
+    key = (problem, _cpu.isa(), need_dx, need_dstate, need_dw, taped, is_packed, noise)
     workspace = _workspace(_backward_bytes, key, _cpu.backward_workspace, problem, tensors)
     _cpu.backward(problem, tensors, _aligned(workspace))
     return dx, dh0, dc0, dweights
+
+
+def random_mask(seed: Tensor, stream: int, p: float, steps: int, rows: int, units: int) -> Tensor:
+    """(steps, rows, units) bool, False with probability p: the masks the kernels draw."""
+    if _import_error is not None:
+        return philox.keep(seed, stream, p, steps, rows, units, seed.device)
+    keep = torch.empty((steps, rows, units), dtype=torch.bool)
+    shape = (stream, philox.threshold(p), steps, rows, units, torch.get_num_threads())
+    _cpu.random(seed.data_ptr(), *shape, 0, keep.data_ptr())
+    return keep
 
 
 def read_words(addresses: bytes) -> bytes:

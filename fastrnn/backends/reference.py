@@ -7,13 +7,18 @@ in every floating dtype. It also is what the fused backward is differentiated th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrnn.noise import Noise
 from fastrnn.reference import gru_layer, lstm_layer, rhn_layer, rnn_layer
+from fastrnn.regularisers import draw_masks
 
 __all__ = ["from_layout", "layer", "rhn", "to_layout"]
+
+GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def layer(
@@ -26,6 +31,8 @@ def layer(
     reset: Tensor | None,
     cell: str,
     batch_first: bool,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer; arguments and shapes as ``fastrnn::layer_forward``.
 
@@ -39,18 +46,22 @@ def layer(
     ys, h_n, c_n, cells = [], [], [], []
     for d in range(directions):
         own = weights[d * per_direction : (d + 1) * per_direction]
-        options = {"reverse": d == 1, "lengths": lengths, "reset": reset}
+        options: dict[str, Any] = {"reverse": d == 1, "lengths": lengths, "reset": reset}
+        if noise:
+            hidden = own[0].size(0) // GATES[cell]
+            shape, out = (x.size(0), x.size(1)), h0.size(2)
+            options["masks"] = draw_masks(Noise.parse(noise), seed, d, shape, hidden, out, x)
         if cell == "lstm":
             assert c0 is not None
-            y, h, c, states = lstm_layer(x, h0[d], c0[d], own, **options)  # type: ignore[arg-type]
+            y, h, c, states = lstm_layer(x, h0[d], c0[d], own, **options)
             c_n.append(c)
             cells.append(states)
         elif cell.startswith("gru"):
             after = cell == "gru"
-            y, h = gru_layer(x, h0[d], own, reset_after=after, **options)  # type: ignore[arg-type]
+            y, h = gru_layer(x, h0[d], own, reset_after=after, **options)
         else:
             name = cell.removeprefix("rnn_")
-            y, h = rnn_layer(x, h0[d], own, nonlinearity=name, **options)  # type: ignore[arg-type]
+            y, h = rnn_layer(x, h0[d], own, nonlinearity=name, **options)
         ys.append(y)
         h_n.append(h)
 

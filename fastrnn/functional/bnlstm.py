@@ -12,7 +12,8 @@ from torch.compiler import is_compiling
 from fastrnn import dispatch, ops
 from fastrnn.autograd import BNLSTMLayer, distinct
 from fastrnn.backends import reference_bnlstm
-from fastrnn.functional.stack import WeightCache, _check_state, _pair, is_exporting
+from fastrnn.functional.checks import check_state
+from fastrnn.functional.stack import WeightCache, _pair, is_exporting
 from fastrnn.sequence import Batch, describe
 
 __all__ = ["bnlstm"]
@@ -87,7 +88,7 @@ def bnlstm(
     shape = (num_layers * directions, batch.size, hidden)
     for name, state in (("hidden[0]", h0), ("hidden[1]", c0)):
         if state is not None:
-            _check_state(name, state, shape, input if autocast is None else input.to(state.dtype))
+            check_state(name, state, shape, input if autocast is None else input.to(state.dtype))
     x, weights = input.to(compute), [w.to(compute) for w in flat_weights]
     h0 = x.new_zeros(shape) if h0 is None else h0.to(compute)
     c0 = x.new_zeros(shape) if c0 is None else c0.to(compute)

@@ -13,7 +13,8 @@ from fastrnn import dispatch, ops
 from fastrnn.autograd import distinct
 from fastrnn.autograd.rhn import RhnLayer
 from fastrnn.backends import reference
-from fastrnn.functional.stack import WeightCache, _check_state, is_exporting
+from fastrnn.functional.checks import check_state
+from fastrnn.functional.stack import WeightCache, is_exporting
 from fastrnn.sequence import Batch, describe, flip_layout
 
 __all__ = ["rhn"]
@@ -88,7 +89,7 @@ def rhn(
     if hx is None:
         hx = input.new_zeros(h_shape)
     else:
-        _check_state("hidden", hx, h_shape, input)
+        check_state("hidden", hx, h_shape, input)
 
     leaves = (input, hx, *flat_weights)
     records = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)

@@ -17,14 +17,14 @@ from torch.compiler import is_compiling
 from fastrnn import dispatch, ops
 from fastrnn.autograd import Layer, distinct
 from fastrnn.backends import reference, torch_nn
+from fastrnn.functional.checks import check_state, check_weights
+from fastrnn.regularisers import NONE, Regularisers, draw_seed, drop_weights, regularisers_of
 from fastrnn.sequence import Batch, describe, flip_layout
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 # torch before 2.7 does not tell export from compile.
 is_exporting = getattr(torch.compiler, "is_exporting", bool)
-
-_GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 class WeightCache(Protocol):
@@ -51,6 +51,11 @@ def lstm(
     reset: Tensor | None = None,
     return_cells: bool = False,
     recompute: bool = False,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: str = "update",
+    recurrent_dropout_per: str = "step",
+    zoneout: float | tuple[float, float] = 0.0,
+    weight_dropout: float = 0.0,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, ...]:
     """A stack of LSTM layers; the formula is that of ``fastrnn.LSTM``.
@@ -68,6 +73,9 @@ def lstm(
         reset: bool (T, N), or (N, T) if ``batch_first``; zeroes h and c before step t.
         return_cells: also return c_t of the last layer, in the layout of output, (.., D*H).
         recompute: keep only states for the backward, compute the gates again there.
+        recurrent_dropout, recurrent_dropout_mode, recurrent_dropout_per, zoneout, weight_dropout:
+            as ``fastrnn.LSTM`` takes them. Masks are drawn where ``training``; else those that
+            are not inverted act by their expectation.
         cache: keeps packed weights between calls without gradients.
 
     Returns:
@@ -81,6 +89,10 @@ def lstm(
     output, h_n, c_n, cells = _run(
         "lstm", input, h0, c0, flat_weights, bias, num_layers, dropout, training, bidirectional,
         batch_first, proj_size, batch_sizes, lengths, reset, return_cells, recompute, cache,
+        regularisers_of(
+            "lstm", recurrent_dropout, recurrent_dropout_mode, recurrent_dropout_per, zoneout,
+            weight_dropout,
+        ),
     )  # fmt: skip
     assert c_n is not None
     if return_cells:
@@ -105,6 +117,11 @@ def gru(
     reset: Tensor | None = None,
     recompute: bool = False,
     reset_after: bool = True,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: str = "update",
+    recurrent_dropout_per: str = "step",
+    zoneout: float = 0.0,
+    weight_dropout: float = 0.0,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers; the formula is that of ``fastrnn.GRU``.
@@ -121,6 +138,10 @@ def gru(
     output, h_n, _, _ = _run(
         cell, input, hx, None, flat_weights, bias, num_layers, dropout, training, bidirectional,
         batch_first, 0, batch_sizes, lengths, reset, False, recompute, cache,
+        regularisers_of(
+            "gru", recurrent_dropout, recurrent_dropout_mode, recurrent_dropout_per, zoneout,
+            weight_dropout,
+        ),
     )  # fmt: skip
     return output, h_n
 
@@ -141,6 +162,11 @@ def rnn(
     lengths: Sequence[int] | Tensor | None = None,
     reset: Tensor | None = None,
     recompute: bool = False,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: str = "state",
+    recurrent_dropout_per: str = "step",
+    zoneout: float = 0.0,
+    weight_dropout: float = 0.0,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers; the formula is that of ``fastrnn.RNN``.
@@ -156,6 +182,10 @@ def rnn(
     output, h_n, _, _ = _run(
         _rnn_name(nonlinearity), input, hx, None, flat_weights, bias, num_layers, dropout,
         training, bidirectional, batch_first, 0, batch_sizes, lengths, reset, False, False, cache,
+        regularisers_of(
+            "rnn", recurrent_dropout, recurrent_dropout_mode, recurrent_dropout_per, zoneout,
+            weight_dropout,
+        ),
     )  # fmt: skip
     return output, h_n
 
@@ -231,6 +261,7 @@ def _run(
     return_cells: bool,
     recompute: bool,
     cache: WeightCache | None,
+    regularisers: Regularisers = NONE,
 ) -> _Results:
     """Check all arguments, choose a backend, run the stack: output, h_n, c_n, cells."""
     batch = describe(
@@ -252,11 +283,11 @@ def _run(
         if c_shape is not None:
             c0 = h0 if c_shape == h_shape else input.new_zeros(c_shape)
     elif c_shape is None:
-        _check_state("hidden", h0, h_shape, input)
+        check_state("hidden", h0, h_shape, input)
     else:
         assert c0 is not None
-        _check_state("hidden[0]", h0, h_shape, input)
-        _check_state("hidden[1]", c0, c_shape, input)
+        check_state("hidden[0]", h0, h_shape, input)
+        check_state("hidden[1]", c0, c_shape, input)
 
     # An exported program holds no backward of ours, so it need not write the tape of one.
     records = (
@@ -265,7 +296,13 @@ def _run(
         and not is_exporting()
     )
     sizes = (hidden, proj_size, directions, num_layers)
-    backend, plan = dispatch.choose(cell, input, batch, sizes, records, return_cells, recompute)
+    active = regularisers is not NONE and regularisers.active(training)
+    backend, plan = dispatch.choose(
+        cell, input, batch, sizes, records, return_cells, recompute, str(regularisers) * active
+    )
+    seed = draw_seed() if active and training else None
+    if seed is not None and regularisers.weight:
+        flat_weights = drop_weights(flat_weights, seed, regularisers.weight, num_layers, directions)
     cells = None
     if backend == "torch":
         output, h_n, c_n = torch_nn.stack(
@@ -276,7 +313,8 @@ def _run(
     else:
         output, h_n, c_n, cells = _run_layers(
             backend, plan, cell, input, h0, c0, flat_weights, batch, num_layers, directions,
-            dropout if training else 0.0, records, return_cells, recompute, cache,
+            dropout if training else 0.0, records, return_cells, recompute, cache, seed,
+            [regularisers.noise(k, training) for k in range(num_layers)] if active else None,
         )  # fmt: skip
     if half is not None:
         output, h_n, c_n = _as_torch_autocasts(cell, proj_size, output, h_n, c_n, wide)
@@ -301,6 +339,8 @@ def _run_layers(
     return_cells: bool,
     recompute: bool,
     cache: WeightCache | None,
+    seed: Tensor | None,
+    noises: list[str] | None,
 ) -> _Results:
     per_layer = len(flat_weights) // num_layers
     last = num_layers - 1
@@ -322,23 +362,25 @@ def _run_layers(
             c = None if c0 is None else c0.narrow(0, k * directions, directions)
             weights = flat_weights[k * per_layer : (k + 1) * per_layer]
         _, _, batch_first, batch_sizes, lengths, reset = layout
+        noise = "" if noises is None else noises[k]
         if backend == "reference":
             x, h, c, cells = reference.layer(
-                x, h, c, weights, batch_sizes, lengths, reset, cell, batch_first
+                x, h, c, weights, batch_sizes, lengths, reset, cell, batch_first, seed, noise
             )
         elif records:
             if is_compiling():
                 x, h, c, *weights = distinct([x, h, c, *weights])
             x, h, c, cells = Layer.apply(
-                x, h, c, batch_sizes, lengths, reset, cell, batch_first, recompute, plan, *weights
-            )
+                x, h, c, batch_sizes, lengths, reset, seed, cell, batch_first, recompute, plan,
+                noise, *weights,
+            )  # fmt: skip
         else:
             packed = None if cache is None else cache.packed(k, weights, cell, plan)
             direct = ops.unobserved(x, weights[0])
             run = ops.CPU["layer_forward"] if direct else ops.layer_forward
             x, h, c, cells = run(
                 x, h, c, weights, packed, batch_sizes, lengths, reset, cell, batch_first,
-                return_cells and k == last, plan,
+                return_cells and k == last, plan, seed, noise,
             )  # fmt: skip
         if not last:
             return x, h, c, cells
@@ -391,79 +433,6 @@ def _rnn_name(nonlinearity: str) -> str:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity: got {nonlinearity!r}, expected 'tanh' or 'relu'")
     return "rnn_" + nonlinearity
-
-
-def check_weights(
-    cell: str,
-    input: Tensor,
-    weights: Sequence[Tensor],
-    bias: bool,
-    num_layers: int,
-    directions: int,
-    proj_size: int,
-) -> tuple[int, int]:
-    """Check number, shape, dtype and device of all weights; returns H and Hout."""
-    per_direction = 2 + 2 * bool(bias) + (proj_size > 0)
-    if len(weights) != num_layers * directions * per_direction:
-        raise ValueError(
-            f"flat_weights: got {len(weights)} tensors, expected {per_direction} for each of "
-            f"{num_layers} layers and {directions} directions (bias={bias}, proj_size={proj_size})"
-        )
-    w_ih, w_hh = weights[0], weights[1]
-    if w_ih.dim() != 2 or w_hh.dim() != 2:
-        raise ValueError(
-            f"flat_weights: got w_ih and w_hh of {w_ih.dim()} and {w_hh.dim()} dimensions, "
-            "expected matrices"
-        )
-    features, out = input.size(-1), w_hh.size(1)
-    hidden = w_hh.size(0) // _GATES[cell] if proj_size else out
-    rows = _GATES[cell] * hidden
-    if w_ih.size(1) != features:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {w_ih.size(1)}, got {features}"
-        )
-    dtype, device = input.dtype, input.device
-    rest: list[tuple[int, ...]] = [(rows,), (rows,)] if bias else []
-    if proj_size:
-        rest.append((proj_size, hidden))
-    index = 0
-    for layer in range(num_layers):
-        wide = features if layer == 0 else directions * out
-        for expected in ((rows, wide), (rows, out), *rest) * directions:
-            w = weights[index]
-            if w.shape != expected:
-                raise RuntimeError(
-                    f"flat_weights[{index}]: got shape {tuple(w.shape)}, expected {expected} in "
-                    f"layer {layer} with hidden_size {hidden}"
-                )
-            if w.dtype != dtype:
-                raise ValueError(
-                    f"RNN input dtype ({dtype}) does not match weight dtype ({w.dtype}). Convert "
-                    f"input: input.to({w.dtype}), or convert model: model.to({dtype})"
-                )
-            if w.device != device:
-                raise RuntimeError(
-                    "Input and parameter tensors are not at the same device, found input tensor "
-                    f"at {device} and parameter tensor at {w.device}"
-                )
-            index += 1
-    return hidden, out
-
-
-def _check_state(name: str, state: Tensor, expected: tuple[int, int, int], input: Tensor) -> None:
-    if state.shape != expected:
-        raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-    if state.device != input.device:
-        raise RuntimeError(
-            "Input and hidden tensors are not at the same device, found input tensor at "
-            f"{input.device} and hidden tensor at {state.device}"
-        )
-    if state.dtype != input.dtype:
-        raise RuntimeError(
-            "Input and hidden tensors are not the same dtype, found input tensor with "
-            f"{input.dtype} and hidden tensor with {state.dtype}; convert hx with "
-            f"hx.to({input.dtype})"
-        )
 
 
 def _requires_grad(input: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:

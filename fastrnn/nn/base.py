@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.nn.cache import PackedCache
+from fastrnn.regularisers import check
 
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
 
@@ -22,17 +23,67 @@ class RecurrentBase(nn.RNNBase):
     """A stack of recurrent layers: everything but the cell. Not for direct use."""
 
     recompute: bool = False
+    # Class attributes also for pickles of versions without them.
+    recurrent_dropout: float = 0.0
+    recurrent_dropout_mode: str
+    recurrent_dropout_per: str = "step"
+    zoneout: float | tuple[float, float] = 0.0
+    weight_dropout: float = 0.0
     # A class attribute, because RNNBase.__init__ and unpickling reach flatten_parameters() early.
     _packed: PackedCache | None = None
 
-    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: str,
+        recurrent_dropout_per: str = "step",
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(recompute, bool):
             raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        check(
+            mode.split("_")[0].lower(), recurrent_dropout, recurrent_dropout_mode,
+            recurrent_dropout_per, zoneout, weight_dropout,
+        )  # fmt: skip
         super().__init__(mode, *args, **kwargs)
         self.recompute = recompute
+        self.recurrent_dropout = recurrent_dropout
+        self.recurrent_dropout_mode = recurrent_dropout_mode
+        self.recurrent_dropout_per = recurrent_dropout_per
+        self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
+        self.weight_dropout = weight_dropout
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", recompute=True" if self.recompute else "")
+        text = super().extra_repr() + (", recompute=True" if self.recompute else "")
+        for name, value in self._regulariser_options().items():
+            default = getattr(type(self), name)
+            text += "" if value == default else f", {name}={value!r}"
+        return text
+
+    def _regulariser_options(self) -> dict[str, Any]:
+        """The options of the cell's function; none where they change nothing."""
+        if not (self.recurrent_dropout or self.zoneout or self.weight_dropout):
+            return {}
+        return {
+            "recurrent_dropout": self.recurrent_dropout,
+            "recurrent_dropout_mode": self.recurrent_dropout_mode,
+            "recurrent_dropout_per": self.recurrent_dropout_per,
+            "zoneout": self.zoneout,
+            "weight_dropout": self.weight_dropout,
+        }
+
+    def _active_regularisers(self) -> str:
+        """Names those that act in the module's present mode; "" if none does."""
+        options = self._regulariser_options()
+        if not options:
+            return ""
+        regularisers = check(self._name().lower(), *options.values())
+        return str(regularisers) if regularisers.active(self.training) else ""
 
     def _weights(self) -> list[Any]:
         names, parameters = self._flat_weights_names, self._parameters

@@ -28,6 +28,20 @@ class LSTM(Steppable):
     that of Sak et al. (2014). In the shapes T is the number of steps, N the batch, I input_size,
     H hidden_size, L num_layers, D 2 if bidirectional else 1, P proj_size or H.
 
+    Regularisers, with masks m that keep each element with probability 1 - p, drawn for every layer,
+    direction, sequence and unit (and step)::
+
+        "update"   c_t = f_t * c_{t-1} + m * (i_t * g_t)       Semeniuta et al., arXiv:1603.05118
+        "cell"     c_t = m * (f_t * c_{t-1} + i_t * g_t)       Moon et al. 2015
+        "state"    m * h_{t-1} / (1 - p) meets W_hh            Gal and Ghahramani, arXiv:1512.05287
+        zoneout    h_t, c_t = m * new + (1 - m) * old          Krueger et al., arXiv:1606.01305
+        weights    m * weight_hh / (1 - p), once per call      Merity et al., arXiv:1708.02182
+
+    In evaluation 1 - p takes the place of m in "update", "cell" and zoneout; the others do nothing.
+    Zoneout with one p zones h and c, each with its own mask; h_t is made from the new cell before
+    zoneout puts the old one back. A call in training draws one seed from torch's default CPU
+    generator; masks depend on it alone, not on threads or layout, and are not stored.
+
     Args:
         input_size: I, features of x_t.
         hidden_size: H, features of c_t, and of h_t without projection.
@@ -40,6 +54,11 @@ class LSTM(Steppable):
         device, dtype: of the parameters.
         recompute: keep only the states for the backward pass and compute the gates again: less
             memory, more time, the same gradients.
+        recurrent_dropout: p in [0, 1], see below.
+        recurrent_dropout_mode: "update", "cell" or "state".
+        recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
+        zoneout: p, or (p_h, p_c), in [0, 1].
+        weight_dropout: p in [0, 1], the chance of each element of weight_hh to be zeroed.
 
     Call `lstm(input, hx=None, *, lengths=None, reset=None, return_cells=False)`:
         input: (T, N, I), (N, T, I) if batch_first, (T, I) unbatched, or a PackedSequence.
@@ -66,6 +85,8 @@ class LSTM(Steppable):
         order of torch.nn, so that one seed gives both the same values.
     """
 
+    recurrent_dropout_mode: str = "update"
+
     # RNNBase has these for one state tensor; torch.nn.LSTM's own take the pair.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -85,6 +106,11 @@ class LSTM(Steppable):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: str = "update",
+        recurrent_dropout_per: str = "step",
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -99,6 +125,11 @@ class LSTM(Steppable):
             device,
             dtype,
             recompute=recompute,
+            recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_mode=recurrent_dropout_mode,
+            recurrent_dropout_per=recurrent_dropout_per,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
         )
 
     def _split(self, hx: Any) -> Parts:
@@ -127,6 +158,7 @@ class LSTM(Steppable):
             proj_size=self.proj_size,
             recompute=self.recompute,
             cache=self._cache(),
+            **self._regulariser_options(),
             **options,
         )
         return (output, (h_n, c_n), *cells)
@@ -148,6 +180,19 @@ class GRU(Steppable):
     same parameters. T is the number of steps, N the batch, I input_size, H hidden_size, L
     num_layers, D 2 if bidirectional else 1.
 
+    Regularisers, with masks m that keep each element with probability 1 - p, drawn for every layer,
+    direction, sequence and unit (and step)::
+
+        "update"   h_t = (1 - z_t) * (m * n_t) + z_t * h_{t-1}    Semeniuta et al., arXiv:1603.05118
+        "state"    m * h_{t-1} / (1 - p) meets W_hh, z_t * h_{t-1} keeps the whole state: Gal and
+                   Ghahramani, arXiv:1512.05287
+        zoneout    h_t = m * new + (1 - m) * old                  Krueger et al., arXiv:1606.01305
+        weights    m * weight_hh / (1 - p), once per call         Merity et al., arXiv:1708.02182
+
+    In evaluation 1 - p takes the place of m in "update" and zoneout; the others do nothing. A call
+    in training draws one seed from torch's default CPU generator; masks depend on it alone, not on
+    threads or layout, and are not stored.
+
     Args:
         input_size: I, features of x_t.
         hidden_size: H, features of h_t.
@@ -160,6 +205,11 @@ class GRU(Steppable):
         reset_after: where the reset gate acts, see above.
         recompute: keep only the states for the backward pass and compute the gates again: less
             memory, more time, the same gradients.
+        recurrent_dropout: p in [0, 1], see below.
+        recurrent_dropout_mode: "update" or "state".
+        recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
+        zoneout: p in [0, 1], on h.
+        weight_dropout: p in [0, 1], the chance of each element of weight_hh to be zeroed.
 
     Call `gru(input, hx=None, *, lengths=None, reset=None)`:
         input: (T, N, I), (N, T, I) if batch_first, (T, I) unbatched, or a PackedSequence.
@@ -183,6 +233,8 @@ class GRU(Steppable):
         (3H); each drawn from U(-1/sqrt(H), 1/sqrt(H)) in the order of torch.nn.
     """
 
+    recurrent_dropout_mode: str = "update"
+
     reset_after: bool = True
 
     def __init__(
@@ -199,6 +251,11 @@ class GRU(Steppable):
         *,
         reset_after: bool = True,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: str = "update",
+        recurrent_dropout_per: str = "step",
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
         **unsupported: Any,
     ) -> None:
         _reject("GRU", unsupported)
@@ -218,6 +275,11 @@ class GRU(Steppable):
             device=device,
             dtype=dtype,
             recompute=recompute,
+            recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_mode=recurrent_dropout_mode,
+            recurrent_dropout_per=recurrent_dropout_per,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
         )
         self.reset_after = reset_after
 
@@ -241,6 +303,7 @@ class GRU(Steppable):
             reset_after=self.reset_after,
             recompute=self.recompute,
             cache=self._cache(),
+            **self._regulariser_options(),
             **options,
         )
         return output, (h_n,)
@@ -256,6 +319,17 @@ class RNN(Steppable):
     T is the number of steps, N the batch, I input_size, H hidden_size, L num_layers, D 2 if
     bidirectional else 1. The two biases are cuDNN's.
 
+    Regularisers, with masks m that keep each element with probability 1 - p, drawn for every layer,
+    direction, sequence and unit (and step)::
+
+        "state"    m * h_{t-1} / (1 - p) meets W_hh            Gal and Ghahramani, arXiv:1512.05287
+        zoneout    h_t = m * new + (1 - m) * old               Krueger et al., arXiv:1606.01305
+        weights    m * weight_hh / (1 - p), once per call      Merity et al., arXiv:1708.02182
+
+    In evaluation 1 - p takes the place of m in zoneout; the others do nothing. A call in training
+    draws one seed from torch's default CPU generator; masks depend on it alone, not on threads or
+    layout, and are not stored.
+
     Args:
         input_size: I, features of x_t.
         hidden_size: H, features of h_t.
@@ -267,6 +341,11 @@ class RNN(Steppable):
         bidirectional: a second set of weights reads the sequence from its end.
         device, dtype: of the parameters.
         recompute: accepted for uniformity; a layer without gates keeps nothing but its states.
+        recurrent_dropout: p in [0, 1], see below.
+        recurrent_dropout_mode: "state", the only one.
+        recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
+        zoneout: p in [0, 1], on h.
+        weight_dropout: p in [0, 1], the chance of each element of weight_hh to be zeroed.
 
     Call `rnn(input, hx=None, *, lengths=None, reset=None)`:
         input: (T, N, I), (N, T, I) if batch_first, (T, I) unbatched, or a PackedSequence.
@@ -290,6 +369,8 @@ class RNN(Steppable):
         each drawn from U(-1/sqrt(H), 1/sqrt(H)) in the order of torch.nn.
     """
 
+    recurrent_dropout_mode: str = "state"
+
     nonlinearity: str
 
     def __init__(
@@ -306,6 +387,11 @@ class RNN(Steppable):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: str = "state",
+        recurrent_dropout_per: str = "step",
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
         **unsupported: Any,
     ) -> None:
         _reject("RNN", unsupported)
@@ -326,6 +412,11 @@ class RNN(Steppable):
             device=device,
             dtype=dtype,
             recompute=recompute,
+            recurrent_dropout=recurrent_dropout,
+            recurrent_dropout_mode=recurrent_dropout_mode,
+            recurrent_dropout_per=recurrent_dropout_per,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
         )
         self.nonlinearity = nonlinearity
 
@@ -346,6 +437,7 @@ class RNN(Steppable):
             nonlinearity="tanh" if self.mode == "RNN_TANH" else "relu",
             recompute=self.recompute,
             cache=self._cache(),
+            **self._regulariser_options(),
             **options,
         )
         return output, (h_n,)

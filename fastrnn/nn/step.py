@@ -120,8 +120,8 @@ class Steppable(RecurrentBase):
         return y, (h_n, c_n) if self.mode == "LSTM" else h_n
 
     def _draws(self) -> bool:
-        """Whether a call draws random numbers."""
-        return self.training and self.dropout > 0
+        """Whether a call draws random numbers, or their expectations take part in it."""
+        return (self.training and self.dropout > 0) or bool(self._active_regularisers())
 
     def _parts(self, hx: Any) -> tuple[Any, Any] | None:
         """h and c (None but for an LSTM); both None for the default; None if hx is neither."""

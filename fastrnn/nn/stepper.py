@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrnn import dispatch
 from fastrnn.backends import cpu
-from fastrnn.functional.stack import check_weights
+from fastrnn.functional.checks import check_weights
 from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 

@@ -10,6 +10,7 @@ from fastrnn.ops.layer import (
     state_dtype,
     unobserved,
 )
+from fastrnn.ops.random import random_mask
 from fastrnn.ops.rhn import RHN_CPU, rhn_backward, rhn_forward, rhn_forward_train
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "layer_forward",
     "layer_forward_train",
     "pack_weights",
+    "random_mask",
     "rhn_backward",
     "rhn_forward",
     "rhn_forward_train",

@@ -8,6 +8,7 @@ fresh outputs, no input is written and no output aliases an input. Shapes, with 
     weights  per direction in torch's order: w_ih, w_hh[, b_ih, b_hh][, w_hr]
     y        x's leading sizes + (D*Hout)       cells  x's leading sizes + (D*H)
     gates    the tape of the backward, (D, rows, K*H): opaque
+    seed     (1,) int64 on the CPU: of the masks, where noise (fastrnn.noise) asks for any
 
 An output that does not apply is an empty (0,) tensor. Autograd is not registered here: it lives in
 ``fastrnn.autograd``, outside the operators.
@@ -23,31 +24,32 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastrnn.noise import tape_slots
+
 __all__ = ["layer_backward", "layer_forward", "layer_forward_train", "pack_weights"]
 
 _SCHEMAS = {
     "layer_forward": (
         "(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
-        "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool return_cells, str plan) "
+        "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool return_cells, str plan, "
+        "Tensor? seed=None, str noise='') "
         "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells)"
     ),
     "layer_forward_train": (
         "(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, "
-        "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool recompute, str plan) "
+        "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool recompute, str plan, "
+        "Tensor? seed=None, str noise='') "
         "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor gates)"
     ),
     "layer_backward": (
         "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor y, Tensor h0, "
         "Tensor? c0, Tensor cells, Tensor gates, Tensor[] weights, Tensor? batch_sizes, "
         "Tensor? lengths, Tensor? reset, str cell, bool batch_first, bool need_dx, "
-        "bool need_dstate, bool need_dw, str plan) "
+        "bool need_dstate, bool need_dw, str plan, Tensor? seed=None, str noise='') "
         "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
     ),
     "pack_weights": "(Tensor[] weights, str cell, str plan) -> Tensor",
 }
-
-# Values per unit that the backward reads back, besides y and the cell states.
-_TAPE = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -85,6 +87,8 @@ def _fake_layer_forward(
     batch_first: bool,
     return_cells: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _fake_outputs(x, h0, c0, return_cells)
 
@@ -101,10 +105,12 @@ def _fake_layer_forward_train(
     batch_first: bool,
     recompute: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden = h0.shape[2] if c0 is None else c0.shape[2]
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
-    width = 0 if recompute else _TAPE[cell] * hidden
+    width = 0 if recompute else tape_slots(cell, noise) * hidden
     shape = (h0.shape[0], rows, width) if width else (0,)
     gates = x.new_empty(shape, dtype=state_dtype(x.dtype))
     return (*_fake_outputs(x, h0, c0, True), gates)
@@ -131,6 +137,8 @@ def _fake_layer_backward(
     need_dstate: bool,
     need_dw: bool,
     plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dx = x.new_empty(x.shape if need_dx else (0,))
     dh0 = x.new_empty(h0.shape if need_dstate else (0,))

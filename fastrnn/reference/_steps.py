@@ -12,8 +12,9 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Step(NamedTuple):
-    """One time step: its input, and masks (N, 1) of the rows to reset and the rows that run."""
+    """One time step t: its input, and masks (N, 1) of the rows to reset and the rows that run."""
 
+    t: int
     x: Tensor
     clear: Tensor | None
     live: Tensor | None
@@ -37,7 +38,7 @@ def make_steps(
         if live is not None:
             # A mask by selection: padding may hold NaN, which a product with 0 would keep.
             x_t = torch.where(live, x_t, torch.zeros_like(x_t))
-        yield Step(x_t, None if reset is None else reset[t].unsqueeze(1), live)
+        yield Step(t, x_t, None if reset is None else reset[t].unsqueeze(1), live)
 
 
 def freeze(step: Step, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

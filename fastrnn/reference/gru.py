@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.reference._steps import activations, freeze, make_steps, stack_steps
+from fastrnn.reference.masks import NO_MASKS, Masks, mixed, scaled
 
 __all__ = ["gru_layer"]
 
@@ -34,6 +35,7 @@ def gru_layer(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     linear: bool = False,
+    masks: Masks = NO_MASKS,
 ) -> tuple[Tensor, Tensor]:
     """Run one direction of a GRU layer.
 
@@ -48,6 +50,7 @@ def gru_layer(
         reset: (T, N) bool; where True, h is zeroed before step t is processed, in either
             direction, unless the row is frozen.
         linear: tests only; sigmoid(a) becomes 0.5 + 0.25 a and tanh(a) becomes a.
+        masks: recurrent dropout and zoneout, see ``fastrnn.reference.masks``.
 
     Returns:
         y (T, N, H), h_n (N, H).
@@ -62,14 +65,16 @@ def gru_layer(
     ys: list[Tensor] = []
     for step in make_steps(x, lengths, reset, reverse):
         h_prev = step.start(h)
+        h_in = scaled(masks.state, step.t, h_prev)
         x_r, x_z, x_n = torch.nn.functional.linear(step.x, w_ih, b_ih).chunk(3, dim=-1)
-        h_r, h_z = torch.nn.functional.linear(h_prev, w_hh_rz, b_hh_rz).chunk(2, dim=-1)
+        h_r, h_z = torch.nn.functional.linear(h_in, w_hh_rz, b_hh_rz).chunk(2, dim=-1)
         r = sigmoid(x_r + h_r)
         z = sigmoid(x_z + h_z)
         if reset_after:
-            n = tanh(x_n + r * torch.nn.functional.linear(h_prev, w_hh_n, b_hh_n))
+            n = tanh(x_n + r * torch.nn.functional.linear(h_in, w_hh_n, b_hh_n))
         else:
-            n = tanh(x_n + torch.nn.functional.linear(r * h_prev, w_hh_n, b_hh_n))
-        h, y = freeze(step, (1 - z) * n + z * h_prev, h)
+            n = tanh(x_n + torch.nn.functional.linear(r * h_in, w_hh_n, b_hh_n))
+        h_new = (1 - z) * scaled(masks.update, step.t, n) + z * h_prev
+        h, y = freeze(step, mixed(masks.zoneout_h, step.t, h_new, h_prev), h)
         ys.append(y)
     return stack_steps(ys, h, x, reverse), h

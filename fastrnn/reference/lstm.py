@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.reference._steps import activations, freeze, make_steps, stack_steps
+from fastrnn.reference.masks import NO_MASKS, Masks, mixed, scaled
 
 __all__ = ["lstm_layer"]
 
@@ -33,6 +34,7 @@ def lstm_layer(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     linear: bool = False,
+    masks: Masks = NO_MASKS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one direction of an LSTM layer.
 
@@ -47,6 +49,7 @@ def lstm_layer(
         reset: (T, N) bool; where True, h and c are zeroed before step t is processed, in either
             direction, unless the row is frozen.
         linear: tests only; sigmoid(a) becomes 0.5 + 0.25 a and tanh(a) becomes a.
+        masks: recurrent dropout and zoneout, see ``fastrnn.reference.masks``.
 
     Returns:
         y (T, N, Hout), h_n (N, Hout), c_n (N, H), cells (T, N, H).
@@ -62,14 +65,15 @@ def lstm_layer(
     for step in make_steps(x, lengths, reset, reverse):
         h_prev, c_prev = step.start(h), step.start(c)
         a = torch.nn.functional.linear(step.x, w_ih, bias)
-        a = a + torch.nn.functional.linear(h_prev, w_hh)
+        a = a + torch.nn.functional.linear(scaled(masks.state, step.t, h_prev), w_hh)
         a_i, a_f, a_g, a_o = a.chunk(4, dim=-1)
-        c_new = sigmoid(a_f) * c_prev + sigmoid(a_i) * tanh(a_g)
+        update = scaled(masks.update, step.t, sigmoid(a_i) * tanh(a_g))
+        c_new = scaled(masks.cell, step.t, sigmoid(a_f) * c_prev + update)
         h_new = sigmoid(a_o) * tanh(c_new)
         if w_hr is not None:
             h_new = torch.nn.functional.linear(h_new, w_hr)
-        h, y = freeze(step, h_new, h)
-        c, cell = freeze(step, c_new, c)
+        h, y = freeze(step, mixed(masks.zoneout_h, step.t, h_new, h_prev), h)
+        c, cell = freeze(step, mixed(masks.zoneout_c, step.t, c_new, c_prev), c)
         ys.append(y)
         cells.append(cell)
     return stack_steps(ys, h, x, reverse), h, c, stack_steps(cells, c, x, reverse)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.reference._steps import activations, freeze, make_steps, stack_steps
+from fastrnn.reference.masks import NO_MASKS, Masks, mixed, scaled
 
 __all__ = ["rnn_layer"]
 
@@ -29,6 +30,7 @@ def rnn_layer(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     linear: bool = False,
+    masks: Masks = NO_MASKS,
 ) -> tuple[Tensor, Tensor]:
     """Run one direction of an Elman RNN layer.
 
@@ -43,6 +45,7 @@ def rnn_layer(
         reset: (T, N) bool; where True, h is zeroed before step t is processed, in either
             direction, unless the row is frozen.
         linear: tests only; the activation becomes the identity.
+        masks: recurrent dropout and zoneout, see ``fastrnn.reference.masks``.
 
     Returns:
         y (T, N, H), h_n (N, H).
@@ -62,7 +65,7 @@ def rnn_layer(
     for step in make_steps(x, lengths, reset, reverse):
         h_prev = step.start(h)
         a = torch.nn.functional.linear(step.x, w_ih, bias)
-        h_new = f(a + torch.nn.functional.linear(h_prev, w_hh))
-        h, y = freeze(step, h_new, h)
+        h_new = f(a + torch.nn.functional.linear(scaled(masks.state, step.t, h_prev), w_hh))
+        h, y = freeze(step, mixed(masks.zoneout_h, step.t, h_new, h_prev), h)
         ys.append(y)
     return stack_steps(ys, h, x, reverse), h

@@ -1,0 +1,84 @@
+"""Checks of weights and states, with torch.nn's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["check_state", "check_weights"]
+
+_GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def check_weights(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    bias: bool,
+    num_layers: int,
+    directions: int,
+    proj_size: int,
+) -> tuple[int, int]:
+    """Check number, shape, dtype and device of all weights; returns H and Hout."""
+    per_direction = 2 + 2 * bool(bias) + (proj_size > 0)
+    if len(weights) != num_layers * directions * per_direction:
+        raise ValueError(
+            f"flat_weights: got {len(weights)} tensors, expected {per_direction} for each of "
+            f"{num_layers} layers and {directions} directions (bias={bias}, proj_size={proj_size})"
+        )
+    w_ih, w_hh = weights[0], weights[1]
+    if w_ih.dim() != 2 or w_hh.dim() != 2:
+        raise ValueError(
+            f"flat_weights: got w_ih and w_hh of {w_ih.dim()} and {w_hh.dim()} dimensions, "
+            "expected matrices"
+        )
+    features, out = input.size(-1), w_hh.size(1)
+    hidden = w_hh.size(0) // _GATES[cell] if proj_size else out
+    rows = _GATES[cell] * hidden
+    if w_ih.size(1) != features:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {w_ih.size(1)}, got {features}"
+        )
+    dtype, device = input.dtype, input.device
+    rest: list[tuple[int, ...]] = [(rows,), (rows,)] if bias else []
+    if proj_size:
+        rest.append((proj_size, hidden))
+    index = 0
+    for layer in range(num_layers):
+        wide = features if layer == 0 else directions * out
+        for expected in ((rows, wide), (rows, out), *rest) * directions:
+            w = weights[index]
+            if w.shape != expected:
+                raise RuntimeError(
+                    f"flat_weights[{index}]: got shape {tuple(w.shape)}, expected {expected} in "
+                    f"layer {layer} with hidden_size {hidden}"
+                )
+            if w.dtype != dtype:
+                raise ValueError(
+                    f"RNN input dtype ({dtype}) does not match weight dtype ({w.dtype}). Convert "
+                    f"input: input.to({w.dtype}), or convert model: model.to({dtype})"
+                )
+            if w.device != device:
+                raise RuntimeError(
+                    "Input and parameter tensors are not at the same device, found input tensor "
+                    f"at {device} and parameter tensor at {w.device}"
+                )
+            index += 1
+    return hidden, out
+
+
+def check_state(name: str, state: Tensor, expected: tuple[int, int, int], input: Tensor) -> None:
+    if state.shape != expected:
+        raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+    if state.device != input.device:
+        raise RuntimeError(
+            "Input and hidden tensors are not at the same device, found input tensor at "
+            f"{input.device} and hidden tensor at {state.device}"
+        )
+    if state.dtype != input.dtype:
+        raise RuntimeError(
+            "Input and hidden tensors are not the same dtype, found input tensor with "
+            f"{input.dtype} and hidden tensor with {state.dtype}; convert hx with "
+            f"hx.to({input.dtype})"
+        )

@@ -1,0 +1,127 @@
+"""fastrnn.init: eigenvalues and singular values are what the papers promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+from fastrnn import init
+from tests.tolerances import FLOOR
+
+ALL: list[Callable[..., Tensor]] = [
+    init.identity_,
+    init.np_rnn_,
+    init.orthogonal_gates_,
+    init.unitary_,
+]
+RANDOM = ALL[1:]
+
+
+def near(got: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of float64 sums."""
+    allowed = FLOOR[torch.float64] * torch.finfo(torch.float64).eps
+    assert (got - expected).abs().max() <= allowed
+
+
+def blocks(weight: Tensor) -> list[Tensor]:
+    return list(weight.detach().split(weight.size(1)))
+
+
+@pytest.mark.parametrize("gates", [1, 3, 4])
+@pytest.mark.parametrize("fill", ALL, ids=lambda f: f.__name__)
+def test_fills_every_block_in_place(fill: Callable[..., Tensor], gates: int) -> None:
+    weight = torch.nn.Parameter(torch.full((gates * 10, 10), torch.nan))
+    before = weight.data_ptr()
+    assert fill(weight) is weight
+    assert weight.data_ptr() == before
+    assert weight.grad_fn is None
+    assert weight.isfinite().all()
+    drawn = blocks(weight)
+    for other in drawn[1:]:
+        assert torch.equal(drawn[0], other) == (fill is init.identity_)
+
+
+@pytest.mark.parametrize("gates", [1, 4])
+def test_identity(gates: int) -> None:
+    for block in blocks(init.identity_(torch.empty(gates * 7, 7), gain=0.5)):
+        assert torch.equal(block, 0.5 * torch.eye(7))
+
+
+@pytest.mark.parametrize("size", [1, 2, 50])
+def test_np_rnn(size: int) -> None:
+    for block in blocks(init.np_rnn_(torch.empty(2 * size, size, dtype=torch.float64))):
+        near(block, block.T)
+        values = torch.linalg.eigvalsh(block)
+        near(values[-1], torch.ones(()).double())
+        assert values[0] > 0
+        # lambda_min(A) >= 0, so the smallest is at least 1 / e, and e = 1 + lambda_max(A).
+        assert values[0] >= 1 / (1 + 16)
+
+
+@pytest.mark.parametrize("size", [1, 2, 33])
+def test_orthogonal_gates(size: int) -> None:
+    weight = init.orthogonal_gates_(torch.empty(4 * size, size, dtype=torch.float64), gain=2.0)
+    for block in blocks(weight):
+        near(torch.linalg.svdvals(block), torch.full((size,), 2.0).double())
+
+
+@pytest.mark.parametrize("shape", [(12, 2), (12, 5)])
+def test_orthogonal_gates_of_a_projection(shape: tuple[int, int]) -> None:
+    weight = init.orthogonal_gates_(torch.empty(shape, dtype=torch.float64), gates=4)
+    for block in weight.split(3):
+        near(torch.linalg.svdvals(block), torch.ones(min(block.shape)).double())
+
+
+@pytest.mark.parametrize("size", [2, 4, 46])
+def test_unitary(size: int) -> None:
+    half = size // 2
+    for block in blocks(init.unitary_(torch.empty(2 * size, size, dtype=torch.float64))):
+        near(torch.linalg.svdvals(block), torch.ones(size).double())
+        near(torch.linalg.eigvals(block).abs(), torch.ones(size).double())
+        # The real form of a complex matrix: it commutes with multiplication by i.
+        near(block[:half, :half], block[half:, half:])
+        near(block[:half, half:], -block[half:, :half])
+        assert half == 1 or block[:half, half:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fill", RANDOM, ids=lambda f: f.__name__)
+def test_generator(fill: Callable[..., Tensor]) -> None:
+    """One seed, one matrix; torch's own generator is left alone when another is given."""
+    before = torch.get_rng_state()
+    drawn = [
+        fill(torch.empty(6, 6), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("fill", ALL, ids=lambda f: f.__name__)
+def test_lower_precision(fill: Callable[..., Tensor]) -> None:
+    module = fastrnn.GRU(3, 6, dtype=torch.bfloat16)
+    fill(module.weight_hh_l0)
+    assert module.weight_hh_l0.isfinite().all()
+
+
+@pytest.mark.parametrize("fill", ALL, ids=lambda f: f.__name__)
+def test_errors(fill: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match=rf"{fill.__name__}: weight: got shape \(7, 2\), expected"):
+        fill(torch.empty(7, 2))
+    with pytest.raises(ValueError, match=r"got shape \(4,\), expected"):
+        fill(torch.empty(4))
+    with pytest.raises(TypeError, match=r"weight: got torch.int64, expected a floating"):
+        fill(torch.zeros(4, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="weight: got list"):
+        fill([[1.0]])
+    assert fill(torch.ones(4, 2)).shape == (4, 2)
+
+
+def test_errors_of_shapes() -> None:
+    with pytest.raises(ValueError, match="got 3 columns, expected an even number"):
+        init.unitary_(torch.empty(6, 3))
+    with pytest.raises(ValueError, match=r"got shape \(6, 2\) for 4 gates"):
+        init.orthogonal_gates_(torch.empty(6, 2), gates=4)
