@@ -25,6 +25,10 @@ _LAYERS: dict[str, nn.RNNBase | fastrnn.BNLSTM] = {
     "gru, reset_after=False": fastrnn.GRU(7, 13, 2, bidirectional=True, reset_after=False),
     "rnn, tanh": fastrnn.RNN(7, 13, 2, bidirectional=True),
     "rnn, relu": fastrnn.RNN(7, 13, 2, "relu", bidirectional=True),
+    "rhn": fastrnn.RHN(7, 13, 2, bidirectional=True, depth=3),
+    "rhn, couple_carry=False": fastrnn.RHN(
+        7, 13, 2, bidirectional=True, depth=3, couple_carry=False
+    ),
     "bnlstm": fastrnn.BNLSTM(7, 13, 2, bidirectional=True, max_length=9, eps=0.1),
 }
 

@@ -248,6 +248,14 @@ def choose(
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
 
+def settled() -> bool | None:
+    """Whether bfloat16 weights are allowed; None under an override or a transform. While this and
+    the arguments stay, ``choose`` returns the same in eager mode."""
+    if _in_force or torch._C._are_functorch_transforms_active():
+        return None
+    return _bf16_allowed()
+
+
 def settle(problem: Problem) -> str:
     """The backend of a call; where it is not the one asked for, ``use_backend`` hears of it."""
     found, override = decide(problem), _override()
@@ -342,9 +350,15 @@ def explain_call(
     training: bool,
     return_cells: bool = False,
     recompute: bool = False,
+    depth: int = 1,
+    gates: int = 0,
 ) -> Explanation:
-    """What ``choose`` would choose with the same arguments, and why; nothing runs."""
+    """What ``choose`` would choose with the same arguments, and why; nothing runs.
+
+    depth and gates are those of a Recurrent Highway Network.
+    """
     problem = _problem(cell, input, batch, sizes, training, return_cells, recompute)
+    problem = problem._replace(depth=depth, gates=gates)
     found = decide(problem)
     return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
 
@@ -358,7 +372,9 @@ def _plan(backend: str, p: Problem) -> str:
 
     precision = ""
     if p.dtype == torch.float32 and _bf16_allowed():
-        if p.training:
+        if p.cell == "rhn":
+            precision = "float32 (no bf16 weights for this cell), "
+        elif p.training:
             precision = "float32 (bf16 weights are for inference only), "
         elif _bf16_pays(p.batch):
             precision = "bf16 weights, "
@@ -369,17 +385,32 @@ def _plan(backend: str, p: Problem) -> str:
     out = p.proj_size or p.hidden_size
     for k in range(p.num_layers):
         wide = p.input_size if k == 0 else p.directions * out
-        text: Any = cpu.plan(
-            p.cell, p.steps, p.batch, wide, p.hidden_size, p.proj_size, p.directions, p.dtype,
-            threads, p.training,
-        )  # fmt: skip
+        text: Any
+        if p.cell == "rhn":
+            from fastrnn.backends import cpu_rhn
+
+            text = cpu_rhn.plan(
+                p.depth, p.gates, p.steps, p.batch, wide, p.hidden_size, p.directions, p.dtype,
+                threads,
+            )  # fmt: skip
+        else:
+            text = cpu.plan(
+                p.cell, p.steps, p.batch, wide, p.hidden_size, p.proj_size, p.directions, p.dtype,
+                threads, p.training,
+            )  # fmt: skip
         plans.setdefault(str(text), []).append(str(k))
     if len(plans) == 1:
         return precision + next(iter(plans))
     return precision + "; ".join(f"layers {', '.join(k)}: {text}" for text, k in plans.items())
 
 
-_MODES = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+_MODES = {
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "RNN_TANH": "rnn_tanh",
+    "RNN_RELU": "rnn_relu",
+    "RHN": "rhn",
+}
 
 
 def explain(
@@ -443,4 +474,5 @@ def explain(
     half = autocast_dtype(input)
     if half is not None:
         input = input.to(half)
-    return explain_call(cell, input, batch, sizes, records, return_cells, recompute)
+    depth, gates = (module.depth, module._gates) if cell == "rhn" else (1, 0)
+    return explain_call(cell, input, batch, sizes, records, return_cells, recompute, depth, gates)

@@ -2,6 +2,7 @@
 // fastrnn/backends/cpu.py is the only caller; it owns every buffer and names the fields in this order.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +12,10 @@
 
 namespace py = pybind11;
 using namespace fastrnn;
+
+namespace fastrnn {
+void bind_rhn(py::module_& m);
+}
 
 namespace {
 
@@ -163,6 +168,20 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     kernels().backward(a);
   });
+  m.def("read_words", [](const py::bytes& addresses) {
+    char *at, *out;
+    Py_ssize_t bytes;
+    PyBytes_AsStringAndSize(addresses.ptr(), &at, &bytes);
+    PyObject* words = PyBytes_FromStringAndSize(nullptr, bytes / 8 * 8);
+    if (!words) throw py::error_already_set();
+    out = PyBytes_AS_STRING(words);
+    for (Py_ssize_t i = 0; i + 8 <= bytes; i += 8) {
+      uint64_t address;
+      std::memcpy(&address, at + i, 8);
+      std::memcpy(out + i, reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), 8);
+    }
+    return py::reinterpret_steal<py::bytes>(words);
+  });
   m.def(
       "measure_peak_flops",
       [](int threads, double seconds) { return kernels().peak_flops(threads, seconds); }, py::arg("threads"),
@@ -174,4 +193,5 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("threads"), py::arg("bytes_per_thread"), py::arg("seconds") = 0.5,
       py::call_guard<py::gil_scoped_release>());
+  bind_rhn(m);
 }

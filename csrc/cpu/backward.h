@@ -5,24 +5,27 @@
 // previous states (weight gradients). The tape is only read, so a graph can be walked twice.
 // Without a tape the chunk's gates are recomputed from x and y, which are all known: one matmul.
 #pragma once
-#include "cells_cpu_backward.h"
-#include "plan.h"
+#include <algorithm>
+
+#include "backward_state.h"
 #include "recompute.h"
-#include "sequence.h"
-#include "team.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-constexpr int64_t kGradRows = 512;
-
 template <class E, class C>
-class Backward {
+class Backward : BackwardState<E, C> {
+  using State = BackwardState<E, C>;
+  using typename State::Direction;
+  using typename State::Lane;
   using T = typename E::T;
   using IO = typename E::IO;
   using V = typename E::V;
   static_assert(std::is_same<typename E::A, T>::value, "gradients are computed in the compute type");
-  static constexpr bool kCast = !std::is_same<IO, T>::value;
+  using State::all_, State::args_, State::dir_, State::direct_, State::gates_, State::hh_, State::hr_,
+      State::ih_;
+  using State::kCast, State::kMaxSegments, State::lane_bytes_, State::lanes_, State::layout_, State::plan_;
+  using State::recompute_, State::seq_, State::steps_, State::time, State::zero_;
 
  public:
   static size_t workspace(const BackwardArgs& args) {
@@ -37,110 +40,7 @@ class Backward {
   }
 
  private:
-  static constexpr int kMaxSegments = 4;
-  struct Lane {  // per thread
-    RowList list;
-    const T** next;  // gate gradients of each batch row's next step, or zeros
-    const T** a_rows;
-    const T** b_rows;
-    GradRow<E>* rows;
-    T* tile;
-    const IO** x;  // per row of the chunk
-    const IO** h_prev;
-    void** dx;
-    Lane(Arena& a, const Backward& b)
-        : list(a, b.steps_, b.args_.N),
-          next(a.take<const T*>(b.args_.N)),
-          a_rows(a.take<const T*>(b.steps_ * b.args_.N)),
-          b_rows(a.take<const T*>(b.steps_ * b.args_.N)),
-          rows(a.take<GradRow<E>>(b.args_.N)),
-          tile(a.take<T>(2 * kMaxRows * kMaxVectors * E::W)),
-          x(a.take<const IO*>(b.steps_ * b.args_.N)),
-          h_prev(a.take<const IO*>(b.steps_ * b.args_.N)),
-          dx(a.take<void*>(b.steps_ * b.args_.N)) {}
-  };
-  struct Direction {
-    char* gates = nullptr;  // forward packing, only to recompute
-    T *w_hh = nullptr, *w_ih = nullptr, *w_hr = nullptr;
-    T *dg, *carry, *c0 = nullptr, *dc = nullptr, *dh, *dh_rows = nullptr, *mid = nullptr;
-    T *x_cast = nullptr, *h_cast = nullptr, *dx = nullptr;
-    T *d_ih = nullptr, *d_hh = nullptr, *d_hr = nullptr, *sums = nullptr;
-    T *outer = nullptr, *operand[3] = {};
-    Barrier barrier;
-  };
-
-  const BackwardArgs& args_;
-  const Plan plan_;
-  const PackedLayout<E> layout_;
-  const Sequence seq_;
-  const int gates_;
-  const int64_t steps_;
-  const bool recompute_;
-  Panels<E> hh_, ih_, hr_;
-  char* zero_;
-  Direction dir_[2];
-  Arena lanes_;
-  size_t lane_bytes_ = 0;
-  Barrier all_;
-
-  Backward(const BackwardArgs& args, Arena& arena)
-      : args_(args),
-        plan_(choose_plan(args)),
-        layout_(args),
-        seq_(args, arena),
-        gates_(gate_count(args.cell)),
-        steps_(imin(args.T, imax(1, kGradRows / args.N))),
-        recompute_(!args.gates && C::kTape > 0),
-        hh_(1, args.O, block_vectors(args.O)),
-        ih_(1, args.I),
-        hr_(1, args.H, block_vectors(args.H)) {
-    const int64_t N = args.N, H = args.H, O = args.O, I = args.I;
-    const int64_t M = steps_ * N, G = gates_ * H, S = C::kSlots * H;
-    // Pointers are null while sizes are added up: conditions below must not test them.
-    const bool has_mid = args.projected || C::kTwoStage;
-    const size_t zeros = imax(S, O) * sizeof(T);
-    zero_ = arena.take<char>(zeros);
-    if (arena.base) std::memset(zero_, 0, zeros);
-    for (int d = 0; d < args.directions; d++) {
-      Direction& r = dir_[d];
-      if (recompute_) r.gates = arena.take<char>(layout_.bytes);
-      r.w_hh = arena.take<T>(hh_.elements(G));
-      if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(G));
-      if (args.projected) r.w_hr = arena.take<T>(hr_.elements(O));
-      r.dg = arena.take<T>(M * S);
-      r.carry = arena.take<T>(N * S);
-      r.dh = arena.take<T>(N * O);
-      if (C::kCellState) r.dc = arena.take<T>(N * H);
-      if (C::kCellState && kCast) r.c0 = arena.take<T>(N * H);
-      if (args.projected) r.dh_rows = arena.take<T>(M * O);
-      if (has_mid) r.mid = arena.take<T>(M * H);
-      if (kCast && recompute_) {
-        r.x_cast = arena.take<T>(M * I);
-        r.h_cast = arena.take<T>(M * O);
-      }
-      // The second direction's dx is added when both are complete; a 16-bit dx is accumulated in T.
-      if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
-      if (args.want_weights) {
-        r.sums = arena.take<T>(S);
-        r.d_ih = kCast ? arena.take<T>(G * I) : static_cast<T*>(args.grads[d].w_ih);
-        r.d_hh = kCast ? arena.take<T>(G * O) : static_cast<T*>(args.grads[d].w_hh);
-        if (args.projected) r.d_hr = kCast ? arena.take<T>(O * H) : static_cast<T*>(args.grads[d].w_hr);
-        const int64_t K = imin(kOuterK, M);
-        const int64_t columns = S + O + (kMaxSegments + 1) * kOuterRows;
-        r.outer = arena.take<T>(columns * K);
-        const int64_t widths[3] = {I, O, has_mid ? H : 0};
-        for (int o = 0; o < 3; o++) r.operand[o] = arena.take<T>((widths[o] + kMaxVectors * E::W) * K);
-      }
-    }
-    Arena sizing;
-    Lane measure(sizing, *this);
-    lane_bytes_ = sizing.used;
-    lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
-  }
-
-  // Threads that divide a narrow matrix get half-width blocks, else some would have none.
-  int block_vectors(int64_t width) const { return plan_.units && width <= 8 * E::W ? 2 : kMaxVectors; }
-  int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
+  using State::State;
 
   void work(int tid, int nt) {
     pack(tid, nt);
@@ -163,7 +63,7 @@ class Backward {
     };
     for (int d = 0; d < args_.directions; d++) {
       const Weights& w = args_.weights[d];
-      share(hh_, w.w_hh, G, dir_[d].w_hh);
+      if (dir_[d].w_hh) share(hh_, w.w_hh, G, dir_[d].w_hh);
       if (dir_[d].w_ih) share(ih_, w.w_ih, G, dir_[d].w_ih);
       if (dir_[d].w_hr) share(hr_, w.w_hr, args_.O, dir_[d].w_hr);
       if (recompute_) pack_direction<E>(args_, layout_, w, dir_[d].gates, tid, nt);
@@ -181,7 +81,7 @@ class Backward {
     if (d == 0 && args_.lengths && args_.dx.data)
       for (int64_t n = i0; n < i1; n++)
         for (int64_t t = seq_.length(n); t < args_.T; t++)
-          std::memset(seq_.at<IO>(args_.dx, t, n), 0, args_.I * sizeof(IO));
+          std::memset(seq_.template at<IO>(args_.dx, t, n), 0, args_.I * sizeof(IO));
     dir.barrier.wait(share.count);
 
     bool add = false;
@@ -202,7 +102,7 @@ class Backward {
       add = true;
       dir.barrier.wait(share.count);
     }
-    if (args_.dh0 || args_.dc0) initial_grads(d, lane, i0, i1);
+    if (args_.dh0 || args_.dc0) initial_grads(d, share, lane, i0, i1);
     if (args_.want_weights) finish_weights(d, share);
   }
 
@@ -223,13 +123,13 @@ class Backward {
       const int64_t s = begin + i, t = time(d, s), before = time(d, s - 1);
       for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
         const int64_t n = lane.list.n[m];
-        lane.x[m] = seq_.at<const IO>(args_.x, t, n);
+        lane.x[m] = seq_.template at<const IO>(args_.x, t, n);
         if (args_.dx.data)
-          lane.dx[m] = d == 0 ? static_cast<void*>(seq_.at<IO>(args_.dx, t, n))
+          lane.dx[m] = d == 0 ? static_cast<void*>(seq_.template at<IO>(args_.dx, t, n))
                               : dir_[d].dx + seq_.index(t, n) * args_.I;
         lane.h_prev[m] = seq_.resets(t, n)    ? reinterpret_cast<const IO*>(zero_)
                          : begins(d, s, t, n) ? static_cast<const IO*>(args_.h0) + (d * args_.N + n) * args_.O
-                                              : seq_.at<const IO>(args_.y, before, n) + d * args_.O;
+                                              : seq_.template at<const IO>(args_.y, before, n) + d * args_.O;
       }
     }
   }
@@ -271,10 +171,10 @@ class Backward {
       lane.a_rows[i] = last || cut ? zero : lane.next[n];
       lane.next[n] = dir.dg + m * S;
       g.dg = dir.dg + m * S;
-      g.dy = args_.dy.data ? seq_.at<const IO>(args_.dy, t, n) + d * O : nullptr;
+      g.dy = args_.dy.data ? seq_.template at<const IO>(args_.dy, t, n) + d * O : nullptr;
       g.dh_out = dir.dh + n * O;
       g.dh_in = last || (C::kCarryH && !cut) ? g.dh_out : zero;
-      g.h = seq_.at<const IO>(args_.y, t, n) + d * O;
+      g.h = seq_.template at<const IO>(args_.y, t, n) + d * O;
       g.h_prev = lane.h_prev[m];
       g.tape = args_.gates
                    ? static_cast<const T*>(args_.gates) + (d * seq_.rows() + seq_.index(t, n)) * C::kTape * H
@@ -282,11 +182,11 @@ class Backward {
       if constexpr (C::kCellState) {
         g.dc_out = dir.dc + n * H;
         g.dc_in = cut ? zero : g.dc_out;
-        g.dcells = args_.dcells.data ? seq_.at<const T>(args_.dcells, t, n) + d * H : nullptr;
-        g.c = seq_.at<const T>(args_.cells, t, n) + d * H;
+        g.dcells = args_.dcells.data ? seq_.template at<const T>(args_.dcells, t, n) + d * H : nullptr;
+        g.c = seq_.template at<const T>(args_.cells, t, n) + d * H;
         g.c_prev = seq_.resets(t, n)    ? zero
                    : begins(d, s, t, n) ? initial_cell(d, n)
-                                        : seq_.at<const T>(args_.cells, before, n) + d * H;
+                                        : seq_.template at<const T>(args_.cells, before, n) + d * H;
       }
       g.dh = dir.dh_rows ? dir.dh_rows + m * O : nullptr;
       g.mid = dir.mid ? dir.mid + m * H : nullptr;
@@ -330,12 +230,17 @@ class Backward {
   // Gate gradients of lane.a_rows[m .. m + r) times block b of weight_hh, into lane.tile.
   void state_product(const Direction& dir, Lane& lane, int64_t b, int64_t m, int r) const {
     const int64_t H = args_.H, cols = hh_.columns(b);
+    const T* const zero = reinterpret_cast<const T*>(zero_);
+    if (std::all_of(lane.a_rows + m, lane.a_rows + m + r, [&](const T* a) { return a == zero; })) {
+      std::memset(lane.tile, 0, r * cols * sizeof(T));  // the last step of these rows
+      return;
+    }
     const T* init = nullptr;
     for (const auto& piece : C::kPieces) {
       const T* a[kMaxRows];
       for (int q = 0; q < r; q++) {
         a[q] = lane.a_rows[m + q];
-        if (a[q] != reinterpret_cast<const T*>(zero_)) a[q] += piece[0] * H;
+        if (a[q] != zero) a[q] += piece[0] * H;
       }
       tile_for<E>(r, hh_.vectors(b))(a, dir.w_hh + hh_.stream(b, gates_ * H, piece[1] * H), piece[2] * H,
                                      init, cols, lane.tile, cols);
@@ -378,6 +283,7 @@ class Backward {
     Direction& dir = dir_[d];
     const int64_t H = args_.H, S = C::kSlots * H, G = gates_ * H, M = lane.list.rows;
     const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    if (direct_) return direct_input_grad(d, share, lane);
     for (int64_t m = m0; m < m1; m++) lane.a_rows[m] = dir.dg + m * S;
     const int64_t kRows = 16 * kMaxRows;
     for (int64_t from = m0; from < m1; from += kRows) {
@@ -400,12 +306,33 @@ class Backward {
     }
   }
 
+  // This thread's share of the columns, in whole cache lines.
+  static int64_t column(int64_t width, int id, int count) {
+    return id == count ? width : width * id / count / 16 * 16;
+  }
+
+  void direct_input_grad(int d, const Share& share, Lane& lane) {
+    Direction& dir = dir_[d];
+    const int64_t I = args_.I, M = lane.list.rows, S = C::kSlots * args_.H;
+    const int64_t c0 = column(I, share.id, share.count), c1 = column(I, share.id + 1, share.count);
+    for (int64_t m = 0; m < M; m++) lane.a_rows[m] = dir.dg + m * S;
+    const auto* w = static_cast<const IO*>(args_.weights[d].w_ih);
+    direct_product<E>(lane.a_rows, M, w, I, gates_ * args_.H, c0, c1, dir.dx_row, I, false);
+    for (int64_t m = 0; m < M; m++) {
+      const T* src = dir.dx_row + m * I + c0;
+      if (d == 0)
+        convert_row(static_cast<IO*>(lane.dx[m]) + c0, src, c1 - c0);
+      else
+        convert_row(static_cast<T*>(lane.dx[m]) + c0, src, c1 - c0);
+    }
+  }
+
   void add_second_dx(int tid, int nt) {
     const int64_t I = args_.I, T0 = args_.T * tid / nt, T1 = args_.T * (tid + 1) / nt;
     for (int64_t t = T0; t < T1; t++)
       for (int64_t n = 0; n < seq_.count(t); n++) {
         if (!seq_.alive(t, n)) continue;
-        IO* dst = seq_.at<IO>(args_.dx, t, n);
+        IO* dst = seq_.template at<IO>(args_.dx, t, n);
         const T* src = dir_[1].dx + seq_.index(t, n) * I;
         each_vector<V>(static_cast<int>(I), [&](int u, int w) {
           store_as<V>(dst + u, load_as<V>(dst + u, w) + load_as<V>(src + u, w), w);
@@ -444,32 +371,55 @@ class Backward {
   }
 
   // dh0 and dc0 of rows [i0, i1): one more step of the recurrent matmul, cut where the first step resets.
-  void initial_grads(int d, Lane& lane, int64_t i0, int64_t i1) {
+  void initial_grads(int d, const Share& share, Lane& lane, int64_t i0, int64_t i1) {
     Direction& dir = dir_[d];
-    const int64_t N = args_.N, H = args_.H, O = args_.O;
+    const int64_t N = args_.N, H = args_.H;
     const T* zero = reinterpret_cast<const T*>(zero_);
-    for (int64_t n = i0; n < i1; n++) {
-      const bool cut = seq_.resets(d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0), n);
-      lane.a_rows[n] = cut ? zero : lane.next[n];
-      if (C::kCellState)
-        convert_row(static_cast<IO*>(args_.dc0) + (d * N + n) * H, cut ? zero : dir.dc + n * H, H);
-    }
+    if (C::kCellState)
+      for (int64_t n = i0; n < i1; n++)
+        convert_row(static_cast<IO*>(args_.dc0) + (d * N + n) * H, cut_at_start(d, n) ? zero : dir.dc + n * H,
+                    H);
+    if (direct_) return direct_initial_grads(d, share, lane);
+    for (int64_t n = i0; n < i1; n++) lane.a_rows[n] = cut_at_start(d, n) ? zero : lane.next[n];
     for (int64_t b = 0; b < hh_.blocks; b++) {
-      const int nv = hh_.vectors(b), units = hh_.units(b);
-      const int64_t cols = hh_.columns(b), u0 = hh_.first(b);
-      row_blocks(i1 - i0, nv, [&](int64_t first, int r) {
+      const int64_t cols = hh_.columns(b);
+      row_blocks(i1 - i0, hh_.vectors(b), [&](int64_t first, int r) {
         const int64_t n = i0 + first;
         state_product(dir, lane, b, n, r);
-        for (int q = 0; q < r; q++) {
-          IO* dh0 = static_cast<IO*>(args_.dh0) + (d * N + n + q) * O + u0;
-          const bool carry = C::kCarryH && lane.a_rows[n + q] != zero;
-          each_vector<V>(units, [&](int u, int w) {
-            V v = load_as<V>(lane.tile + q * cols + u, w);
-            if (carry) v = v + load_as<V>(dir.dh + (n + q) * O + u0 + u, w);
-            store_as<V>(dh0 + u, v, w);
-          });
-        }
+        for (int q = 0; q < r; q++)
+          put_initial_grad(d, n + q, hh_.first(b), hh_.units(b), lane.tile + q * cols);
       });
+    }
+  }
+  bool cut_at_start(int d, int64_t n) const {
+    return seq_.resets(d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0), n);
+  }
+
+  // `width` columns of row n's dh0 from u0 on: the product, and what reached h_0 beside it.
+  void put_initial_grad(int d, int64_t n, int64_t u0, int64_t width, const T* product) {
+    IO* dh0 = static_cast<IO*>(args_.dh0) + (d * args_.N + n) * args_.O + u0;
+    const bool carry = C::kCarryH && !cut_at_start(d, n);
+    each_vector<V>(static_cast<int>(width), [&](int u, int w) {
+      V v = load_as<V>(product + u, w);
+      if (carry) v = v + load_as<V>(dir_[d].dh + n * args_.O + u0 + u, w);
+      store_as<V>(dh0 + u, v, w);
+    });
+  }
+
+  void direct_initial_grads(int d, const Share& share, Lane& lane) {
+    Direction& dir = dir_[d];
+    const int64_t N = args_.N, H = args_.H, O = args_.O;
+    const int64_t c0 = column(O, share.id, share.count), c1 = column(O, share.id + 1, share.count);
+    const auto* w = static_cast<const IO*>(args_.weights[d].w_hh);
+    bool add = false;
+    for (const auto& piece : C::kPieces) {
+      for (int64_t n = 0; n < N; n++) lane.a_rows[n] = dir.carry + n * C::kSlots * H + piece[0] * H;
+      direct_product<E>(lane.a_rows, N, w + piece[1] * H * O, O, piece[2] * H, c0, c1, dir.dh_row, O, add);
+      add = true;
+    }
+    for (int64_t n = 0; n < N; n++) {
+      if (cut_at_start(d, n)) std::memset(dir.dh_row + n * O + c0, 0, (c1 - c0) * sizeof(T));
+      put_initial_grad(d, n, c0, c1 - c0, dir.dh_row + n * O + c0);
     }
   }
 

@@ -42,6 +42,7 @@ class Forward {
     RowState<E>* states;
     T* scratch;
     A* x_copy;
+    A* panel;  // the block of weights in use, where each is used once
     Lane(Arena& a, const Forward& f)
         : list(a, f.steps_, f.args_.N),
           x_rows(a.take<const A*>(f.steps_ * f.args_.N)),
@@ -49,7 +50,8 @@ class Forward {
           mid_rows(a.take<const A*>(f.args_.N)),
           states(a.take<RowState<E>>(f.args_.N)),
           scratch(a.take<T>(f.scratch_)),
-          x_copy(kShadow ? a.take<A>(f.steps_ * f.args_.N * f.args_.I) : nullptr) {}
+          x_copy(kShadow ? a.take<A>(f.steps_ * f.args_.N * f.args_.I) : nullptr),
+          panel(f.once_ ? a.take<A>(f.panel_elements()) : nullptr) {}
   };
   struct Direction {
     char* packed;
@@ -60,6 +62,7 @@ class Forward {
 
   const ForwardArgs& args_;
   const Plan plan_;
+  const bool once_;  // every panel is used once: packed when its turn comes, by the thread that uses it
   const PackedLayout<E> layout_;
   const Sequence seq_;
   const int64_t steps_;  // per chunk
@@ -73,7 +76,8 @@ class Forward {
   Forward(const ForwardArgs& args, Arena& arena)
       : args_(args),
         plan_(choose_plan(args)),
-        layout_(args),
+        once_(args.T == 1 && !args.packed),
+        layout_(args, !once_),
         seq_(args, arena),
         steps_(imin(args.T, imax(1, kChunkRows / args.N))) {
     const int64_t NH = args.N * args.H, NO = args.N * args.O;
@@ -99,7 +103,7 @@ class Forward {
   void work(int tid, int nt) {
     if (!args_.packed) {
       for (int d = 0; d < args_.directions; d++)
-        pack_direction<E>(args_, layout_, args_.weights[d], dir_[d].packed, tid, nt);
+        pack_direction<E>(args_, layout_, args_.weights[d], dir_[d].packed, tid, nt, !once_);
       all_.wait(nt);
     }
     Arena mine{lanes_.base + tid * lane_bytes_, 0};
@@ -170,16 +174,32 @@ class Forward {
     for (int j = 0; j < layout_.stages; j++) {
       const Stage<E>& st = layout_.stage[j];
       if (!st.from_x) continue;
-      const A* w = reinterpret_cast<const A*>(dir_[d].packed + st.x);
       const T* bias = reinterpret_cast<const T*>(dir_[d].packed + st.bias);
       const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
       for (int64_t b = b0; b < b1; b++) {
         const int64_t cols = st.panels.columns(b);
-        panel<E>(lane.x_rows, M, w + st.panels.stream(b, st.Kx), st.Kx, st.panels.vectors(b),
+        panel<E>(lane.x_rows, M, weights(d, st, true, b, lane), st.Kx, st.panels.vectors(b),
                  bias + st.panels.offset(b), 0, out, cols);
         out += M * cols;
       }
     }
+  }
+
+  // Block b of a stage's input or recurrent matrix, as the micro-kernel reads it.
+  const A* weights(int d, const Stage<E>& st, bool input, int64_t b, Lane& lane) const {
+    const int64_t K = input ? st.Kx : st.Kh;
+    if (!once_)
+      return reinterpret_cast<const A*>(dir_[d].packed + (input ? st.x : st.h)) + st.panels.stream(b, K);
+    pack_block<E, IO>(st.panels, stage_matrix(st, args_.weights[d], input), K, lane.panel, b);
+    return lane.panel;
+  }
+  size_t panel_elements() const {
+    size_t most = 0;
+    for (int j = 0; j < layout_.stages; j++) {
+      const int64_t K = imax(layout_.stage[j].Kx, layout_.stage[j].Kh) + E::kPair;
+      most = imax(most, layout_.stage[j].panels.columns(0) * K);
+    }
+    return most;
   }
 
   static int64_t first_block(const Stage<E>& s, const Share& share, bool split) {
@@ -234,13 +254,12 @@ class Forward {
     alignas(64) T tile_out[kMaxRows * kMaxVectors * E::W];
     for (int j = 0; j < layout_.stages; j++) {
       const Stage<E>& st = layout_.stage[j];
-      const A* w = reinterpret_cast<const A*>(dir_[d].packed + st.h);
       const T* h_bias = reinterpret_cast<const T*>(dir_[d].packed + st.h_bias);
       const A* const* rows = j == 0 ? lane.h_rows : lane.mid_rows;
       const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
       const int64_t base = st.panels.offset(b0), M = lane.list.rows;
       const bool ahead =
-          count >= kPrefetchRows &&
+          !once_ && count >= kPrefetchRows &&
           ((b1 > b0 ? st.panels.offset(b1 - 1) : base) - base) * st.Kh * sizeof(A) >= kPrefetchBytes;
       for (int64_t k = b0; k < b1; k++) {
         // Every other step walks the blocks backwards: what the last step left in cache comes first.
@@ -249,12 +268,12 @@ class Forward {
         const int units = st.panels.units(b), nv = st.panels.vectors(b);
         const T* gx = term + M * (st.panels.offset(b) - base) + first * cols;
         const int64_t next = (s0 + i) % 2 ? b - 1 : b + 1;
-        const A* coming = ahead && k + 1 < b1 ? w + st.panels.stream(next, st.Kh) : nullptr;
+        const A* w = weights(d, st, false, b, lane);
+        const A* coming = ahead && k + 1 < b1 ? weights(d, st, false, next, lane) : nullptr;
         row_blocks(count, nv, [&](int64_t m, int r) {
           if (coming) prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
           const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx + m * cols;
-          tile_for<E>(r, nv)(rows + m, w + st.panels.stream(b, st.Kh), st.Kh, init, C::kApart ? 0 : cols,
-                             tile_out, cols);
+          tile_for<E>(r, nv)(rows + m, w, st.Kh, init, C::kApart ? 0 : cols, tile_out, cols);
           C::finish(j, args_.projected, {lane.states + m, r, tile_out, gx + m * cols, cols, u0, units},
                     args_.H);
         });

@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "machine.h"
+#include "rhn.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -141,6 +142,7 @@ void backward(const BackwardArgs& a) {
 
 #define FASTRNN_STRING_(x) #x
 #define FASTRNN_STRING(x) FASTRNN_STRING_(x)
+extern const RhnKernels rhn_table;
 extern const BnLstmKernels bnlstm_table;
 extern const Kernels table;
 const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
@@ -153,6 +155,7 @@ const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        backward,
                        peak_flops,
                        bandwidth,
+                       &rhn_table,
                        &bnlstm_table};
 
 }  // namespace FASTRNN_ISA

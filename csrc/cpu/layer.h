@@ -71,6 +71,7 @@ struct BackwardArgs : Problem {
 // Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none.
 int tape_slots(Cell cell);
 
+struct RhnKernels;  // rhn.h
 struct BnLstmKernels;
 
 // One instruction set's entry points.
@@ -85,6 +86,7 @@ struct Kernels {
   void (*backward)(const BackwardArgs&);
   double (*peak_flops)(int threads, double seconds);
   double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
+  const RhnKernels* rhn;
   const BnLstmKernels* bnlstm;
 };
 

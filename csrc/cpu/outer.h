@@ -13,6 +13,7 @@ namespace FASTRNN_ISA {
 
 constexpr int kOuterRows = max_rows(kMaxVectors);
 constexpr int64_t kOuterK = 512;
+constexpr int64_t kOuterStays = 512 << 10;  // bytes of packed operands that stay in L2
 
 template <class E>
 struct OuterJob {
@@ -135,7 +136,6 @@ template <class E>
 static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOperand<E>* operands,
                            int operand_count, int64_t rows, typename E::T* panels, bool add, int id,
                            int count, Barrier& barrier) {
-  using T = typename E::T;
   constexpr int kWide = kMaxVectors * E::W;
   int64_t total = 0;
   for (int j = 0; j < job_count; j++) total += jobs[j].panels();
@@ -155,21 +155,30 @@ static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOp
       }
     }
     barrier.wait(count);
-    for (int o = 0; o < operand_count; o++)
-      for (int64_t c = 0; c < operands[o].width; c += kWide) {
-        const int n = static_cast<int>(imin(kWide, operands[o].width - c));
-        const int nv = static_cast<int>(ceil_div(n, E::W));
-        const T* b = operands[o].packed + c * K;
-        base = 0;
-        for (int j = 0; j < job_count; base += jobs[j].panels(), j++)
-          for (const auto& to : jobs[j].to) {
-            if (to.operand != o) continue;
-            for (int64_t p = imax(mine0 - base, 0); p < imin(mine1 - base, jobs[j].panels()); p++)
-              outer_any<E>(nv, panels + (base + p) * K * kOuterRows, b, K, to.c + p * kOuterRows * to.ldc + c,
-                           to.ldc, static_cast<int>(imin(kOuterRows, jobs[j].columns - p * kOuterRows)), n,
-                           add);
-          }
-      }
+    auto tiles = [&](int o, int64_t c, int64_t p0, int64_t p1) {
+      const int n = static_cast<int>(imin(kWide, operands[o].width - c));
+      const int nv = static_cast<int>(ceil_div(n, E::W));
+      int64_t base = 0;
+      for (int j = 0; j < job_count; base += jobs[j].panels(), j++)
+        for (const auto& to : jobs[j].to) {
+          if (to.operand != o) continue;
+          for (int64_t p = imax(p0 - base, 0); p < imin(p1 - base, jobs[j].panels()); p++)
+            outer_any<E>(nv, panels + (base + p) * K * kOuterRows, operands[o].packed + c * K, K,
+                         to.c + p * kOuterRows * to.ldc + c, to.ldc,
+                         static_cast<int>(imin(kOuterRows, jobs[j].columns - p * kOuterRows)), n, add);
+        }
+    };
+    int64_t widths = 0;
+    for (int o = 0; o < operand_count; o++) widths += operands[o].width;
+    if (widths * K * static_cast<int64_t>(sizeof(typename E::T)) <= kOuterStays) {
+      // C is then met once, row after row.
+      for (int64_t p = mine0; p < mine1; p++)
+        for (int o = 0; o < operand_count; o++)
+          for (int64_t c = 0; c < operands[o].width; c += kWide) tiles(o, c, p, p + 1);
+    } else {
+      for (int o = 0; o < operand_count; o++)
+        for (int64_t c = 0; c < operands[o].width; c += kWide) tiles(o, c, mine0, mine1);
+    }
     barrier.wait(count);
     add = true;
   }

@@ -132,23 +132,26 @@ static void transpose_strip(const Src* src, int64_t ld, int n, int64_t K, typena
     }
 }
 
-// Gate matrix (torch layout: rows g * width + u, K columns) into blocks [first, last) of `p`.
+// Block b of a gate matrix (torch layout: rows g * width + u, K columns): one stream of the micro-kernel.
+template <class E, class Src>
+static void pack_block(const Panels<E>& p, const Src* w, int64_t K, typename E::A* out, int64_t b) {
+  using A = typename E::A;
+  const int64_t cols = p.columns(b);
+  const int units = p.units(b);
+  const int64_t padded = ceil_div(K, E::kPair) * E::kPair;
+  if (p.gates * units != cols || padded != K) std::memset(out, 0, cols * padded * sizeof(A));
+  for (int g = 0; g < p.gates; g++)
+    for (int u = 0; u < units; u += E::W)
+      transpose_strip<E, Src>(w + (g * p.width + p.first(b) + u) * K, K,
+                              static_cast<int>(imin(E::W, units - u)), K, out + (g * units + u) * E::kPair,
+                              cols);
+}
+
+// Blocks [first, last) of a gate matrix, each where its stream begins in `dst`.
 template <class E, class Src>
 static void pack_gates(const Panels<E>& p, const Src* w, int64_t K, typename E::A* dst, int64_t first,
                        int64_t last) {
-  using A = typename E::A;
-  for (int64_t b = first; b < last; b++) {
-    A* out = dst + p.stream(b, K);
-    const int64_t cols = p.columns(b);
-    const int units = p.units(b);
-    const int64_t padded = ceil_div(K, E::kPair) * E::kPair;
-    if (p.gates * units != cols || padded != K) std::memset(out, 0, cols * padded * sizeof(A));
-    for (int g = 0; g < p.gates; g++)
-      for (int u = 0; u < units; u += E::W)
-        transpose_strip<E, Src>(w + (g * p.width + p.first(b) + u) * K, K,
-                                static_cast<int>(imin(E::W, units - u)), K, out + (g * units + u) * E::kPair,
-                                cols);
-  }
+  for (int64_t b = first; b < last; b++) pack_block<E, Src>(p, w, K, dst + p.stream(b, K), b);
 }
 
 // Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate, no transpose.
@@ -184,7 +187,8 @@ struct PackedLayout {
   int stages = 0;
   size_t bytes = 0;  // of one direction
 
-  explicit PackedLayout(const Problem& p) {
+  // Without matrices there are biases only: a step that uses a panel once packs it when it comes to it.
+  explicit PackedLayout(const Problem& p, bool matrices = true) : matrices_(matrices) {
     switch (p.cell) {
       case Cell::lstm:
         add(4, p.H, 0, true, p.I, p.O);
@@ -203,6 +207,7 @@ struct PackedLayout {
   }
 
  private:
+  bool matrices_;
   void add(int gates, int64_t width, int64_t first_gate, bool from_x, int64_t Kx, int64_t Kh) {
     Stage<E>& s = stage[stages++];
     // A narrow single-gate matrix gets half-width blocks, so that two threads have something to share.
@@ -211,8 +216,8 @@ struct PackedLayout {
     s.first_gate = first_gate;
     s.Kx = from_x ? Kx : 0;
     s.Kh = Kh;
-    s.x = take(s.panels.elements(s.Kx) * sizeof(typename E::A));
-    s.h = take(s.panels.elements(s.Kh) * sizeof(typename E::A));
+    s.x = take(matrices_ ? s.panels.elements(s.Kx) * sizeof(typename E::A) : 0);
+    s.h = take(matrices_ ? s.panels.elements(s.Kh) * sizeof(typename E::A) : 0);
     s.bias = take(s.panels.total() * sizeof(typename E::T));
     s.h_bias = take(s.panels.total() * sizeof(typename E::T));
   }
@@ -250,21 +255,28 @@ static void pack_bias(const Problem& p, const Stage<E>& s, const Weights& w, cha
   }
 }
 
+// Where a stage's matrix begins in the weights: its input term's, or its recurrent one (w_hr: the projection).
+template <class E>
+static const typename E::IO* stage_matrix(const Stage<E>& s, const Weights& w, bool input) {
+  const void* m = input ? w.w_ih : s.from_x ? w.w_hh : w.w_hr;
+  return static_cast<const typename E::IO*>(m) + s.first_gate * s.panels.width * (input ? s.Kx : s.Kh);
+}
+
 // Thread tid's share of packing one direction.
 template <class E>
 static void pack_direction(const Problem& p, const PackedLayout<E>& layout, const Weights& w, char* dst,
-                           int tid, int nt) {
+                           int tid, int nt, bool matrices = true) {
   using A = typename E::A;
   using IO = typename E::IO;
   for (int i = 0; i < layout.stages; i++) {
     const Stage<E>& s = layout.stage[i];
     const int64_t first = s.panels.blocks * tid / nt, last = s.panels.blocks * (tid + 1) / nt;
-    const int64_t row = s.first_gate * s.panels.width;
-    if (s.from_x)
-      pack_gates<E, IO>(s.panels, static_cast<const IO*>(w.w_ih) + row * s.Kx, s.Kx,
-                        reinterpret_cast<A*>(dst + s.x), first, last);
-    const auto* wh = static_cast<const IO*>(s.from_x ? w.w_hh : w.w_hr);
-    pack_gates<E, IO>(s.panels, wh + row * s.Kh, s.Kh, reinterpret_cast<A*>(dst + s.h), first, last);
+    if (matrices && s.from_x)
+      pack_gates<E, IO>(s.panels, stage_matrix(s, w, true), s.Kx, reinterpret_cast<A*>(dst + s.x), first,
+                        last);
+    if (matrices)
+      pack_gates<E, IO>(s.panels, stage_matrix(s, w, false), s.Kh, reinterpret_cast<A*>(dst + s.h), first,
+                        last);
     pack_bias<E>(p, s, w, dst, first, last);
   }
 }

@@ -31,29 +31,34 @@ inline int gate_count(Cell c) {
 }
 
 // Rows read all recurrent weights on every core, units only their share. From four rows a core on a weight panel
-// is reused enough, as long as the weights stay in L2 at all; then rows win by not meeting at barriers.
+// is reused enough, as long as the weights stay in L2 at all; then rows win by not meeting at barriers, but for
+// a single step, which meets once.
 constexpr double kStaysInL2 = 2 << 20;
 inline double recurrent_bytes(const Problem& p) {
   const int size = p.type == Type::f64 ? 8 : p.type == Type::bf16 || p.type == Type::f32_bf16 ? 2 : 4;
   return double(size) * gate_count(p.cell) * p.H * p.O;
 }
 
-inline Plan choose_plan(const Problem& p) {
-  const double per_step = 2.0 * p.N * gate_count(p.cell) * p.H * (p.I + p.O);
+// per_step: operations of a time step; stages: matmuls after each other in it.
+inline Plan choose_plan(const Problem& p, double per_step, double weight_bytes, int stages = 1) {
   const double total = per_step * p.T * p.directions;
   // A team costs about 2 us to start and a barrier 0.1-0.2 us per step.
   const bool side_by_side = p.directions == 2;
   int threads = p.threads < 1 ? 1 : p.threads;
-  if (total < 1e6) threads = 1;
-  if (!side_by_side && p.N < 2 * threads && per_step < 6e4) threads = 1;
-  if (side_by_side && per_step < 6e4 && threads > 2) threads = 2;
+  if (total < 4e5) threads = 1;
+  if (!side_by_side && p.N < 2 * threads && per_step < 6e4 * stages) threads = 1;
+  if (side_by_side && per_step < 6e4 * stages && threads > 2) threads = 2;
   const int group = p.directions == 2 ? imax(1, threads / 2) : threads;
   Plan plan{threads, false};
   if (p.partition != Partition::automatic)
     plan.units = p.partition == Partition::units;
   else
-    plan.units = p.N < 4 * group || recurrent_bytes(p) > kStaysInL2;
+    plan.units = p.T == 1 || p.N < 4 * group || weight_bytes > kStaysInL2;
   return plan;
+}
+
+inline Plan choose_plan(const Problem& p) {
+  return choose_plan(p, 2.0 * p.N * gate_count(p.cell) * p.H * (p.I + p.O), recurrent_bytes(p));
 }
 
 }  // namespace FASTRNN_ISA

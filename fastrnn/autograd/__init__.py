@@ -2,5 +2,14 @@
 
 from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward
 from fastrnn.autograd.layer import Layer, LayerBackward, distinct
+from fastrnn.autograd.rhn import RhnLayer, RhnLayerBackward
 
-__all__ = ["BNLSTMLayer", "BNLSTMLayerBackward", "Layer", "LayerBackward", "distinct"]
+__all__ = [
+    "BNLSTMLayer",
+    "BNLSTMLayerBackward",
+    "Layer",
+    "LayerBackward",
+    "RhnLayer",
+    "RhnLayerBackward",
+    "distinct",
+]

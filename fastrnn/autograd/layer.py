@@ -44,7 +44,7 @@ class Layer(Function):
         recompute: bool,
         plan: str,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         direct = ops.unobserved(x, weights[0])
         run = ops.CPU["layer_forward_train"] if direct else ops.layer_forward_train
         y, h_n, c_n, cells, gates = run(
@@ -63,7 +63,7 @@ class Layer(Function):
         need_dx, need_dstate, need_dw = needs[0], needs[1] or needs[2], any(needs[10:])
         if torch.is_grad_enabled() and not is_compiling():
             dx, dh0, dc0, *dweights = LayerBackward.apply(
-                dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), cells.detach(), gates,
+                dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), _plain(cells, x), _plain(gates, x),
                 batch_sizes, lengths, reset, cell, batch_first, need_dx, need_dstate, need_dw,
                 plan, *weights,
             )  # fmt: skip
@@ -84,6 +84,11 @@ class Layer(Function):
             None, None, None, None, None, None, None,
             *dweights,
         )  # fmt: skip
+
+
+def _plain(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """What an operator takes where the direct call has None."""
+    return like.new_empty(0) if tensor is None else tensor.detach()
 
 
 class LayerBackward(Function):

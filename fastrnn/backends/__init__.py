@@ -44,6 +44,8 @@ class Problem(NamedTuple):
     return_cells: bool = False
     recompute: bool = False
     transforms: bool = False
+    depth: int = 1
+    gates: int = 0
     process_group: bool = False
 
 
@@ -83,6 +85,7 @@ def _serves_torch(p: Problem) -> str:
     missing = [
         name
         for name, used in (
+            ("Recurrent Highway Network", p.cell == "rhn"),
             ("reset_after=False", p.cell == "gru_reset_before"),
             ("lengths", p.lengths),
             ("reset", p.reset),

@@ -7,6 +7,7 @@ hands the library addresses and strides. Shapes are those of `fastrnn.ops`; argu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 
 TAPE_SLOTS = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _F32_BF16 = 3
+_Fields = tuple[int, ...]
 _PARTITIONS = {"": 0, "units": 1, "rows": 2}
 
 
@@ -190,6 +192,23 @@ def _pointer(t: Tensor | None) -> int:
     return t.data_ptr() if t is not None and t.numel() else 0
 
 
+_CPU = torch.device("cpu")  # named, because torch.set_default_device may say otherwise
+_forward_bytes: dict[tuple[object, ...], int] = {}
+_backward_bytes: dict[tuple[object, ...], int] = {}
+
+
+def _workspace(
+    known: dict[tuple[object, ...], int], key: tuple[object, ...], ask: Any, *fields: _Fields
+) -> Tensor:
+    """Scratch for one call; its size is asked for once a kind of call."""
+    size = known.get(key)
+    if size is None:
+        if len(known) >= 1024:  # as many shapes as no program keeps coming back to
+            known.clear()
+        size = known[key] = ask(*fields) + 64
+    return torch.empty(size, dtype=torch.uint8, device=_CPU)
+
+
 def _forward(
     x: Tensor,
     h0: Tensor,
@@ -204,7 +223,8 @@ def _forward(
     want_cells: bool,
     want_gates: bool,
     plan_text: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
     plan = _plan(plan_text)
     x = _rows(x)
     h0 = h0.contiguous()
@@ -221,21 +241,25 @@ def _forward(
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
     lead = x.shape[:-1]
-    y = x.new_empty((*lead, directions * width))
+    dtype = x.dtype
+    y = torch.empty((*lead, directions * width), dtype=dtype, device=_CPU)
     h_n = torch.empty_like(h0)
-    c_n = torch.empty_like(c0) if lstm else x.new_empty(0)  # type: ignore[arg-type]
-    compute = _compute_dtype(x.dtype)
-    want_cells = want_cells and lstm
-    cells = x.new_empty((*lead, directions * hidden) if want_cells else 0, dtype=compute)
-    rows = x.size(0) if is_packed else shape[0] * shape[1]
+    c_n = cells = gates = None
+    compute = _compute_dtype(dtype)
+    if lstm:
+        c_n = torch.empty_like(c0)  # type: ignore[arg-type]
+        if want_cells:
+            cells = torch.empty((*lead, directions * hidden), dtype=compute, device=_CPU)
     slots = TAPE_SLOTS[cell] if want_gates else 0
-    gates = x.new_empty((directions, rows, slots * hidden), dtype=compute)
+    if slots:
+        rows = x.size(0) if is_packed else shape[0] * shape[1]
+        gates = torch.empty((directions, rows, slots * hidden), dtype=compute, device=_CPU)
     if shape[1] == 0:
         return y, h_n, c_n, cells, gates
     tensors = (
         *_strides(x, is_packed, batch_first),
         *_strides(y, is_packed, batch_first),
-        *(_strides(cells, is_packed, batch_first) if want_cells else (0, 0)),
+        *((0, 0) if cells is None else _strides(cells, is_packed, batch_first)),
         x.data_ptr(),
         y.data_ptr(),
         _pointer(cells),
@@ -248,7 +272,8 @@ def _forward(
         *_sequence_fields(batch_sizes, lengths, reset, batch_first),
         *_addresses(weights, directions),
     )
-    workspace = torch.empty(_cpu.forward_workspace(problem, tensors) + 64, dtype=torch.uint8)
+    key = (problem, _cpu.isa(), packed is None, is_packed)
+    workspace = _workspace(_forward_bytes, key, _cpu.forward_workspace, problem, tensors)
     _cpu.forward(problem, tensors, _aligned(workspace))
     return y, h_n, c_n, cells, gates
 
@@ -270,7 +295,7 @@ def layer_forward(
     batch_first: bool,
     return_cells: bool,
     plan: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     return _forward(
         x,
         h0,
@@ -300,7 +325,7 @@ def layer_forward_train(
     batch_first: bool,
     recompute: bool,
     plan: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     return _forward(
         x,
         h0,
@@ -332,8 +357,8 @@ def layer_backward(
     y: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    cells: Tensor,
-    gates: Tensor,
+    cells: Tensor | None,
+    gates: Tensor | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
@@ -344,7 +369,7 @@ def layer_backward(
     need_dstate: bool,
     need_dw: bool,
     plan: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
     read_plan = _plan(plan)
     # dx has x's logical layout, dense; x is read through its own strides only if they are the same.
     x = x.contiguous()
@@ -357,22 +382,21 @@ def layer_backward(
     problem = _problem(cell, x.dtype, read_plan, weights, shape, h0)
     is_packed = batch_sizes is not None
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
-    empty = x.new_empty(0)
 
-    dx = torch.empty_like(x) if need_dx else empty
-    dh0 = torch.empty_like(h0) if need_dstate else empty
-    dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else empty
+    dx = torch.empty_like(x) if need_dx else None
+    dh0 = torch.empty_like(h0) if need_dstate else None
+    dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
     dweights = [torch.empty_like(w) for w in weights] if need_dw else []
     if shape[1] == 0:
         return dx, dh0, dc0, [w.zero_() for w in dweights]
     dy = _like_input(dy, x.dtype)
     dh_n = _like_input(dh_n, x.dtype)
     dc_n = _like_input(dc_n, x.dtype)
-    dcells = _like_input(dcells, cells.dtype)
+    dcells = None if cells is None else _like_input(dcells, cells.dtype)
     tensors = (
         *_strides(x, is_packed, batch_first),
         *_strides(y, is_packed, batch_first),
-        *(_strides(cells, is_packed, batch_first) if lstm else (0, 0)),
+        *(_strides(cells, is_packed, batch_first) if lstm and cells is not None else (0, 0)),
         x.data_ptr(),
         y.data_ptr(),
         _pointer(cells),
@@ -391,18 +415,29 @@ def layer_backward(
         *_addresses(weights, directions),
         *(_addresses(dweights, directions) if need_dw else ()),
     )
-    workspace = torch.empty(_cpu.backward_workspace(problem, tensors) + 64, dtype=torch.uint8)
+    taped = gates is not None and gates.numel() > 0
+    key = (problem, _cpu.isa(), need_dx, need_dstate, need_dw, taped, is_packed)
+    workspace = _workspace(_backward_bytes, key, _cpu.backward_workspace, problem, tensors)
     _cpu.backward(problem, tensors, _aligned(workspace))
     return dx, dh0, dc0, dweights
 
 
+def read_words(addresses: bytes) -> bytes:
+    """The 8-byte words at these addresses (native uint64), which must be readable."""
+    return bytes(_cpu.read_words(addresses))
+
+
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
     """Weights in the order the forward kernels read them: opaque, of this instruction set."""
+    if cell == "rhn":
+        from fastrnn.backends import cpu_rhn
+
+        return cpu_rhn.pack_weights(weights)
     weights = _contiguous(weights)
     directions = 2 if len(weights) > 5 or _repeats(weights) else 1
     state = weights[0].new_empty((directions, 1, weights[1].size(1)))
     problem = _problem(cell, weights[0].dtype, _plan(plan), weights, (1, 1), state)
-    packed = torch.empty(_cpu.packed_bytes(problem) + 64, dtype=torch.uint8)
+    packed = torch.empty(_cpu.packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU)
     offset = _aligned(packed) - packed.data_ptr()
     packed = packed[offset:].clone() if offset else packed
     _cpu.pack(problem, tuple(_addresses(weights, directions)), packed.data_ptr())

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrnn.reference import gru_layer, lstm_layer, rnn_layer
+from fastrnn.reference import gru_layer, lstm_layer, rhn_layer, rnn_layer
 
-__all__ = ["from_layout", "layer", "to_layout"]
+__all__ = ["from_layout", "layer", "rhn", "to_layout"]
 
 
 def layer(
@@ -61,6 +61,38 @@ def layer(
     if states.dtype in (torch.bfloat16, torch.float16):
         states = states.float()
     return y, h, torch.stack(c_n), states
+
+
+def rhn(
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    x_mask: Tensor | None,
+    s_mask: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """One Recurrent Highway layer; arguments, shapes and results as ``fastrnn::rhn_forward``."""
+    x, lengths, reset, live = from_layout(x, h0.size(1), batch_sizes, lengths, reset, batch_first)
+    directions = h0.size(0)
+    per = len(weights) // directions
+    results = [
+        rhn_layer(
+            x,
+            h0[d],
+            weights[d * per : (d + 1) * per],
+            x_mask=None if x_mask is None else x_mask[d],
+            s_mask=None if s_mask is None else s_mask[d],
+            reverse=d == 1,
+            lengths=lengths,
+            reset=reset,
+        )
+        for d in range(directions)
+    ]
+    ys, states = zip(*results, strict=True)
+    return to_layout(ys, live, batch_first), torch.stack(states)
 
 
 def from_layout(

@@ -243,7 +243,7 @@ def _run(
         input, flat_weights = input.to(half), [w.to(half) for w in flat_weights]
         h0, c0 = [None if t is None else t.to(half) for t in (h0, c0)]
     directions = 2 if bidirectional else 1
-    hidden, out = _check_weights(cell, input, flat_weights, bias, num_layers, directions, proj_size)
+    hidden, out = check_weights(cell, input, flat_weights, bias, num_layers, directions, proj_size)
     h_shape, c_shape = (num_layers * directions, batch.size, out), None
     if cell == "lstm":
         c_shape = (num_layers * directions, batch.size, hidden)
@@ -393,7 +393,7 @@ def _rnn_name(nonlinearity: str) -> str:
     return "rnn_" + nonlinearity
 
 
-def _check_weights(
+def check_weights(
     cell: str,
     input: Tensor,
     weights: Sequence[Tensor],

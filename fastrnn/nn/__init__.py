@@ -2,6 +2,7 @@
 
 from fastrnn.nn.bnlstm import BNLSTM
 from fastrnn.nn.cells import GRUCell, LSTMCell, RNNCell
+from fastrnn.nn.rhn import RHN
 from fastrnn.nn.rnn import GRU, LSTM, RNN
 
-__all__ = ["BNLSTM", "GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["BNLSTM", "GRU", "LSTM", "RHN", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

@@ -132,6 +132,10 @@ class RecurrentBase(nn.RNNBase):
                 "the hidden states of all steps are the output itself"
             )
 
+    def _natively(self, input: Any, hx: Any) -> Any:
+        """A call without gradients straight to the CPU library; None: take the general way."""
+        return None
+
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         """Run the cell's function: (output, parts of the state[, cells]). The function makes
         torch.nn's checks of sizes, dtypes and devices, and those of the options."""
@@ -147,6 +151,10 @@ class RecurrentBase(nn.RNNBase):
         return_cells: bool = False,
     ) -> Any:
         """Run the whole sequence. The class says what goes in and what comes out."""
+        if lengths is None and reset is None and not return_cells and not torch.is_grad_enabled():
+            done = self._natively(input, hx)
+            if done is not None:
+                return done
         self._check_return_cells(return_cells)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset, return_cells)

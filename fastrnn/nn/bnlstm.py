@@ -297,6 +297,7 @@ class BNLSTM(RunningStatistics):
     _cache: Any = RecurrentBase._cache
     _check_rank: Any = RecurrentBase._check_rank
     _forward_packed: Any = RecurrentBase._forward_packed
+    _natively: Any = RecurrentBase._natively
     _rank_message: Any = RecurrentBase._rank_message
 
     def _initial(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import weakref
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastrnn.backends import cpu
 from fastrnn.ops import pack_weights as _pack
 
 
@@ -18,8 +19,8 @@ class _Entry(NamedTuple):
     plan: str
     refs: tuple[weakref.ref[Tensor], ...]
     stamps: tuple[tuple[int, int], ...]  # (data_ptr, _version) of each weight when it was packed
-    samples: list[memoryview]  # a few words inside the weights
-    values: list[bytes]  # what they held when the weights were packed
+    samples: bytes  # addresses of a few words inside the weights
+    values: bytes  # what they held when the weights were packed
     packed: Tensor
 
 
@@ -33,15 +34,15 @@ def bypassed() -> bool:
     )
 
 
-def _samples(weights: Sequence[Tensor]) -> list[memoryview]:
-    """A few words of each weight, spread so that every gate of an LSTM holds one."""
-    samples = []
+def _samples(weights: Sequence[Tensor]) -> bytes:
+    """Addresses of a few words of each weight, spread so that every gate of an LSTM holds one."""
+    addresses = array("Q")
     for weight in weights:
         words = weight.numel() * weight.element_size() // 8
         if words and weight.is_cpu and weight.is_contiguous():
-            memory = (ctypes.c_uint64 * words).from_address(weight.data_ptr())
-            samples.append(memoryview(memory).cast("B").cast("Q")[:: max(1, words // 5)])
-    return samples
+            start = weight.data_ptr()
+            addresses.extend(range(start, start + 8 * words, 8 * max(1, words // 5)))
+    return addresses.tobytes()
 
 
 class PackedCache:
@@ -57,7 +58,7 @@ class PackedCache:
     concurrent callers at worst pack the same weights twice.
     """
 
-    __slots__ = ("_entries", "stepper")
+    __slots__ = ("_entries", "seen", "sequence", "stepper")
 
     def __init__(self) -> None:
         self.clear()
@@ -73,7 +74,10 @@ class PackedCache:
 
     def clear(self) -> None:
         self._entries: dict[int, _Entry] = {}
-        self.stepper: Any = None  # what fastrnn.nn.stepper made of the packed weights
+        # What fastrnn.nn.stepper made of the packed weights, for a step and for a whole sequence.
+        self.stepper: Any = None
+        self.sequence: Any = None
+        self.seen: Any = None  # the shape of the last sequence
 
     def find(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
         """The kept packed weights of `layer`, or None if there are none or they are stale."""
@@ -86,7 +90,7 @@ class PackedCache:
             if ref() is not weight or weight.data_ptr() != address or weight._version != version:
                 return None
         # After the loop: it has shown that the sampled addresses still belong to the weights.
-        if [sample.tobytes() for sample in entry.samples] != entry.values:
+        if cpu.read_words(entry.samples) != entry.values:
             return None
         return entry.packed
 
@@ -111,7 +115,7 @@ class PackedCache:
         # Taken before packing, so that a write that comes in between makes the entry stale.
         stamps = tuple((weight.data_ptr(), weight._version) for weight in weights)
         samples = _samples(weights)
-        values = [sample.tobytes() for sample in samples]
+        values = cpu.read_words(samples)
         packed = _pack(list(weights), cell, plan)
         refs = tuple(weakref.ref(weight) for weight in weights)
         self._entries[layer] = _Entry(cell, plan, refs, stamps, samples, values, packed)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastrnn import functional
 from fastrnn.nn.cache import PackedCache
-from fastrnn.nn.stepper import Stepper
+from fastrnn.nn.stepper import Layout, NativeCall
 
 
 class _Cell(nn.modules.rnn.RNNCellBase):
@@ -89,7 +89,8 @@ class _Cell(nn.modules.rnn.RNNCellBase):
             weights += [self.bias_ih, self.bias_hh]
         done = None if cache.stepper is None else cache.stepper(input, h, c, weights, cache)
         if done is None:
-            stepper = Stepper(cell, (self.hidden_size, 0, 1, 1), input, h, c)
+            sizes = (self.hidden_size, 0, 1, 1)
+            stepper = NativeCall(cell, sizes, input, Layout.step(input), stacked=False)
             done = stepper(input, h, c, weights, cache)
             if done is not None:
                 cache.stepper = stepper

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from fastrnn.nn.base import RecurrentBase
-from fastrnn.nn.stepper import Stepper
+from fastrnn.nn.stepper import Layout, NativeCall
 
 
 class Steppable(RecurrentBase):
-    """Adds `step`, which LSTM, GRU and RNN share."""
+    """Adds `step`, and the short way to the CPU library for calls without gradients."""
+
+    _prepares = True  # prepared calls exist for the cells of torch.nn
 
     def _cell(self) -> str:
         """The name the operators know the cell by."""
@@ -38,7 +40,7 @@ class Steppable(RecurrentBase):
             ValueError: the module is bidirectional, or x_t is neither (N, I) nor (I,).
             RuntimeError, ValueError, TypeError: as forward, for sizes, dtypes and devices.
         """
-        if state is not None and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             done = self._step_natively(x_t, state)
             if done is not None:
                 return done
@@ -74,39 +76,78 @@ class Steppable(RecurrentBase):
     def _step_natively(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any] | None:
         """`step` without gradients on the CPU library; None: take the general way, which also
         says what is wrong with an argument."""
-        if self.mode != "LSTM":
-            h, c = state, None
-        elif type(state) is tuple and len(state) == 2:
-            h, c = state
-        else:
+        parts, cache = self._parts(state), self._cache()
+        if parts is None or cache is None or self.bidirectional or self._draws():
             return None
-        cache = self._cache()
-        if cache is None or self.bidirectional or (self.training and self.dropout):
-            return None
+        h, c = parts
         weights = self._weights()
         done = None if cache.stepper is None else cache.stepper(x_t, h, c, weights, cache)
         if done is None:
-            if not self._takes(x_t, h, c):
+            if not self._takes(x_t, h, c, (1, 2)):
                 return None
             sizes = (self.hidden_size, self.proj_size, 1, self.num_layers)
             # In place only when it has proved to work: concurrent callers may use the old one.
-            stepper = Stepper(self._cell(), sizes, x_t, h, c)
+            stepper = NativeCall(self._cell(), sizes, x_t, Layout.step(x_t))
             done = stepper(x_t, h, c, weights, cache)
             if done is None:
                 return None
             cache.stepper = stepper
         y, h_n, c_n = done
-        return y, h_n if c is None else (h_n, c_n)
+        return y, (h_n, c_n) if self.mode == "LSTM" else h_n
 
-    def _takes(self, x_t: Any, h: Any, c: Any) -> bool:
+    def _natively(self, input: Any, hx: Any) -> Any:
+        parts, cache = self._parts(hx), self._cache()
+        if parts is None or cache is None or self._draws():
+            return None
+        h, c = parts
+        weights = self._weights()
+        done = None if cache.sequence is None else cache.sequence(input, h, c, weights, cache)
+        if done is None:
+            if not self._takes(input, h, c, (2, 3)):
+                return None
+            if cache.seen != input.shape:  # preparing pays from the second call of a shape on
+                cache.seen = input.shape
+                return None
+            directions = 2 if self.bidirectional else 1
+            sizes = (self.hidden_size, self.proj_size, directions, self.num_layers)
+            layout = Layout.sequence(input, self.batch_first)
+            sequence = NativeCall(self._cell(), sizes, input, layout)
+            done = sequence(input, h, c, weights, cache)
+            if done is None:
+                return None
+            cache.sequence = sequence
+        y, h_n, c_n = done
+        return y, (h_n, c_n) if self.mode == "LSTM" else h_n
+
+    def _draws(self) -> bool:
+        """Whether a call draws random numbers."""
+        return self.training and self.dropout > 0
+
+    def _parts(self, hx: Any) -> tuple[Any, Any] | None:
+        """h and c (None but for an LSTM); both None for the default; None if hx is neither."""
+        if not self._prepares:
+            return None
+        if hx is None:
+            return None, None
+        if self.mode != "LSTM":
+            return hx, None
+        return hx if type(hx) is tuple and len(hx) == 2 else None
+
+    def _takes(self, x: Any, h: Any, c: Any, ranks: tuple[int, int]) -> bool:
         """Whether these are tensors of the right sizes."""
-        if type(x_t) is not Tensor or x_t.dim() not in (1, 2) or not x_t.numel():
+        if type(x) is not Tensor or x.dim() not in ranks or not x.numel():
             return False
-        layers, middle = self.num_layers, x_t.shape[:-1]
+        if x.size(-1) != self.input_size or not self.hidden_size:
+            return False
+        if h is None:
+            return True
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        middle: tuple[int, ...] = x.shape[:-1]  # the batch, where there is one
+        if ranks == (2, 3):
+            middle = (x.size(0 if self.batch_first else 1),) if x.dim() == 3 else ()
         out = self.proj_size or self.hidden_size
         return (
-            x_t.size(-1) == self.input_size
-            and type(h) is Tensor
+            type(h) is Tensor
             and h.shape == (layers, *middle, out)
             and (c is None or type(c) is Tensor)
             and (c is None or c.shape == (layers, *middle, self.hidden_size))

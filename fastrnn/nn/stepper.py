@@ -1,23 +1,26 @@
-"""The native path of one time step: everything but the data is prepared once.
+"""The native path of a call without gradients: everything but the data is prepared once.
 
-One step of a small layer takes a few microseconds of arithmetic; this is what keeps Python's share
-of the call of the same size. It goes straight to the native library, with the description of a
-layer that `fastrnn.backends.cpu` makes.
+A small layer takes a few microseconds of arithmetic; this is what keeps Python's share of the call
+of the same size. It goes straight to the native library, with the description of a layer that
+`fastrnn.backends.cpu` makes. One object serves one shape and dtype of the arguments, either one
+time step or a whole dense sequence.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrnn import dispatch
 from fastrnn.backends import cpu
-from fastrnn.nn.cache import PackedCache, bypassed
+from fastrnn.functional.stack import check_weights
+from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 
 _Fields = tuple[int, ...]
+_KEPT_WORKSPACE = 1 << 20  # bytes; a larger one is allocated anew for each call
 
 
 def _library() -> Any:
@@ -25,15 +28,47 @@ def _library() -> Any:
     return cpu._cpu  # type: ignore[attr-defined]
 
 
+class Layout(NamedTuple):
+    """Where row (t, n) of a dense tensor lies: at row t * over_t + n * over_n."""
+
+    steps: int
+    batch: int
+    over_t: int
+    over_n: int
+    batched: bool  # states have a batch dimension
+
+    @classmethod
+    def step(cls, x: Tensor) -> Layout:
+        """x is (N, I) or (I,)."""
+        batch = x.size(0) if x.dim() == 2 else 1
+        return cls(1, batch, batch, 1, x.dim() == 2)
+
+    @classmethod
+    def sequence(cls, x: Tensor, batch_first: bool) -> Layout:
+        """x is (T, N, I), (N, T, I) or (T, I)."""
+        if x.dim() == 2:
+            return cls(x.size(0), 1, 1, 1, False)
+        if batch_first:
+            return cls(x.size(1), x.size(0), 1, x.size(1), True)
+        return cls(x.size(0), x.size(1), x.size(1), 1, True)
+
+
 class _Prepared:
-    """The fields of the native call, valid for these packed weights and this number of threads."""
+    """The fields of the native calls, valid for these packed weights and this number of threads."""
 
     __slots__ = ("_kept", "layers", "packed", "threads", "workspace")
 
     def __init__(
-        self, cell: str, plan: str, weights: list[list[Tensor]], packed: list[Tensor], x: Tensor
+        self,
+        cell: str,
+        plan: str,
+        weights: list[list[Tensor]],
+        packed: list[Tensor],
+        x: Tensor,
+        layout: Layout,
+        directions: int,
     ) -> None:
-        batch = x.size(0) if x.dim() == 2 else 1
+        steps, batch, over_t, over_n, _ = layout
         self.packed, self.threads = packed, torch.get_num_threads()
         self.workspace = 0
         self.layers: list[tuple[_Fields, _Fields, _Fields]] = []
@@ -41,74 +76,97 @@ class _Prepared:
         for own, kept in zip(weights, packed):
             dense = [w if w.is_contiguous() else w.contiguous() for w in own]
             self._kept += dense
-            features, out = dense[0].size(1), dense[1].size(1)
-            state = x.new_empty((1, batch, out))
-            problem = cpu._problem(cell, x.dtype, cpu._plan(plan), dense, (1, batch), state)
-            head = (batch * features, features, batch * out, out, 0, 0)
-            tail = (kept.data_ptr(), 0, 0, 0, 0, 0, 0, *cpu._addresses(dense, 1))
+            features, out = dense[0].size(1), directions * dense[1].size(1)
+            state = x.new_empty((directions, batch, dense[1].size(1)))
+            problem = cpu._problem(cell, x.dtype, cpu._plan(plan), dense, (steps, batch), state)
+            head = (
+                over_t * features, over_n * features, over_t * out, over_n * out, 0, 0,
+            )  # fmt: skip
+            tail = (kept.data_ptr(), 0, 0, 0, 0, 0, 0, *cpu._addresses(dense, directions))
             some = state.data_ptr()
             fields = (*head, some, some, 0, some, some, some, some, *tail)
             self.workspace = max(self.workspace, _library().forward_workspace(problem, fields))
             self.layers.append((problem, head, tail))
 
 
-class Stepper:
-    """One time step of a stack of layers, for one shape and dtype of its arguments.
+class NativeCall:
+    """One step, or one sequence, through a stack of layers, for one shape and dtype.
 
     Args:
         cell: as the operators take it.
-        sizes: hidden_size, proj_size, directions (1) and num_layers.
-        x, h, c: arguments like those to come, their shapes checked; c is None but for an LSTM.
+        sizes: hidden_size, proj_size, directions and num_layers.
+        x: an argument like those to come, its shape checked.
+        layout: where its rows lie.
+        stacked: states begin with a dimension of num_layers * directions.
     """
 
     def __init__(
-        self, cell: str, sizes: tuple[int, int, int, int], x: Tensor, h: Tensor, c: Tensor | None
+        self,
+        cell: str,
+        sizes: tuple[int, int, int, int],
+        x: Tensor,
+        layout: Layout,
+        stacked: bool = True,
     ) -> None:
-        self._cell, self._sizes, self._dtype = cell, sizes, x.dtype
-        self._batch = Batch(1, x.size(0) if x.dim() == 2 else 1, False, None, None, None)
-        self._x_shape, self._h_shape = x.shape, h.shape
-        self._c_shape = None if c is None else c.shape
-        self._y_like = x.new_empty((*x.shape[:-1], sizes[1] or sizes[0]))
-        layers = sizes[3]
-        self._h_bytes = h.numel() // layers * h.element_size()
-        self._c_bytes = 0 if c is None else c.numel() // layers * c.element_size()
+        hidden, proj, directions, layers = sizes
+        self._cell, self._sizes, self._layout, self._dtype = cell, sizes, layout, x.dtype
+        batch_first = layout.over_t == 1 and layout.batch > 1
+        self._batch = Batch(layout.steps, layout.batch, batch_first, None, None, None)
+        self._x_shape = x.shape
+        rows, out = layout.batch, proj or hidden
+        self._y_like = x.new_empty((*x.shape[:-1], directions * out))
+        # After one step, a layer's output is its state.
+        self._one_row = layout.steps == 1 and directions == 1
+        lead = (layers * directions,) if stacked else ()
+        if layout.batched:
+            lead = (*lead, rows)
+        self._h_like = x.new_zeros((*lead, out))
+        self._c_like = x.new_zeros((*lead, hidden)) if cell == "lstm" else None
+        item = x.element_size() * directions * rows
+        self._h_bytes, self._c_bytes = out * item, hidden * item
         self._prepared: _Prepared | None = None
+        self._bf16: bool | None = None
+        self._plan = ""
         self._scratch: list[tuple[Tensor, int, int]] = []
 
     def __call__(
         self, x: Any, h: Any, c: Any, weights: list[Any], cache: PackedCache
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """y, h_n and c_n (h_n again where there is none), or None: take the general way."""
+        """y, h_n and c_n (h_n again where there is none), or None: take the general way.
+
+        h and c are None together for zeros.
+        """
         if (
             type(x) is not Tensor
-            or type(h) is not Tensor
             or x.shape != self._x_shape
-            or h.shape != self._h_shape
             or x.dtype is not self._dtype
-            or h.dtype is not self._dtype
-            or not (x.is_contiguous() and h.is_contiguous() and h.is_cpu)
-            or bypassed()
-            or dispatch.autocast_dtype(x) is not None
+            or not (x.is_contiguous() and x.is_cpu)
+            or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export
+            or torch._C._get_tracing_state() is not None
+            or torch._C._autograd._profiler_enabled()  # which shows operators
+            or torch._C._is_any_autocast_enabled()
         ):
             return None
-        if c is not None and (
-            type(c) is not Tensor
-            or c.shape != self._c_shape
-            or c.dtype is not self._dtype
-            or not (c.is_contiguous() and c.is_cpu)
+        if h is None:
+            h, c = self._h_like, self._c_like
+        elif not _fits(h, self._h_like) or (
+            c is not self._c_like if self._c_like is None else not _fits(c, self._c_like)
         ):
             return None
-        backend, plan = dispatch.choose(
-            self._cell, x, self._batch, self._sizes, False, False, False
-        )
-        if backend != "cpu":
+        bf16 = dispatch.settled()
+        if bf16 is None:
             return None
-        prepared = self._current(x, weights, cache, plan)
+        if bf16 is not self._bf16:
+            backend, self._plan = dispatch.choose(
+                self._cell, x, self._batch, self._sizes, False, False, False
+            )
+            if backend != "cpu":
+                return None
+            self._bf16 = bf16
+        prepared = self._current(x, weights, cache)
         return None if prepared is None else self._run(prepared, x, h, c)
 
-    def _current(
-        self, x: Tensor, weights: list[Any], cache: PackedCache, plan: str
-    ) -> _Prepared | None:
+    def _current(self, x: Tensor, weights: list[Any], cache: PackedCache) -> _Prepared | None:
         prepared, layers = self._prepared, self._sizes[3]
         count = len(weights) // layers
         own = [weights] if layers == 1 else [
@@ -116,33 +174,40 @@ class Stepper:
         ]  # fmt: skip
         if prepared is not None and prepared.threads == torch.get_num_threads():
             for k, kept in enumerate(prepared.packed):
-                if cache.find(k, own[k], self._cell, plan) is not kept:
+                if cache.find(k, own[k], self._cell, self._plan) is not kept:
                     break
             else:
                 return prepared
+        if any(w is None for w in weights):
+            return None
+        _, proj, directions, _ = self._sizes
+        bias = count // directions >= 4
+        check_weights(self._cell, x, weights, bias, layers, directions, proj)
         packed: list[Tensor] = []
         for k, group in enumerate(own):
-            if any(w is None or w.dtype != x.dtype for w in group):
-                return None
-            found = cache.packed(k, group, self._cell, plan)
+            found = cache.packed(k, group, self._cell, self._plan)
             if found is None:
                 return None
             packed.append(found)
-        self._prepared = prepared = _Prepared(self._cell, plan, own, packed, x)
+        self._prepared = prepared = _Prepared(
+            self._cell, self._plan, own, packed, x, self._layout, self._sizes[2]
+        )
         self._scratch = []
         return prepared
 
     def _new_scratch(self, prepared: _Prepared) -> tuple[Tensor, int, int]:
         """A workspace, its aligned address, and that of a row of outputs nobody reads."""
         space = -(-prepared.workspace // 64) * 64
-        tensor = torch.empty(64 + space + self._h_bytes, dtype=torch.uint8)
+        tensor = torch.empty(
+            64 + space + self._h_bytes, dtype=torch.uint8, device=self._h_like.device
+        )
         start = (tensor.data_ptr() + 63) // 64 * 64
         return tensor, start, start + space
 
     def _run(
         self, prepared: _Prepared, x: Tensor, h: Tensor, c: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n = torch.empty_like(self._y_like), torch.empty_like(h)
+        y, h_n = torch.empty_like(self._y_like), torch.empty_like(self._h_like)
         x_at, h_at, h_n_at, y_at = x.data_ptr(), h.data_ptr(), h_n.data_ptr(), y.data_ptr()
         if c is None:
             c_n, c_at, c_n_at = h_n, 0, 0
@@ -158,11 +223,29 @@ class Stepper:
         _, workspace, unread = scratch
         forward = _library().forward
         last = len(prepared.layers) - 1
+        between: list[Tensor] = []
         for k, (problem, head, tail) in enumerate(prepared.layers):
-            at = (x_at, y_at if k == last else unread, 0, h_at, c_at, h_n_at, c_n_at)
-            forward(problem, (*head, *at, *tail), workspace)
-            x_at = h_n_at  # after one step, a layer's output is its state
+            out = y_at
+            if k < last:
+                if self._one_row:
+                    out = unread
+                else:
+                    between.append(torch.empty_like(self._y_like))
+                    out = between[-1].data_ptr()
+            forward(problem, (*head, x_at, out, 0, h_at, c_at, h_n_at, c_n_at, *tail), workspace)
+            x_at = h_n_at if self._one_row else out
             h_at, h_n_at = h_at + self._h_bytes, h_n_at + self._h_bytes
             c_at, c_n_at = c_at + self._c_bytes, c_n_at + self._c_bytes
-        pool.append(scratch)
+        if prepared.workspace <= _KEPT_WORKSPACE:
+            pool.append(scratch)
         return y, h_n, c_n
+
+
+def _fits(state: Any, like: Tensor) -> bool:
+    return (
+        type(state) is Tensor
+        and state.shape == like.shape
+        and state.dtype is like.dtype
+        and state.is_contiguous()
+        and state.is_cpu
+    )

@@ -10,16 +10,21 @@ from fastrnn.ops.layer import (
     state_dtype,
     unobserved,
 )
+from fastrnn.ops.rhn import RHN_CPU, rhn_backward, rhn_forward, rhn_forward_train
 
 __all__ = [
     "BNLSTM_CPU",
     "CPU",
+    "RHN_CPU",
     "bnlstm_backward",
     "bnlstm_forward",
     "layer_backward",
     "layer_forward",
     "layer_forward_train",
     "pack_weights",
+    "rhn_backward",
+    "rhn_forward",
+    "rhn_forward_train",
     "state_dtype",
     "unobserved",
 ]

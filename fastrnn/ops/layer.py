@@ -105,7 +105,8 @@ def _fake_layer_forward_train(
     hidden = h0.shape[2] if c0 is None else c0.shape[2]
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
     width = 0 if recompute else _TAPE[cell] * hidden
-    gates = x.new_empty((h0.shape[0], rows, width), dtype=state_dtype(x.dtype))
+    shape = (h0.shape[0], rows, width) if width else (0,)
+    gates = x.new_empty(shape, dtype=state_dtype(x.dtype))
     return (*_fake_outputs(x, h0, c0, True), gates)
 
 
@@ -157,13 +158,34 @@ def _backend(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with an empty tensor for each None it returns, as an operator must."""
+
+    def call(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor) or all(r is not None for r in results):
+            return results
+        like = next(a for a in args if isinstance(a, Tensor))
+        # Cells and tape, the fourth and fifth result of a forward, are wider than 16 bits.
+        wide = state_dtype(like.dtype)
+        return tuple(
+            like.new_empty(0, dtype=wide if i > 2 else None) if r is None else r
+            for i, r in enumerate(results)
+        )
+
+    return call
+
+
 def register(
-    device: str, module: str, names: Iterable[str] = tuple(_SCHEMAS)
+    device: str, module: str, names: Iterable[str] = _SCHEMAS
 ) -> dict[str, Callable[..., Any]]:
-    """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module."""
+    """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module.
+
+    Returns the backend's functions, which may return None for an output that does not apply.
+    """
     functions = {name: _backend(module, name) for name in names}
     for name, function in functions.items():
-        torch.library.impl(f"fastrnn::{name}", device, function)
+        torch.library.impl(f"fastrnn::{name}", device, _filled(function))
     return functions
 
 

@@ -1,0 +1,134 @@
+// What a backward call holds: its plan, where its buffers lie in the workspace, and what each thread owns.
+#pragma once
+#include "cells_cpu_backward.h"
+#include "direct.h"
+#include "plan.h"
+#include "sequence.h"
+#include "team.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+constexpr int64_t kGradRows = 512;
+
+template <class E, class C>
+struct BackwardState {
+  using T = typename E::T;
+  using IO = typename E::IO;
+  static constexpr bool kCast = !std::is_same<IO, T>::value;
+  static constexpr int kMaxSegments = 4;
+  struct Lane {  // per thread
+    RowList list;
+    const T** next;  // gate gradients of each batch row's next step, or zeros
+    const T** a_rows;
+    const T** b_rows;
+    GradRow<E>* rows;
+    T* tile;
+    const IO** x;  // per row of the chunk
+    const IO** h_prev;
+    void** dx;
+    Lane(Arena& a, const BackwardState& b)
+        : list(a, b.steps_, b.args_.N),
+          next(a.take<const T*>(b.args_.N)),
+          a_rows(a.take<const T*>(b.steps_ * b.args_.N)),
+          b_rows(a.take<const T*>(b.steps_ * b.args_.N)),
+          rows(a.take<GradRow<E>>(b.args_.N)),
+          tile(a.take<T>(2 * kMaxRows * kMaxVectors * E::W)),
+          x(a.take<const IO*>(b.steps_ * b.args_.N)),
+          h_prev(a.take<const IO*>(b.steps_ * b.args_.N)),
+          dx(a.take<void*>(b.steps_ * b.args_.N)) {}
+  };
+  struct Direction {
+    char* gates = nullptr;  // forward packing, only to recompute
+    T *w_hh = nullptr, *w_ih = nullptr, *w_hr = nullptr;
+    T *dg, *carry, *c0 = nullptr, *dc = nullptr, *dh, *dh_rows = nullptr, *mid = nullptr;
+    T *x_cast = nullptr, *h_cast = nullptr, *dx = nullptr;
+    T *d_ih = nullptr, *d_hh = nullptr, *d_hr = nullptr, *sums = nullptr;
+    T *dx_row = nullptr, *dh_row = nullptr;  // what a product with unpacked weights makes
+    T *outer = nullptr, *operand[3] = {};
+    Barrier barrier;
+  };
+
+  const BackwardArgs& args_;
+  const Plan plan_;
+  const PackedLayout<E> layout_;
+  const Sequence seq_;
+  const int gates_;
+  const int64_t steps_;
+  const bool recompute_;
+  const bool direct_;  // one step of few rows: every weight is used once at most, and not packed
+  Panels<E> hh_, ih_, hr_;
+  char* zero_;
+  Direction dir_[2];
+  Arena lanes_;
+  size_t lane_bytes_ = 0;
+  Barrier all_;
+
+  BackwardState(const BackwardArgs& args, Arena& arena)
+      : args_(args),
+        plan_(choose_plan(args)),
+        layout_(args),
+        seq_(args, arena),
+        gates_(gate_count(args.cell)),
+        steps_(imin(args.T, imax(1, kGradRows / args.N))),
+        recompute_(!args.gates && C::kTape > 0),
+        direct_(args.T == 1 && args.N <= kDirectRows && !args.projected && !C::kTwoStage),
+        hh_(1, args.O, block_vectors(args.O)),
+        ih_(1, args.I),
+        hr_(1, args.H, block_vectors(args.H)) {
+    const int64_t N = args.N, H = args.H, O = args.O, I = args.I;
+    const int64_t M = steps_ * N, G = gates_ * H, S = C::kSlots * H;
+    // Pointers are null while sizes are added up: conditions below must not test them.
+    const bool has_mid = args.projected || C::kTwoStage;
+    const size_t zeros = imax(S, O) * sizeof(T);
+    zero_ = arena.take<char>(zeros);
+    if (arena.base) std::memset(zero_, 0, zeros);
+    for (int d = 0; d < args.directions; d++) {
+      Direction& r = dir_[d];
+      if (recompute_) r.gates = arena.take<char>(layout_.bytes);
+      if (direct_) {
+        r.dh_row = arena.take<T>(N * O);
+        r.dx_row = arena.take<T>(N * I);
+      } else {
+        r.w_hh = arena.take<T>(hh_.elements(G));
+        if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(G));
+      }
+      if (args.projected) r.w_hr = arena.take<T>(hr_.elements(O));
+      r.dg = arena.take<T>(M * S);
+      r.carry = arena.take<T>(N * S);
+      r.dh = arena.take<T>(N * O);
+      if (C::kCellState) r.dc = arena.take<T>(N * H);
+      if (C::kCellState && kCast) r.c0 = arena.take<T>(N * H);
+      if (args.projected) r.dh_rows = arena.take<T>(M * O);
+      if (has_mid) r.mid = arena.take<T>(M * H);
+      if (kCast && recompute_) {
+        r.x_cast = arena.take<T>(M * I);
+        r.h_cast = arena.take<T>(M * O);
+      }
+      // The second direction's dx is added when both are complete; a 16-bit dx is accumulated in T.
+      if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
+      if (args.want_weights) {
+        r.sums = arena.take<T>(S);
+        r.d_ih = kCast ? arena.take<T>(G * I) : static_cast<T*>(args.grads[d].w_ih);
+        r.d_hh = kCast ? arena.take<T>(G * O) : static_cast<T*>(args.grads[d].w_hh);
+        if (args.projected) r.d_hr = kCast ? arena.take<T>(O * H) : static_cast<T*>(args.grads[d].w_hr);
+        const int64_t K = imin(kOuterK, M);
+        const int64_t columns = S + O + (kMaxSegments + 1) * kOuterRows;
+        r.outer = arena.take<T>(columns * K);
+        const int64_t widths[3] = {I, O, has_mid ? H : 0};
+        for (int o = 0; o < 3; o++) r.operand[o] = arena.take<T>((widths[o] + kMaxVectors * E::W) * K);
+      }
+    }
+    Arena sizing;
+    Lane measure(sizing, *this);
+    lane_bytes_ = sizing.used;
+    lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
+  }
+
+  // Threads that divide a narrow matrix get half-width blocks, else some would have none.
+  int block_vectors(int64_t width) const { return plan_.units && width <= 8 * E::W ? 2 : kMaxVectors; }
+  int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
