@@ -1,4 +1,4 @@
-"""Inference calls of a shape that was seen before: prepared once, with the bits of the general way."""
+"""Inference calls of a shape seen before: prepared once, with the bits of the general way."""
 
 from __future__ import annotations
 
