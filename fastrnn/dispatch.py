@@ -33,6 +33,7 @@ __all__ = [
     "decide",
     "explain",
     "explain_call",
+    "settle",
     "use_backend",
 ]
 
@@ -244,13 +245,9 @@ def choose(
     ):
         backend = "cpu"
     else:
-        problem = _problem(
-            cell, input, batch, sizes, training, return_cells, recompute, regularisers
+        backend = settle(
+            _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
         )
-        found = decide(problem)
-        backend, override = found.backend, _override()
-        if override is not None and backend != override.name and not is_compiling():
-            override.fallbacks.append((override.name, backend, found.rejected[0][1]))
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
@@ -261,6 +258,14 @@ def settled() -> bool | None:
     if _in_force or torch._C._are_functorch_transforms_active():
         return None
     return _bf16_allowed()
+
+
+def settle(problem: Problem) -> str:
+    """The backend of a call; where it is not the one asked for, ``use_backend`` hears of it."""
+    found, override = decide(problem), _override()
+    if override is not None and found.backend != override.name and not is_compiling():
+        override.fallbacks.append((override.name, found.backend, found.rejected[0][1]))
+    return found.backend
 
 
 def _problem(
@@ -352,9 +357,15 @@ def explain_call(
     return_cells: bool = False,
     recompute: bool = False,
     regularisers: str = "",
+    depth: int = 1,
+    gates: int = 0,
 ) -> Explanation:
-    """What ``choose`` would choose with the same arguments, and why; nothing runs."""
+    """What ``choose`` would choose with the same arguments, and why; nothing runs.
+
+    depth and gates are those of a Recurrent Highway Network.
+    """
     problem = _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
+    problem = problem._replace(depth=depth, gates=gates)
     found = decide(problem)
     return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
 
@@ -369,7 +380,9 @@ def _plan(backend: str, p: Problem) -> str:
 
     precision = ""
     if p.dtype == torch.float32 and _bf16_allowed():
-        if p.training:
+        if p.cell == "rhn":
+            precision = "float32 (no bf16 weights for this cell), "
+        elif p.training:
             precision = "float32 (bf16 weights are for inference only), "
         elif _bf16_pays(p.batch):
             precision = "bf16 weights, "
@@ -380,10 +393,19 @@ def _plan(backend: str, p: Problem) -> str:
     out = p.proj_size or p.hidden_size
     for k in range(p.num_layers):
         wide = p.input_size if k == 0 else p.directions * out
-        text: Any = cpu.plan(
-            p.cell, p.steps, p.batch, wide, p.hidden_size, p.proj_size, p.directions, p.dtype,
-            threads, p.training,
-        )  # fmt: skip
+        text: Any
+        if p.cell == "rhn":
+            from fastrnn.backends import cpu_rhn
+
+            text = cpu_rhn.plan(
+                p.depth, p.gates, p.steps, p.batch, wide, p.hidden_size, p.directions, p.dtype,
+                threads,
+            )  # fmt: skip
+        else:
+            text = cpu.plan(
+                p.cell, p.steps, p.batch, wide, p.hidden_size, p.proj_size, p.directions, p.dtype,
+                threads, p.training,
+            )  # fmt: skip
         plans.setdefault(str(text), []).append(str(k))
     if len(plans) == 1:
         return precision + next(iter(plans)) + noise
@@ -391,7 +413,13 @@ def _plan(backend: str, p: Problem) -> str:
     return precision + "; ".join(each) + noise
 
 
-_MODES = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+_MODES = {
+    "LSTM": "lstm",
+    "GRU": "gru",
+    "RNN_TANH": "rnn_tanh",
+    "RNN_RELU": "rnn_relu",
+    "RHN": "rhn",
+}
 
 
 def explain(
@@ -412,11 +440,15 @@ def explain(
         TypeError: ``module`` is neither.
         RuntimeError, TypeError, ValueError: as the call itself raises.
     """
+    own = getattr(module, "_explain", None)
+    if own is not None:
+        explanation: Explanation = own(input, hx, lengths, reset, return_cells)
+        return explanation
     recurrent = isinstance(module, (RNNBase, RNNCellBase))
     if not recurrent:
         raise TypeError(
-            f"module: got {type(module).__name__}, expected an LSTM, GRU or RNN, or one of their "
-            "cells; for a whole model explain its recurrent modules one by one"
+            f"module: got {type(module).__name__}, expected an LSTM, GRU, RNN or BNLSTM, or one of "
+            "their cells; for a whole model explain its recurrent modules one by one"
         )
     name = type(module).__name__
     if type(module).__module__.startswith("torch."):
@@ -453,4 +485,7 @@ def explain(
         input = input.to(half)
     active = getattr(module, "_active_regularisers", None)
     regularisers = "" if active is None else active()
-    return explain_call(cell, input, batch, sizes, records, return_cells, recompute, regularisers)
+    depth, gates = (module.depth, module._gates) if cell == "rhn" else (1, 0)
+    return explain_call(
+        cell, input, batch, sizes, records, return_cells, recompute, regularisers, depth, gates
+    )

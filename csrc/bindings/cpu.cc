@@ -13,6 +13,10 @@
 namespace py = pybind11;
 using namespace fastrnn;
 
+namespace fastrnn {
+void bind_rhn(py::module_& m);
+}
+
 namespace {
 
 void read_problem(Fields& f, Problem& p) {
@@ -47,9 +51,9 @@ void read_noise(Fields& f, Problem& p) {
   n.training = f.integer() != 0;
   n.mode = static_cast<Drop>(f.integer());
   n.per_sequence = f.integer() != 0;
-  n.drop = f.number();
-  n.zoneout_h = f.number();
-  n.zoneout_c = f.number();
+  n.drop = f.real();
+  n.zoneout_h = f.real();
+  n.zoneout_c = f.real();
 }
 
 void read_weights(Fields& f, const Problem& p, Weights* w) {
@@ -117,9 +121,12 @@ BackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
 
 }  // namespace
 
+void bind_bnlstm(py::module_&);
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastrnn's CPU kernels; see fastrnn/backends/cpu.py";
   m.attr("version") = FASTRNN_VERSION;
+  bind_bnlstm(m);
   m.def("isa", [] { return kernels().isa; });
   m.def("isas", [] {
     py::list out;
@@ -208,4 +215,5 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("threads"), py::arg("bytes_per_thread"), py::arg("seconds") = 0.5,
       py::call_guard<py::gil_scoped_release>());
+  bind_rhn(m);
 }

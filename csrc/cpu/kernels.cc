@@ -3,6 +3,7 @@
 #include "forward.h"
 #include "machine.h"
 #include "random.h"
+#include "rhn.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -158,6 +159,8 @@ void random(const RandomArgs& a, uint32_t* words, uint8_t* keep) {
 
 #define FASTRNN_STRING_(x) #x
 #define FASTRNN_STRING(x) FASTRNN_STRING_(x)
+extern const RhnKernels rhn_table;
+extern const BnLstmKernels bnlstm_table;
 extern const Kernels table;
 const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        plan,
@@ -169,7 +172,9 @@ const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        backward,
                        random,
                        peak_flops,
-                       bandwidth};
+                       bandwidth,
+                       &rhn_table,
+                       &bnlstm_table};
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

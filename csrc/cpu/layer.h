@@ -98,6 +98,9 @@ struct RandomArgs {
   int threads = 1;
 };
 
+struct RhnKernels;  // rhn.h
+struct BnLstmKernels;
+
 // One instruction set's entry points.
 struct Kernels {
   const char* isa;
@@ -112,6 +115,8 @@ struct Kernels {
   void (*random)(const RandomArgs&, uint32_t* words, uint8_t* keep);
   double (*peak_flops)(int threads, double seconds);
   double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
+  const RhnKernels* rhn;
+  const BnLstmKernels* bnlstm;
 };
 
 // The chosen set: the first of available_isas(), or what FASTRNN_ISA names.

@@ -147,6 +147,13 @@ static void pack_block(const Panels<E>& p, const Src* w, int64_t K, typename E::
                               cols);
 }
 
+// Blocks [first, last) of a gate matrix, each where its stream begins in `dst`.
+template <class E, class Src>
+static void pack_gates(const Panels<E>& p, const Src* w, int64_t K, typename E::A* dst, int64_t first,
+                       int64_t last) {
+  for (int64_t b = first; b < last; b++) pack_block<E, Src>(p, w, K, dst + p.stream(b, K), b);
+}
+
 // Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate, no transpose.
 template <class E, class Src>
 static void pack_rows(const Panels<E>& p, const Src* w, int64_t ld, int64_t K, typename E::A* dst,
@@ -264,13 +271,12 @@ static void pack_direction(const Problem& p, const PackedLayout<E>& layout, cons
   for (int i = 0; i < layout.stages; i++) {
     const Stage<E>& s = layout.stage[i];
     const int64_t first = s.panels.blocks * tid / nt, last = s.panels.blocks * (tid + 1) / nt;
-    for (int64_t b = first; matrices && b < last; b++) {
-      if (s.from_x)
-        pack_block<E, IO>(s.panels, stage_matrix(s, w, true), s.Kx,
-                          reinterpret_cast<A*>(dst + s.x) + s.panels.stream(b, s.Kx), b);
-      pack_block<E, IO>(s.panels, stage_matrix(s, w, false), s.Kh,
-                        reinterpret_cast<A*>(dst + s.h) + s.panels.stream(b, s.Kh), b);
-    }
+    if (matrices && s.from_x)
+      pack_gates<E, IO>(s.panels, stage_matrix(s, w, true), s.Kx, reinterpret_cast<A*>(dst + s.x), first,
+                        last);
+    if (matrices)
+      pack_gates<E, IO>(s.panels, stage_matrix(s, w, false), s.Kh, reinterpret_cast<A*>(dst + s.h), first,
+                        last);
     pack_bias<E>(p, s, w, dst, first, last);
   }
 }

@@ -39,22 +39,26 @@ inline double recurrent_bytes(const Problem& p) {
   return double(size) * gate_count(p.cell) * p.H * p.O;
 }
 
-inline Plan choose_plan(const Problem& p) {
-  const double per_step = 2.0 * p.N * gate_count(p.cell) * p.H * (p.I + p.O);
+// per_step: operations of a time step; stages: matmuls after each other in it.
+inline Plan choose_plan(const Problem& p, double per_step, double weight_bytes, int stages = 1) {
   const double total = per_step * p.T * p.directions;
   // A team costs about 2 us to start and a barrier 0.1-0.2 us per step.
   const bool side_by_side = p.directions == 2;
   int threads = p.threads < 1 ? 1 : p.threads;
   if (total < 4e5) threads = 1;
-  if (!side_by_side && p.N < 2 * threads && per_step < 6e4) threads = 1;
-  if (side_by_side && per_step < 6e4 && threads > 2) threads = 2;
+  if (!side_by_side && p.N < 2 * threads && per_step < 6e4 * stages) threads = 1;
+  if (side_by_side && per_step < 6e4 * stages && threads > 2) threads = 2;
   const int group = p.directions == 2 ? imax(1, threads / 2) : threads;
   Plan plan{threads, false};
   if (p.partition != Partition::automatic)
     plan.units = p.partition == Partition::units;
   else
-    plan.units = p.T == 1 || p.N < 4 * group || recurrent_bytes(p) > kStaysInL2;
+    plan.units = p.T == 1 || p.N < 4 * group || weight_bytes > kStaysInL2;
   return plan;
+}
+
+inline Plan choose_plan(const Problem& p) {
+  return choose_plan(p, 2.0 * p.N * gate_count(p.cell) * p.H * (p.I + p.O), recurrent_bytes(p));
 }
 
 }  // namespace FASTRNN_ISA

@@ -469,6 +469,10 @@ def read_words(addresses: bytes) -> bytes:
 
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
     """Weights in the order the forward kernels read them: opaque, of this instruction set."""
+    if cell == "rhn":
+        from fastrnn.backends import cpu_rhn
+
+        return cpu_rhn.pack_weights(weights)
     weights = _contiguous(weights)
     directions = 2 if len(weights) > 5 or _repeats(weights) else 1
     state = weights[0].new_empty((directions, 1, weights[1].size(1)))

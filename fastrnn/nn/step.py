@@ -12,7 +12,9 @@ from fastrnn.nn.stepper import Layout, NativeCall
 
 
 class Steppable(RecurrentBase):
-    """Adds `step`, which LSTM, GRU and RNN share."""
+    """Adds `step`, and the short way to the CPU library for calls without gradients."""
+
+    _prepares = True  # prepared calls exist for the cells of torch.nn
 
     def _cell(self) -> str:
         """The name the operators know the cell by."""
@@ -123,6 +125,8 @@ class Steppable(RecurrentBase):
 
     def _parts(self, hx: Any) -> tuple[Any, Any] | None:
         """h and c (None but for an LSTM); both None for the default; None if hx is neither."""
+        if not self._prepares:
+            return None
         if hx is None:
             return None, None
         if self.mode != "LSTM":

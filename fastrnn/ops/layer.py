@@ -171,7 +171,7 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         results = function(*args)
-        if all(r is not None for r in results):
+        if isinstance(results, Tensor) or all(r is not None for r in results):
             return results
         like = next(a for a in args if isinstance(a, Tensor))
         # Cells and tape, the fourth and fifth result of a forward, are wider than 16 bits.
@@ -185,7 +185,7 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(
-    device: str, module: str, names: Iterable[str] = tuple(_SCHEMAS)
+    device: str, module: str, names: Iterable[str] = _SCHEMAS
 ) -> dict[str, Callable[..., Any]]:
     """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module.
 
@@ -193,8 +193,7 @@ def register(
     """
     functions = {name: _backend(module, name) for name in names}
     for name, function in functions.items():
-        single = not name.startswith("layer")
-        torch.library.impl(f"fastrnn::{name}", device, function if single else _filled(function))
+        torch.library.impl(f"fastrnn::{name}", device, _filled(function))
     return functions
 
 

@@ -1,8 +1,10 @@
 """The ground truth: readable plain-PyTorch recurrences, any dtype, differentiable."""
 
+from fastrnn.reference.bnlstm import bnlstm_layer
 from fastrnn.reference.gru import gru_layer
 from fastrnn.reference.lstm import lstm_layer
 from fastrnn.reference.masks import Masks
+from fastrnn.reference.rhn import rhn_layer
 from fastrnn.reference.rnn import rnn_layer
 
-__all__ = ["Masks", "gru_layer", "lstm_layer", "rnn_layer"]
+__all__ = ["Masks", "bnlstm_layer", "gru_layer", "lstm_layer", "rhn_layer", "rnn_layer"]

@@ -1,0 +1,493 @@
+// Backward of one Recurrent Highway layer: all steps, both directions, all gradients, inside one team call.
+//
+// As backward.h, with `depth` products in each step: the product of a micro-step's gate gradients with its
+// weights is followed, tile by tile, by the pointwise part of the micro-step below. Intermediate states are
+// recomputed upward from y_{t-1}: solving s_l for s_{l-1} would divide by 1 - t. Without a tape the chunk's gates
+// are recomputed too, one matmul per micro-step over all rows of the chunk.
+#pragma once
+#include "outer.h"
+#include "rhn_forward.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+constexpr int64_t kRhnGradRows = 512;
+
+template <class E>
+class RhnBackward {
+  using T = typename E::T;
+  using V = typename E::V;
+
+ public:
+  static size_t workspace(const RhnBackwardArgs& args) {
+    Arena arena;
+    RhnBackward b(args, arena);
+    return arena.used;
+  }
+  static void run(const RhnBackwardArgs& args) {
+    Arena arena{static_cast<char*>(args.workspace), 0};
+    RhnBackward b(args, arena);
+    team(b.plan_.threads, [&](int tid, int nt) { b.work(tid, nt); });
+  }
+
+ private:
+  static constexpr int64_t kTile = kMaxRows * kMaxVectors * E::W;
+  struct Lane {  // per thread
+    RowList list;
+    const T** next;  // first micro-step's gate gradients of each batch row's next step, or zeros
+    const T** a_rows;
+    const T** x;  // per row of the chunk
+    const T** first;
+    T** dx;
+    RhnGradRow<T>* rows;
+    RhnRow<T>* forward;  // only to recompute
+    const T** operand;
+    T* tile;
+    Lane(Arena& a, const RhnBackward& b)
+        : list(a, b.steps_, b.args_.N),
+          next(a.take<const T*>(b.args_.N)),
+          a_rows(a.take<const T*>(b.capacity_)),
+          x(a.take<const T*>(b.capacity_)),
+          first(a.take<const T*>(b.capacity_)),
+          dx(a.take<T*>(b.capacity_)),
+          rows(a.take<RhnGradRow<T>>(b.args_.N)),
+          forward(a.take<RhnRow<T>>(b.recompute_ ? b.capacity_ : 0)),
+          operand(a.take<const T*>(b.recompute_ ? 2 * kMaxParts * b.capacity_ : 0)),
+          tile(a.take<T>(2 * kMaxParts * kTile)) {}
+  };
+  struct Direction {
+    char* packed = nullptr;  // forward packing, only to recompute
+    T *w_hh, *w_ih = nullptr;
+    T* dz;     // (depth, rows, G H), recomputed gates until they are gradients
+    T *s, *u;  // states before each micro-step (depth, rows, H), their masked copies (depth, groups, rows, H)
+    T *carry, *ds;
+    T *x_masked, *dx = nullptr;
+    T *outer, *operand[2 * kMaxParts];
+    Barrier barrier;
+  };
+
+  const RhnBackwardArgs& args_;
+  const Plan plan_;
+  const RhnLayout<E> layout_;
+  const RhnCell<E> cell_;
+  const Sequence seq_;
+  const int64_t width_;             // G H
+  const int64_t steps_, capacity_;  // of a chunk: steps, rows
+  const bool recompute_;
+  const int s_pieces_, x_pieces_;  // products apart, where each gate has its own mask
+  Panels<E> hh_, ih_;
+  T* zero_;
+  Direction dir_[2];
+  Arena lanes_;
+  size_t lane_bytes_ = 0;
+  Barrier all_;
+
+  // Chunks of equal length: a short last one would read all weight gradients for little.
+  static int64_t chunk_steps(const RhnBackwardArgs& args) {
+    const int64_t most = imin(args.T, imax(1, kRhnGradRows / args.N));
+    return ceil_div(args.T, ceil_div(args.T, most));
+  }
+
+  RhnBackward(const RhnBackwardArgs& args, Arena& arena)
+      : args_(args),
+        plan_(rhn_plan(args)),
+        layout_(args),
+        cell_(RhnCell<E>::of(args.gates, args.linear)),
+        seq_(args, arena),
+        width_(args.gates * args.H),
+        steps_(chunk_steps(args)),
+        capacity_(steps_ * args.N),
+        recompute_(!args.tape),
+        s_pieces_(args.s_groups > 1 ? args.gates : 1),
+        x_pieces_(args.x_groups > 1 ? args.gates : 1),
+        hh_(even_panels<E>(1, args.H, plan_.units ? imax(1, plan_.threads / args.directions) : 1)),
+        ih_(1, args.I) {
+    const int64_t N = args.N, H = args.H, I = args.I, L = args.depth;
+    zero_ = arena.take<T>(width_);
+    if (arena.base) std::memset(zero_, 0, width_ * sizeof(T));
+    for (int d = 0; d < args.directions; d++) {
+      Direction& r = dir_[d];
+      if (recompute_) r.packed = arena.take<char>(layout_.bytes);
+      r.w_hh = arena.take<T>(L * hh_.elements(width_));
+      if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(width_));
+      r.dz = arena.take<T>(L * capacity_ * width_);
+      r.s = arena.take<T>(L * capacity_ * H);
+      r.u = args.s_groups ? arena.take<T>(L * args.s_groups * capacity_ * H) : r.s;
+      r.carry = arena.take<T>(N * width_);
+      r.ds = arena.take<T>(N * H);
+      r.x_masked = arena.take<T>(args.x_groups * capacity_ * I);
+      // The second direction's dx is added when both are complete.
+      if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
+      if (!args.want_weights) continue;
+      const int64_t K = imin(kOuterK, capacity_);
+      r.outer = arena.take<T>((width_ + kMaxParts * kOuterRows) * K);
+      for (int o = 0; o < operands(true); o++)
+        r.operand[o] = arena.take<T>(((o < x_pieces_ ? I : H) + kMaxVectors * E::W) * K);
+    }
+    Arena sizing;
+    Lane measure(sizing, *this);
+    lane_bytes_ = sizing.used;
+    lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
+  }
+
+  int operands(bool with_x) const { return s_pieces_ + (with_x ? x_pieces_ : 0); }
+  int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
+  const T* mask_row(const void* mask, int groups, int64_t width, int d, int64_t n, int p = 0) const {
+    return static_cast<const T*>(mask) + ((int64_t(d) * groups + p) * args_.N + n) * width;
+  }
+  const T* state_mask(int d, int64_t n) const {
+    return args_.s_groups ? mask_row(args_.s_mask, args_.s_groups, args_.H, d, n) : zero_;
+  }
+
+  void work(int tid, int nt) {
+    for (int d = 0; d < args_.directions; d++) {
+      const RhnWeights& w = args_.weights[d];
+      for (int l = 0; l < args_.depth; l++)
+        pack_rows<E, T>(hh_, static_cast<const T*>(w.w_hh) + l * width_ * args_.H, args_.H, width_,
+                        dir_[d].w_hh + l * hh_.elements(width_), hh_.blocks * tid / nt,
+                        hh_.blocks * (tid + 1) / nt);
+      if (dir_[d].w_ih)
+        pack_rows<E, T>(ih_, static_cast<const T*>(w.w_ih), args_.I, width_, dir_[d].w_ih,
+                        ih_.blocks * tid / nt, ih_.blocks * (tid + 1) / nt);
+      if (recompute_) pack_rhn<E>(layout_, w, dir_[d].packed, tid, nt);
+    }
+    all_.wait(nt);
+    Arena mine{lanes_.base + tid * lane_bytes_, 0};
+    Lane lane(mine, *this);
+    const Share share(args_.directions, tid, nt);
+    for (int d = share.direction_first; d < share.direction_last; d++) direction(d, share, lane);
+    if (args_.directions == 2 && args_.dx.data) {
+      all_.wait(nt);
+      add_direction<E>(seq_, args_.dx, dir_[1].dx, args_.I, tid, nt);
+    }
+  }
+
+  void direction(int d, const Share& share, Lane& lane) {
+    Direction& dir = dir_[d];
+    const int64_t N = args_.N, H = args_.H;
+    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
+    if (args_.dh_n)
+      std::memcpy(dir.ds + i0 * H, static_cast<const T*>(args_.dh_n) + (d * N + i0) * H,
+                  (i1 - i0) * H * sizeof(T));
+    else
+      std::memset(dir.ds + i0 * H, 0, (i1 - i0) * H * sizeof(T));
+    for (int64_t n = 0; n < N; n++) lane.next[n] = nullptr;
+    if (d == 0 && args_.lengths && args_.dx.data)
+      for (int64_t n = i0; n < i1; n++)
+        for (int64_t t = seq_.length(n); t < args_.T; t++)
+          std::memset(seq_.at<T>(args_.dx, t, n), 0, args_.I * sizeof(T));
+    dir.barrier.wait(share.count);
+
+    bool add = false;
+    for (int64_t end = args_.T; end > 0; end -= steps_) {
+      const int64_t begin = imax(0, end - steps_), steps = end - begin;
+      // Chunk rows in the forward direction's processing order, all of the batch.
+      lane.list.fill(seq_, steps, 0, N, [&](int64_t i) { return time(d, begin + i); });
+      chunk_operands(d, share, lane, begin, steps);
+      if (recompute_) {
+        dir.barrier.wait(share.count);  // masked inputs of all rows
+        recompute(d, share, lane);
+        dir.barrier.wait(share.count);
+      }
+      for (int64_t i = steps; i-- > 0;) step(d, share, lane, begin, i);
+      dir.barrier.wait(share.count);
+      keep_boundary(dir, share, lane);
+      if (args_.dx.data) input_grad(d, share, lane);
+      if (args_.want_weights)
+        for (int l = 0; l < args_.depth; l++) weight_grads(d, l, share, lane, add);
+      add = true;
+      dir.barrier.wait(share.count);
+    }
+    if (args_.dh0) initial_grads(d, lane, i0, i1);
+  }
+
+  void chunk_operands(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
+    const int64_t M = lane.list.rows, I = args_.I;
+    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    for (int64_t i = 0; i < steps; i++) {
+      const int64_t s = begin + i, t = time(d, s), before = time(d, s - 1);
+      for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
+        const int64_t n = lane.list.n[m];
+        const bool begins = s == 0 || (d && seq_.ragged() && t == seq_.length(n) - 1);
+        lane.x[m] = seq_.at<const T>(args_.x, t, n);
+        if (args_.dx.data)
+          lane.dx[m] = d == 0 ? seq_.at<T>(args_.dx, t, n) : dir_[d].dx + seq_.index(t, n) * I;
+        lane.first[m] = seq_.resets(t, n) ? zero_
+                        : begins          ? static_cast<const T*>(args_.h0) + (d * args_.N + n) * args_.H
+                                          : seq_.at<const T>(args_.y, before, n) + d * args_.H;
+        if (m < m0 || m >= m1) continue;
+        for (int p = 0; p < args_.x_groups; p++)
+          scale_row<E>(dir_[d].x_masked + (p * capacity_ + m) * I, lane.x[m],
+                       mask_row(args_.x_mask, args_.x_groups, I, d, n, p), I);
+      }
+    }
+  }
+
+  RhnStates<T> states_of(int d, Lane& lane, int64_t m, int64_t n, const T* tape, int64_t tape_stride) const {
+    const Direction& dir = dir_[d];
+    const int64_t H = args_.H, groups = args_.s_groups;
+    return {lane.first[m],
+            tape,
+            dir.s + m * H,
+            state_mask(d, n),
+            dir.u + m * H,
+            tape_stride,
+            capacity_ * H,
+            groups * capacity_ * H,
+            args_.N * H,
+            capacity_ * H,
+            args_.s_groups,
+            args_.depth,
+            0,
+            H,
+            H};
+  }
+
+  // Gates, states and their masked copies of this thread's share of the chunk's rows.
+  void recompute(int d, const Share& share, Lane& lane) {
+    Direction& dir = dir_[d];
+    const Panels<E>& panels = layout_.panels;
+    const int64_t M = lane.list.rows, H = args_.H, I = args_.I, C = capacity_;
+    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    auto weights = [&](size_t at) { return reinterpret_cast<const T*>(dir.packed + at); };
+    const T** x_rows = lane.operand;
+    const T** u_rows = lane.operand + kMaxParts * C;
+    for (int64_t m = m0; m < m1; m++) {
+      RhnStates<T> s = states_of(d, lane, m, lane.list.n[m], nullptr, 0);
+      s.depth = 1;
+      cell_.states(s);
+      for (int p = 0; p < x_pieces_; p++)
+        x_rows[p * C + m] = args_.x_groups ? dir.x_masked + (p * C + m) * I : lane.x[m];
+    }
+    constexpr int64_t kRows = 16 * kMaxRows;
+    for (int64_t from = m0; from < m1; from += kRows) {
+      const int64_t to = imin(m1, from + kRows);
+      for (int l = 0; l < args_.depth; l++) {
+        for (int64_t m = from; m < to; m++) {
+          const bool top = l + 1 == args_.depth;
+          lane.forward[m] = {
+              dir.s + (l * C + m) * H, top ? nullptr : dir.s + ((l + 1) * C + m) * H,
+              dir.dz + (l * C + m) * width_, state_mask(d, lane.list.n[m]),
+              top || !args_.s_groups ? nullptr : dir.u + ((l + 1) * args_.s_groups * C + m) * H};
+          for (int p = 0; p < s_pieces_; p++)
+            u_rows[p * C + m] = dir.u + ((l * imax(1, args_.s_groups) + p) * C + m) * H;
+        }
+        for (int64_t b = 0; b < panels.blocks; b++) {
+          const int nv = panels.vectors(b), units = panels.units(b);
+          const int64_t cols = panels.columns(b);
+          row_blocks(to - from, nv, [&](int64_t at, int r) {
+            const int64_t m = from + at;
+            auto fn = tile_for<E>(r, nv);
+            for (int part = 0; part < layout_.parts; part++) {
+              const T* bias = weights(layout_.bias(l, part)) + panels.offset(b);
+              T* gx = lane.tile + kMaxParts * kTile;
+              if (l == 0)
+                fn(x_rows + (x_pieces_ > 1 ? part : 0) * C + m,
+                   weights(layout_.x(part)) + panels.stream(b, I), I, bias, 0, gx, cols);
+              fn(u_rows + (s_pieces_ > 1 ? part : 0) * C + m,
+                 weights(layout_.h(l, part)) + panels.stream(b, H), H, l ? bias : gx, l ? 0 : cols,
+                 lane.tile + part * kTile, cols);
+            }
+            cell_.finish({lane.forward + m, r, lane.tile, cols, layout_.parts > 1 ? kTile : units,
+                          panels.first(b), units, H, args_.s_groups, args_.N * H, C * H});
+          });
+        }
+      }
+    }
+  }
+
+  void step(int d, const Share& share, Lane& lane, int64_t begin, int64_t i) {
+    Direction& dir = dir_[d];
+    const bool split_units = plan_.units && share.count > 1;
+    const int64_t N = args_.N, H = args_.H, C = capacity_, t = time(d, begin + i);
+    int64_t first = lane.list.start[i], last = lane.list.start[i + 1];
+    if (!split_units && share.count > 1) {
+      const int64_t n0 = N * share.id / share.count, n1 = N * (share.id + 1) / share.count;
+      while (first < last && lane.list.n[first] < n0) first++;
+      while (first < last && lane.list.n[last - 1] >= n1) last--;
+    }
+    const int64_t b0 = split_units ? hh_.blocks * share.id / share.count : 0;
+    const int64_t b1 = split_units ? hh_.blocks * (share.id + 1) / share.count : hh_.blocks;
+    const int64_t u0 = hh_.first(b0), u1 = b1 > b0 ? hh_.first(b1 - 1) + hh_.units(b1 - 1) : u0;
+    const int64_t tape_stride = (recompute_ ? C : seq_.rows()) * width_;
+    for (int64_t m = first; m < last; m++) {
+      const int64_t n = lane.list.n[m], q = m - first;
+      const bool ends = !lane.next[n];  // no later step of this row: h_n is its state
+      const bool cut = !ends && seq_.resets(time(d, begin + i + 1), n);
+      lane.a_rows[q] = ends || cut ? zero_ : lane.next[n];
+      lane.next[n] = dir.dz + m * width_;
+      const T* tape = recompute_ ? dir.dz + m * width_
+                                 : static_cast<const T*>(args_.tape) +
+                                       (d * args_.depth * seq_.rows() + seq_.index(t, n)) * width_;
+      T* ds = dir.ds + n * H;
+      lane.rows[q] = {args_.dy.data ? seq_.at<const T>(args_.dy, t, n) + d * H : nullptr,
+                      cut ? zero_ : ds,
+                      ds,
+                      tape,
+                      dir.s + m * H,
+                      dir.dz + m * width_,
+                      state_mask(d, n)};
+      if (recompute_ || u1 == u0) continue;
+      RhnStates<T> states = states_of(d, lane, m, n, tape, tape_stride);
+      states.u0 = u0;
+      states.u1 = u1;
+      cell_.states(states);
+    }
+    for (int64_t q = 0; q < last - first; q++) {  // to the last micro-step
+      lane.rows[q].tape += (args_.depth - 1) * tape_stride;
+      lane.rows[q].s += (args_.depth - 1) * C * H;
+      lane.rows[q].dz += (args_.depth - 1) * C * width_;
+    }
+    for (int l = args_.depth - 1;; l--) {
+      micro_step(dir, (l + 1) % args_.depth, b0, b1, last - first, lane);
+      if (split_units) dir.barrier.wait(share.count);
+      if (l == 0) return;
+      for (int64_t q = 0; q < last - first; q++) {
+        RhnGradRow<T>& row = lane.rows[q];
+        lane.a_rows[q] = row.dz;
+        row.dy = nullptr;
+        row.ds_in = row.ds;
+        row.tape -= tape_stride;
+        row.s -= C * H;
+        row.dz -= C * width_;
+      }
+    }
+  }
+
+  // The product of lane.a_rows with the weights of micro-step `above`, then the pointwise part below it.
+  void micro_step(const Direction& dir, int above, int64_t b0, int64_t b1, int64_t count, Lane& lane) {
+    const T* w = dir.w_hh + above * hh_.elements(width_);
+    const bool ahead =
+        b1 > b0 && count >= kAheadRows &&
+        args_.depth * (hh_.offset(b1 - 1) - hh_.offset(b0)) * width_ * sizeof(T) >= kPrefetchBytes;
+    const T* after = dir.w_hh + (above + args_.depth - 1) % args_.depth * hh_.elements(width_);
+    for (int64_t b = b0; b < b1; b++) {
+      const int nv = hh_.vectors(b);
+      const int64_t cols = hh_.columns(b), next = b + 1 < b1 ? b + 1 : b0;
+      const T* coming = (b + 1 < b1 ? w : after) + hh_.stream(next, width_);
+      row_blocks(count, nv, [&](int64_t m, int r) {
+        if (ahead && s_pieces_ == 1)
+          multiply_ahead<E>(lane.a_rows + m, r, w + hh_.stream(b, width_), width_, nv, nullptr, 0, lane.tile,
+                            cols, coming, hh_.columns(next) * width_, m, count);
+        else
+          product(lane.a_rows + m, r, w, b, lane.tile);
+        cell_.grad({lane.rows + m, r, lane.tile, cols, kTile, hh_.first(b), hh_.units(b), args_.H,
+                    args_.s_groups, args_.N * args_.H});
+      });
+    }
+  }
+
+  // Gate gradients times block b of one micro-step's weights: one product, or one per gate.
+  void product(const T* const* rows, int r, const T* w, int64_t b, T* out) const {
+    const int64_t K = width_ / s_pieces_;
+    for (int p = 0; p < s_pieces_; p++) {
+      const T* a[kMaxRows];
+      for (int q = 0; q < r; q++) a[q] = rows[q] == zero_ ? zero_ : rows[q] + p * K;
+      tile_for<E>(r, hh_.vectors(b))(a, w + hh_.stream(b, width_, p * K), K, nullptr, 0, out + p * kTile,
+                                     hh_.columns(b));
+    }
+  }
+
+  // Rows whose latest gate gradients lie in the chunk buffer, which the next chunk overwrites, are saved.
+  void keep_boundary(Direction& dir, const Share& share, Lane& lane) {
+    const int64_t N = args_.N;
+    // With rows split a thread has seen only its own rows: the last appearance is found from the list.
+    for (int64_t m = lane.list.rows; m-- > 0;) lane.next[lane.list.n[m]] = dir.dz + m * width_;
+    for (int64_t n = 0; n < N; n++) {
+      if (!lane.next[n] || lane.next[n] == dir.carry + n * width_) continue;
+      if (n >= N * share.id / share.count && n < N * (share.id + 1) / share.count)
+        std::memcpy(dir.carry + n * width_, lane.next[n], width_ * sizeof(T));
+      lane.next[n] = dir.carry + n * width_;
+    }
+  }
+
+  void input_grad(int d, const Share& share, Lane& lane) {
+    Direction& dir = dir_[d];
+    const int64_t M = lane.list.rows, I = args_.I, K = width_ / x_pieces_;
+    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    constexpr int64_t kRows = 16 * kMaxRows;
+    for (int64_t from = m0; from < m1; from += kRows) {
+      const int64_t to = imin(m1, from + kRows);
+      for (int64_t b = 0; b < ih_.blocks; b++) {
+        const int nv = ih_.vectors(b), units = ih_.units(b);
+        const int64_t cols = ih_.columns(b), u0 = ih_.first(b);
+        row_blocks(to - from, nv, [&](int64_t at, int r) {
+          const int64_t m = from + at;
+          for (int p = 0; p < x_pieces_; p++) {
+            const T* a[kMaxRows];
+            for (int q = 0; q < r; q++) a[q] = dir.dz + (m + q) * width_ + p * K;
+            tile_for<E>(r, nv)(a, dir.w_ih + ih_.stream(b, width_, p * K), K, nullptr, 0,
+                               lane.tile + p * kTile, cols);
+          }
+          for (int q = 0; q < r; q++) {
+            const T* mask =
+                args_.x_groups ? mask_row(args_.x_mask, args_.x_groups, I, d, lane.list.n[m + q]) : zero_;
+            each_vector<V>(units, [&](int u, int n) {
+              store_as<V>(lane.dx[m + q] + u0 + u,
+                          rhn_incoming<E>(lane.tile + q * cols + u, kTile, mask + u0 + u, args_.x_groups,
+                                          args_.N * I, n),
+                          n);
+            });
+          }
+        });
+      }
+    }
+  }
+
+  // Micro-step l's: its gate gradients meet the (masked) states before it, the first one's also the inputs.
+  void weight_grads(int d, int l, const Share& share, Lane& lane, bool add) {
+    Direction& dir = dir_[d];
+    const auto& out = args_.grads[d];
+    const int64_t H = args_.H, I = args_.I, C = capacity_;
+    const int inputs = l == 0 ? x_pieces_ : 0, parts = static_cast<int>(imax(s_pieces_, x_pieces_));
+    const int64_t columns = width_ / parts;
+    OuterJob<E> jobs[kMaxParts];
+    for (int p = 0; p < parts; p++) {
+      OuterJob<E>& j = jobs[p];
+      j.column = p * columns;
+      j.columns = columns;
+      j.a = dir.dz + l * C * width_;
+      j.lda = width_;
+      if (out.bias) j.sums = static_cast<T*>(out.bias) + l * width_;
+      const int x = x_pieces_ > 1 ? p : 0, s = s_pieces_ > 1 ? p : 0;
+      if (l == 0) j.to[0] = {x, static_cast<T*>(out.w_ih) + j.column * I, I};
+      j.to[1] = {inputs + s, static_cast<T*>(out.w_hh) + (l * width_ + j.column) * H, H};
+    }
+    OuterOperand<E> operand[2 * kMaxParts];
+    for (int p = 0; p < inputs; p++)
+      operand[p] = {I, args_.x_groups ? nullptr : lane.x, dir.x_masked + p * C * I, dir.operand[p]};
+    for (int p = 0; p < s_pieces_; p++)
+      operand[inputs + p] = {H, nullptr, dir.u + (l * imax(1, args_.s_groups) + p) * C * H,
+                             dir.operand[x_pieces_ + p]};
+    outer_products<E>(jobs, parts, operand, inputs + s_pieces_, lane.list.rows, dir.outer, add, share.id,
+                      share.count, dir.barrier);
+  }
+
+  // dh0 of rows [i0, i1): the product below the first micro-step, cut where the first step resets.
+  void initial_grads(int d, Lane& lane, int64_t i0, int64_t i1) {
+    Direction& dir = dir_[d];
+    const int64_t N = args_.N, H = args_.H;
+    for (int64_t n = i0; n < i1; n++)
+      lane.a_rows[n] =
+          seq_.resets(d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0), n) ? zero_ : lane.next[n];
+    for (int64_t b = 0; b < hh_.blocks; b++) {
+      const int64_t cols = hh_.columns(b), u0 = hh_.first(b);
+      row_blocks(i1 - i0, hh_.vectors(b), [&](int64_t first, int r) {
+        product(lane.a_rows + i0 + first, r, dir.w_hh, b, lane.tile);
+        for (int q = 0; q < r; q++) {
+          const int64_t n = i0 + first + q;
+          T* dh0 = static_cast<T*>(args_.dh0) + (d * N + n) * H + u0;
+          const T* carry = (lane.a_rows[n] == zero_ ? zero_ : dir.ds + n * H) + u0;
+          each_vector<V>(hh_.units(b), [&](int u, int w) {
+            const V acc = rhn_incoming<E>(lane.tile + q * cols + u, kTile, state_mask(d, n) + u0 + u,
+                                          args_.s_groups, N * H, w);
+            store_as<V>(dh0 + u, acc + load_as<V>(carry + u, w), w);
+          });
+        }
+      });
+    }
+  }
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
