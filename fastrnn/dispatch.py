@@ -483,9 +483,9 @@ def explain(
     half = autocast_dtype(input)
     if half is not None:
         input = input.to(half)
-    depth, gates = (module.depth, module._gates) if cell == "rhn" else (1, 0)
     active = getattr(module, "_active_regularisers", None)
+    regularisers = "" if active is None else active()
+    depth, gates = (module.depth, module._gates) if cell == "rhn" else (1, 0)
     return explain_call(
-        cell, input, batch, sizes, records, return_cells, recompute,
-        "" if active is None else active(), depth, gates,
-    )  # fmt: skip
+        cell, input, batch, sizes, records, return_cells, recompute, regularisers, depth, gates
+    )

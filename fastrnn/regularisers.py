@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastrnn import ops
 from fastrnn.noise import MODES, Noise
@@ -26,6 +27,7 @@ __all__ = [
     "draw_masks",
     "draw_seed",
     "drop_weights",
+    "probability",
 ]
 
 _MODES = {"lstm": MODES, "gru": ("update", "state"), "rnn": ("state",)}
@@ -58,6 +60,10 @@ class Regularisers(NamedTuple):
     def active(self, training: bool) -> bool:
         """Whether a call computes anything else than without regularisers."""
         return bool(self.noise(0, training)) or (training and self.weight > 0)
+
+    def names(self) -> str:
+        """For ``fastrnn.dispatch``; under torch.compile only that there are some."""
+        return "regularisers" if is_compiling() else str(self)
 
     def __str__(self) -> str:
         words = []
@@ -110,8 +116,8 @@ def check(
         raise ValueError(f"recurrent_dropout_mode: got {mode!r}, expected {known} for {name}{hint}")
     if per not in _PERIODS:
         raise ValueError(f"recurrent_dropout_per: got {per!r}, expected 'step' or 'sequence'")
-    drop = _probability("recurrent_dropout", recurrent_dropout)
-    weight = _probability("weight_dropout", weight_dropout)
+    drop = probability("recurrent_dropout", recurrent_dropout)
+    weight = probability("weight_dropout", weight_dropout)
     if isinstance(zoneout, (tuple, list)):
         if cell != "lstm":
             raise ValueError(
@@ -120,15 +126,16 @@ def check(
             )
         if len(zoneout) != 2:
             raise ValueError(f"zoneout: got {len(zoneout)} values, expected p or (p_h, p_c)")
-        h, c = [_probability(f"zoneout[{i}]", p) for i, p in enumerate(zoneout)]
+        h, c = [probability(f"zoneout[{i}]", p) for i, p in enumerate(zoneout)]
     else:
-        h = c = _probability("zoneout", zoneout)
+        h = c = probability("zoneout", zoneout)
     return Regularisers(
         mode if drop else "", per == "sequence", drop, h, c if cell == "lstm" else 0.0, weight
     )
 
 
-def _probability(name: str, p: Any) -> float:
+def probability(name: str, p: Any) -> float:
+    """p as a float; an error names the argument."""
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(
             f"{name}: got {p!r} ({type(p).__name__}), expected a probability, a number in [0, 1]"

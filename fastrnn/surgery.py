@@ -31,7 +31,7 @@ _TORCHS: dict[Class, Class] = {ours: torchs for torchs, ours in _OURS.items()}
 _REGULARISERS = ("recurrent_dropout", "zoneout", "weight_dropout")
 _LEFT_BEHIND = (
     "recompute", "reset_after", "_packed", "_flat_weights", "_compiled_call_impl",
-    *_REGULARISERS, "recurrent_dropout_mode", "recurrent_dropout_per",
+    "recurrent_dropout_mode", "recurrent_dropout_per", "_rates", "_zoneout_pair",
 )  # fmt: skip
 
 

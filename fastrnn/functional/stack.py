@@ -298,7 +298,14 @@ def _run(
     sizes = (hidden, proj_size, directions, num_layers)
     active = regularisers is not NONE and regularisers.active(training)
     backend, plan = dispatch.choose(
-        cell, input, batch, sizes, records, return_cells, recompute, str(regularisers) * active
+        cell,
+        input,
+        batch,
+        sizes,
+        records,
+        return_cells,
+        recompute,
+        regularisers.names() if active else "",
     )
     seed = draw_seed() if active and training else None
     if seed is not None and regularisers.weight:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.nn.cache import PackedCache
-from fastrnn.regularisers import check
+from fastrnn.regularisers import check, probability
 
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
 
@@ -23,12 +23,13 @@ class RecurrentBase(nn.RNNBase):
     """A stack of recurrent layers: everything but the cell. Not for direct use."""
 
     recompute: bool = False
-    # Class attributes also for pickles of versions without them.
-    recurrent_dropout: float = 0.0
     recurrent_dropout_mode: str
+    # Class attributes also for pickles of versions without them.
     recurrent_dropout_per: str = "step"
-    zoneout: float | tuple[float, float] = 0.0
-    weight_dropout: float = 0.0
+    # Probabilities are kept as text: a float attribute is a symbol to torch.compile, which no
+    # operator's description of its masks can hold.
+    _rates: tuple[str, ...] = ()  # recurrent_dropout, zoneout of h, of c, weight_dropout; () for 0
+    _zoneout_pair: bool = False
     # A class attribute, because RNNBase.__init__ and unpickling reach flatten_parameters() early.
     _packed: PackedCache | None = None
 
@@ -55,19 +56,57 @@ class RecurrentBase(nn.RNNBase):
         self.recurrent_dropout = recurrent_dropout
         self.recurrent_dropout_mode = recurrent_dropout_mode
         self.recurrent_dropout_per = recurrent_dropout_per
-        self.zoneout = tuple(zoneout) if isinstance(zoneout, list) else zoneout
+        self.zoneout = zoneout
         self.weight_dropout = weight_dropout
+
+    def _rate(self, index: int) -> float:
+        return float(self._rates[index]) if self._rates else 0.0
+
+    def _set_rates(self, first: int, *values: float) -> None:
+        rates = list(self._rates or ("0.0",) * 4)
+        rates[first : first + len(values)] = [repr(value) for value in values]
+        self._rates = tuple(rates) if any(float(rate) for rate in rates) else ()
+
+    @property
+    def recurrent_dropout(self) -> float:
+        """Probability of recurrent dropout."""
+        return self._rate(0)
+
+    @recurrent_dropout.setter
+    def recurrent_dropout(self, value: float) -> None:
+        self._set_rates(0, probability("recurrent_dropout", value))
+
+    @property
+    def zoneout(self) -> float | tuple[float, float]:
+        """Probability of zoneout, or those of h and c."""
+        return (self._rate(1), self._rate(2)) if self._zoneout_pair else self._rate(1)
+
+    @zoneout.setter
+    def zoneout(self, value: float | tuple[float, float]) -> None:
+        pair = isinstance(value, (tuple, list))
+        h, c = value if pair else (value, value)  # type: ignore[misc]
+        self._set_rates(1, probability("zoneout", h), probability("zoneout", c))
+        self._zoneout_pair = pair
+
+    @property
+    def weight_dropout(self) -> float:
+        """Probability of weight dropout."""
+        return self._rate(3)
+
+    @weight_dropout.setter
+    def weight_dropout(self, value: float) -> None:
+        self._set_rates(3, probability("weight_dropout", value))
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (", recompute=True" if self.recompute else "")
         for name, value in self._regulariser_options().items():
-            default = getattr(type(self), name)
-            text += "" if value == default else f", {name}={value!r}"
+            plain = getattr(type(self), name) if isinstance(value, str) else 0
+            text += "" if value == plain else f", {name}={value!r}"
         return text
 
     def _regulariser_options(self) -> dict[str, Any]:
         """The options of the cell's function; none where they change nothing."""
-        if not (self.recurrent_dropout or self.zoneout or self.weight_dropout):
+        if not self._rates:
             return {}
         return {
             "recurrent_dropout": self.recurrent_dropout,
