@@ -89,7 +89,7 @@ struct BackwardArgs : Problem {
 // zoneout where Noise::mixes().
 int tape_slots(Cell cell);
 
-struct RhnKernels;  // rhn.h
+struct RhnKernels;     // rhn.h
 struct BnLstmKernels;  // bnlstm.h
 
 // Random numbers of a mask: rows (t, n) of `units` words each, t in [0, T), n in [0, N); see csrc/cells/philox.h.
