@@ -1,8 +1,8 @@
 """Cells that torch.nn does not have, beside the loop a user would write for them.
 
 The loops are the fastest honest ones: the input product of all steps is one matmul, the time axis
-is unbound outside the loop, batch norms of the input term are one call over all steps, and no
-tensor is copied. "loop" runs them eagerly; "loop-compiled" hands the body of the loop (one time
+is unbound outside the loop, and batch norms of the input term are one call over all
+steps. "loop" runs them eagerly; "loop-compiled" hands the body of the loop (one time
 step) to torch.compile, which unrolls nothing over time: compiling all steps takes minutes.
 The truth is the loop in float64, written apart from the library's own references; with a
 regulariser, whose masks only the library knows, it is the reference backend in float64 with the
