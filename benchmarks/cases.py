@@ -13,8 +13,9 @@ from typing import Any
 
 CELLS = ("lstm", "gru", "rnn")
 MODES = ("forward", "training", "step")
-GROUPS = ("grid", "step", "bf16", "isa", "options", "memory")
-GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+LOOP_CELLS = ("rhn", "bnlstm")  # no peer in torch.nn: the peer is a loop
+GROUPS = ("grid", "step", "bf16", "isa", "options", "loops", "regularised", "memory")
+GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rhn": 2, "bnlstm": 4}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Case:
       torch.nn's cell.
     ragged: "" (all sequences have T steps), "lengths" (padded batch with lengths) or "packed"
       (PackedSequence).
+    depth: micro-steps of an RHN. option: a regulariser of `loops.REGULARISERS`.
     """
 
     cell: str
@@ -38,6 +40,8 @@ class Case:
     bidirectional: bool = False
     proj: int = 0
     ragged: str = ""
+    depth: int = 1
+    option: str = ""
     contestants: tuple[str, ...] = ("fastrnn", "torch")
     quick: bool = False
 
@@ -59,20 +63,21 @@ class Case:
         extras += ["bidirectional"] if self.bidirectional else []
         extras += [f"proj{self.proj}"] if self.proj else []
         extras += [self.ragged] if self.ragged else []
+        extras += [self.option] if self.option else []
         extras += ["recompute"] if "fastrnn-recompute" in self.contestants else []
         size = f"T{self.T}-N{self.N}-H{self.H}" + (f"-I{self.I}" if self.I else "")
+        size += f"-L{self.depth}" if self.depth > 1 else ""
         return "/".join([self.cell, self.mode, size, *extras])
 
     @property
     def flops(self) -> float:
         """Operations of the matrix products, 2 per multiply-add; training is three times forward.
 
-        Per direction and row: G H (I + R) multiply-adds with G gates and R recurrent inputs, + H R
-        for a projection.
+        Per direction and row: G H (I + L R) multiply-adds with G gates, L micro-steps and R
+        recurrent inputs, + H R for a projection.
         """
-        per_row = (
-            GATES[self.cell] * self.H * (self.input_size + self.output_size) + self.H * self.proj
-        )
+        inputs = self.input_size + self.depth * self.output_size
+        per_row = GATES[self.cell] * self.H * inputs + self.H * self.proj
         return (
             2.0
             * per_row
@@ -222,9 +227,67 @@ def memory() -> list[Case]:
     return cases
 
 
+RHN_SHAPES = (  # T, N, H, depth
+    *((35, 20, 830, 10), (100, 1, 512, 5), (50, 32, 256, 5), (100, 64, 128, 3)),
+    *((35, 20, 333, 4), (64, 8, 100, 2)),
+)
+BNLSTM_SHAPES = ((100, 32, 256), (50, 64, 512), (784, 64, 100), (100, 128, 256), (50, 32, 100))
+COMPILED = ((50, 32, 256), (100, 32, 256))  # compiling takes a minute or so each
+
+
+def loops() -> list[Case]:
+    """RHN and BN-LSTM against loops, and BN-LSTM beside our plain LSTM of the same shape."""
+
+    def peers(*shape: int) -> tuple[str, ...]:
+        return ("loop", "loop-compiled") if shape in COMPILED else ("loop",)
+
+    cases = [
+        Case(
+            "rhn", "training", T, N, H, "loops",
+            depth=depth, contestants=("fastrnn", *peers(T, N, H)), quick=H == 128,
+        )
+        for T, N, H, depth in RHN_SHAPES
+    ]  # fmt: skip
+    cases += [
+        Case("rhn", "forward", T, N, H, "loops", depth=depth, contestants=("fastrnn", "loop"))
+        for T, N, H, depth in RHN_SHAPES[:3]
+    ]
+    cases += [
+        Case(
+            "bnlstm", "training", *shape, "loops",
+            contestants=("fastrnn", *peers(*shape), "fastrnn-plain"),
+            quick=shape == (50, 32, 100),
+        )
+        for shape in BNLSTM_SHAPES
+    ]  # fmt: skip
+    return cases
+
+
+def regularised() -> list[Case]:
+    """Regularised layers beside the plain ones, and an eager loop for recurrent dropout."""
+    cases = []
+    for cell in ("lstm", "gru"):
+        for option in ("update", "cell", "state", "zoneout", "weight"):
+            if cell == "gru" and option == "cell":
+                continue
+            looped = cell == "lstm" and option == "update"
+            contestants = ("fastrnn", "fastrnn-plain", *(("loop",) if looped else ()))
+            for shape in ((100, 32, 256), (100, 8, 512), (200, 64, 128)):
+                quick = shape == (100, 32, 256) and option in ("update", "zoneout")
+                cases.append(
+                    Case(
+                        cell, "training", *shape, "regularised",
+                        option=option, contestants=contestants, quick=quick and cell == "lstm",
+                    )
+                )  # fmt: skip
+    return cases
+
+
 def registry() -> list[Case]:
     """Every case, in the order it is run."""
-    return [*grid(), *step(), *bf16(), *isa(), *options(), *memory()]
+    return [
+        *grid(), *step(), *bf16(), *isa(), *options(), *loops(), *regularised(), *memory(),
+    ]  # fmt: skip
 
 
 def select(*, quick: bool, only: str | None = None) -> list[Case]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import memory, roofline, verify
+from benchmarks import loops, memory, roofline, verify
 from benchmarks.cases import Case
 from benchmarks.peers import Contestant, Problem, build
 from benchmarks.schema import Record, Results, environment
@@ -108,9 +108,11 @@ def run_case(
     try:
         if case.group == "isa":
             _run_isa(record, settings, workers)
+        elif case.group in ("loops", "regularised"):
+            _run_loop(record, settings)
         else:
             _run_local(record, settings)
-        if case.group in ("grid", "options") and not case.ragged:
+        if case.group in ("grid", "options", "loops") and not case.ragged:
             record.bound_seconds = ceiling.bound_seconds(case)
     except Exception as error:
         record.error = "".join(traceback.format_exception_only(error)).strip()
@@ -123,6 +125,21 @@ def _run_local(record: Record, settings: Settings) -> None:
     contestants = [build(case, name, problem) for name in case.contestants]
     record.backends = {each.name: each.backend for each in contestants if each.backend}
     _verify(record, problem, contestants)
+    if record.ok and not settings.verify_only:
+        runners: dict[str, Runner] = {
+            each.name: LocalRunner(each.call, each.context) for each in contestants
+        }
+        record.timings = measure(runners, budget=settings.budget, min_rounds=settings.min_rounds)
+
+
+def _run_loop(record: Record, settings: Settings) -> None:
+    """RHN, BN-LSTM and regularised layers: ours against a loop's results."""
+    case = record.case
+    problem = loops.LoopProblem(case)
+    contestants = [loops.build(case, name, problem) for name in case.contestants]
+    record.backends = {each.name: each.backend for each in contestants if each.backend}
+    expected, peer = loops.truth(case, problem), loops.peer_outputs(case, problem)
+    record.checks["fastrnn"] = verify.check(contestants[0], expected, peer).to_dict()
     if record.ok and not settings.verify_only:
         runners: dict[str, Runner] = {
             each.name: LocalRunner(each.call, each.context) for each in contestants

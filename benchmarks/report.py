@@ -16,6 +16,9 @@ LABELS = {
     "torch-bf16": "torch bf16",
     "fastrnn-bf16": "ours bf16",
     "fastrnn-recompute": "recompute",
+    "fastrnn-plain": "ours plain",
+    "loop": "eager loop",
+    "loop-compiled": "compiled loop",
     "fastrnn@auto": "widest",
     "fastrnn@avx2": "AVX2",
 }
@@ -25,6 +28,8 @@ TITLES = {
     "bf16": " - bfloat16 weights",
     "isa": " - instruction sets",
     "options": " - options",
+    "loops": " - against loops",
+    "regularised": " - with regularisers, beside the plain layer",
 }
 MODE_TITLES = {"forward": "forward", "training": "forward + backward", "step": "step"}
 

@@ -6,6 +6,7 @@ projection):
     input GEMM   2 T N G H I flops, all steps at once; streams its G H I weights at least once
     recurrence   2 N G H R flops per step; every step streams the G H R recurrent weights
                  (with a projection, its H R weights and their flops as well)
+    (an RHN of depth L makes L such matmuls, one after the other, in every step)
     bound(phase) = max(flops / peak, bytes / bandwidth); each step of the recurrence is a phase
     forward  = input GEMM + T x recurrence
     training = forward + T x recurrence (dh = dgates W_hh) + input GEMM (dx)
@@ -63,6 +64,8 @@ class Roofline:
         gates, rows, output = GATES[case.cell] * case.H, case.T * case.N, case.output_size
         recurrent = gates * output + case.H * case.proj
         input_gemm = self._phase(2.0 * rows * gates * case.input_size, gates * case.input_size)
+        # The weights of all L micro-steps come by in every step: their sum is the working set.
+        recurrent *= case.depth
         recurrence = case.T * self._phase(2.0 * case.N * recurrent, recurrent)
         forward = input_gemm + recurrence
         if case.mode == "training":
@@ -108,9 +111,7 @@ def measure(threads: int, seconds: float = 0.15) -> Roofline:
 
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     matmul = 2.0 * 2048**3 / _best(lambda: torch.mm(a, b), 3 * seconds)
-    roofline = Roofline(
-        threads, peak, "fastrnn._cpu probes", matmul_flops=matmul, _measure=stream
-    )
+    roofline = Roofline(threads, peak, "fastrnn._cpu probes", matmul_flops=matmul, _measure=stream)
     for size in TABLE_BYTES:
         roofline.bandwidth(size)
     return roofline

@@ -51,6 +51,8 @@ def evaluate(results: Results) -> list[Outcome]:
         *_bf16([record for record in records if record.case.group == "bf16"]),
         *_isa([record for record in records if record.case.group == "isa"]),
         _worst("every grid shape, against torch.nn", 0.95, grid, vs_torch),
+        *_loops([record for record in records if record.case.group == "loops"]),
+        *_regularised([record for record in records if record.case.group == "regularised"]),
         *_memory(results.memory),
     ]
 
@@ -196,6 +198,49 @@ def _isa(records: list[Record]) -> Iterator[Outcome]:
         sum(equal) / len(equal) if equal else None,
         where,
     )
+
+
+def vs_loop(record: Record) -> float | None:
+    """Against the faster of the eager and the compiled loop."""
+    found = [record.speedup(name) for name in ("loop", "loop-compiled")]
+    ratios = [ratio for ratio in found if ratio is not None]
+    return min(ratios) if ratios else None
+
+
+def _loops(records: list[Record]) -> Iterator[Outcome]:
+    rhn = _of(records, "rhn", "training")
+    yield _worst("RHN training, every case: against the fastest loop", 1.6, rhn, vs_loop)
+    large = _of(rhn, keep=lambda case: case.H == 830)
+    yield _worst(
+        "RHN training, T35 N20 H830 depth 10: against the fastest loop", 2.8, large, vs_loop
+    )
+    single = _of(rhn, keep=_single)
+    yield _worst("RHN training, T100 N1 H512 depth 5: against the fastest loop", 8, single, vs_loop)
+    yield _worst("RHN training, N>=20 H=830: share of roofline", 0.75, large, share)
+    bn = _of(records, "bnlstm", "training")
+    middle = _of(bn, keep=lambda case: (case.T, case.N, case.H) == (100, 32, 256))
+    yield _worst("BN-LSTM training, T100 N32 H256: against the fastest loop", 3.5, middle, vs_loop)
+    yield _mean("BN-LSTM training, geometric mean: against the fastest loop", 4, bn, vs_loop)
+    yield _most("BN-LSTM training: time of our plain LSTM of the same shape", 1.6, bn, vs_plain)
+
+
+def _regularised(records: list[Record]) -> Iterator[Outcome]:
+    for cell in ("lstm", "gru"):
+        text = f"{cell.upper()} with a regulariser, training: time of our plain one"
+        yield _most(text, 1.15, _of(records, cell), vs_plain)
+
+
+def vs_plain(record: Record) -> float | None:
+    """Our time over that of our plain layer."""
+    ratio = record.speedup("fastrnn-plain")
+    return None if ratio is None else 1 / ratio
+
+
+def _most(text: str, goal: float, records: list[Record], metric: Metric) -> Outcome:
+    """The highest value, which shall be at most the goal; no number counts as infinite."""
+    rated = [(metric(record) or float("inf"), record.case.id) for record in records]
+    value, where = max(rated, default=(None, ""))
+    return Outcome(text, goal, value, where, at_most=True)
 
 
 def _memory(memory: list[tuple[Case, dict[str, int]]]) -> Iterator[Outcome]:

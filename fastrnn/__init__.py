@@ -11,10 +11,11 @@ of code that cannot be edited, and `fastrnn.explain(module, input)` says what ru
 from fastrnn import functional
 from fastrnn._version import __version__
 from fastrnn.dispatch import Explanation, explain, use_backend
-from fastrnn.nn import GRU, LSTM, RHN, RNN, GRUCell, LSTMCell, RNNCell
+from fastrnn.nn import BNLSTM, GRU, LSTM, RHN, RNN, GRUCell, LSTMCell, RNNCell
 from fastrnn.surgery import patch, replace, restore
 
 __all__ = [
+    "BNLSTM",
     "GRU",
     "LSTM",
     "RHN",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastrnn
 
 # The layers that the self-check runs: an odd size, two layers, both directions.
-_LAYERS: dict[str, nn.RNNBase] = {
+_LAYERS: dict[str, nn.RNNBase | fastrnn.BNLSTM] = {
     "lstm": fastrnn.LSTM(7, 13, 2, bidirectional=True),
     "lstm, proj_size": fastrnn.LSTM(7, 13, 2, bidirectional=True, proj_size=5),
     "gru": fastrnn.GRU(7, 13, 2, bidirectional=True),
@@ -29,6 +29,7 @@ _LAYERS: dict[str, nn.RNNBase] = {
     "rhn, couple_carry=False": fastrnn.RHN(
         7, 13, 2, bidirectional=True, depth=3, couple_carry=False
     ),
+    "bnlstm": fastrnn.BNLSTM(7, 13, 2, bidirectional=True, max_length=9, eps=0.1),
 }
 
 
@@ -63,7 +64,7 @@ def _run(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str | None) 
     return [*(r.detach() for r in results), *(grad for grad in grads if grad is not None)]
 
 
-def self_check(module: nn.RNNBase) -> str:
+def self_check(module: nn.RNNBase | fastrnn.BNLSTM) -> str:
     """ "ok", or what differs: float32 against the float64 reference, by the rule of the tests:
     at most 4 times the error of the float32 reference and 16 roundings."""
     x = torch.randn(11, 3, module.input_size)

@@ -33,6 +33,7 @@ __all__ = [
     "decide",
     "explain",
     "explain_call",
+    "settle",
     "use_backend",
 ]
 
@@ -242,11 +243,7 @@ def choose(
     ):
         backend = "cpu"
     else:
-        problem = _problem(cell, input, batch, sizes, training, return_cells, recompute)
-        found = decide(problem)
-        backend, override = found.backend, _override()
-        if override is not None and backend != override.name and not is_compiling():
-            override.fallbacks.append((override.name, backend, found.rejected[0][1]))
+        backend = settle(_problem(cell, input, batch, sizes, training, return_cells, recompute))
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
@@ -257,6 +254,14 @@ def settled() -> bool | None:
     if _in_force or torch._C._are_functorch_transforms_active():
         return None
     return _bf16_allowed()
+
+
+def settle(problem: Problem) -> str:
+    """The backend of a call; where it is not the one asked for, ``use_backend`` hears of it."""
+    found, override = decide(problem), _override()
+    if override is not None and found.backend != override.name and not is_compiling():
+        override.fallbacks.append((override.name, found.backend, found.rejected[0][1]))
+    return found.backend
 
 
 def _problem(
@@ -426,11 +431,15 @@ def explain(
         TypeError: ``module`` is neither.
         RuntimeError, TypeError, ValueError: as the call itself raises.
     """
+    own = getattr(module, "_explain", None)
+    if own is not None:
+        explanation: Explanation = own(input, hx, lengths, reset, return_cells)
+        return explanation
     recurrent = isinstance(module, (RNNBase, RNNCellBase))
     if not recurrent:
         raise TypeError(
-            f"module: got {type(module).__name__}, expected an LSTM, GRU or RNN, or one of their "
-            "cells; for a whole model explain its recurrent modules one by one"
+            f"module: got {type(module).__name__}, expected an LSTM, GRU, RNN or BNLSTM, or one of "
+            "their cells; for a whole model explain its recurrent modules one by one"
         )
     name = type(module).__name__
     if type(module).__module__.startswith("torch."):

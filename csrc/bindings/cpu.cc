@@ -105,9 +105,12 @@ BackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
 
 }  // namespace
 
+void bind_bnlstm(py::module_&);
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastrnn's CPU kernels; see fastrnn/backends/cpu.py";
   m.attr("version") = FASTRNN_VERSION;
+  bind_bnlstm(m);
   m.def("isa", [] { return kernels().isa; });
   m.def("isas", [] {
     py::list out;

@@ -18,6 +18,12 @@ class Fields {
     if (v == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return v;
   }
+  double real() {
+    if (next_ >= size_) throw std::invalid_argument("fastrnn._cpu: too few fields in a tuple");
+    const double v = PyFloat_AsDouble(PyTuple_GET_ITEM(tuple_, next_++));
+    if (v == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+    return v;
+  }
   void* address() { return reinterpret_cast<void*>(static_cast<intptr_t>(integer())); }
   Grid strides() {
     Grid g;

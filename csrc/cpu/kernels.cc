@@ -143,6 +143,7 @@ void backward(const BackwardArgs& a) {
 #define FASTRNN_STRING_(x) #x
 #define FASTRNN_STRING(x) FASTRNN_STRING_(x)
 extern const RhnKernels rhn_table;
+extern const BnLstmKernels bnlstm_table;
 extern const Kernels table;
 const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        plan,
@@ -154,7 +155,8 @@ const Kernels table = {FASTRNN_STRING(FASTRNN_ISA_NAME),
                        backward,
                        peak_flops,
                        bandwidth,
-                       &rhn_table};
+                       &rhn_table,
+                       &bnlstm_table};
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

@@ -72,6 +72,7 @@ struct BackwardArgs : Problem {
 int tape_slots(Cell cell);
 
 struct RhnKernels;  // rhn.h
+struct BnLstmKernels;
 
 // One instruction set's entry points.
 struct Kernels {
@@ -86,6 +87,7 @@ struct Kernels {
   double (*peak_flops)(int threads, double seconds);
   double (*bandwidth)(int threads, size_t bytes_per_thread, double seconds);
   const RhnKernels* rhn;
+  const BnLstmKernels* bnlstm;
 };
 
 // The chosen set: the first of available_isas(), or what FASTRNN_ISA names.

@@ -158,7 +158,7 @@ class RhnBackward {
     for (int d = share.direction_first; d < share.direction_last; d++) direction(d, share, lane);
     if (args_.directions == 2 && args_.dx.data) {
       all_.wait(nt);
-      add_second_dx(tid, nt);
+      add_direction<E>(seq_, args_.dx, dir_[1].dx, args_.I, tid, nt);
     }
   }
 
@@ -217,8 +217,8 @@ class RhnBackward {
                                           : seq_.at<const T>(args_.y, before, n) + d * args_.H;
         if (m < m0 || m >= m1) continue;
         for (int p = 0; p < args_.x_groups; p++)
-          RhnForward<E>::scale_row(dir_[d].x_masked + (p * capacity_ + m) * I, lane.x[m],
-                                   mask_row(args_.x_mask, args_.x_groups, I, d, n, p), I);
+          scale_row<E>(dir_[d].x_masked + (p * capacity_ + m) * I, lane.x[m],
+                       mask_row(args_.x_mask, args_.x_groups, I, d, n, p), I);
       }
     }
   }
@@ -358,7 +358,7 @@ class RhnBackward {
   void micro_step(const Direction& dir, int above, int64_t b0, int64_t b1, int64_t count, Lane& lane) {
     const T* w = dir.w_hh + above * hh_.elements(width_);
     const bool ahead =
-        b1 > b0 && count >= kPrefetchRows &&
+        b1 > b0 && count >= kAheadRows &&
         args_.depth * (hh_.offset(b1 - 1) - hh_.offset(b0)) * width_ * sizeof(T) >= kPrefetchBytes;
     const T* after = dir.w_hh + (above + args_.depth - 1) % args_.depth * hh_.elements(width_);
     for (int64_t b = b0; b < b1; b++) {
@@ -366,8 +366,11 @@ class RhnBackward {
       const int64_t cols = hh_.columns(b), next = b + 1 < b1 ? b + 1 : b0;
       const T* coming = (b + 1 < b1 ? w : after) + hh_.stream(next, width_);
       row_blocks(count, nv, [&](int64_t m, int r) {
-        if (ahead) prefetch_part(coming, hh_.columns(next) * width_ * sizeof(T), m, m + r, count);
-        product(lane.a_rows + m, r, w, b, lane.tile);
+        if (ahead && s_pieces_ == 1)
+          multiply_ahead<E>(lane.a_rows + m, r, w + hh_.stream(b, width_), width_, nv, nullptr, 0, lane.tile,
+                            cols, coming, hh_.columns(next) * width_, m, count);
+        else
+          product(lane.a_rows + m, r, w, b, lane.tile);
         cell_.grad({lane.rows + m, r, lane.tile, cols, kTile, hh_.first(b), hh_.units(b), args_.H,
                     args_.s_groups, args_.N * args_.H});
       });
@@ -429,19 +432,6 @@ class RhnBackward {
         });
       }
     }
-  }
-
-  void add_second_dx(int tid, int nt) {
-    const int64_t I = args_.I, T0 = args_.T * tid / nt, T1 = args_.T * (tid + 1) / nt;
-    for (int64_t t = T0; t < T1; t++)
-      for (int64_t n = 0; n < seq_.count(t); n++) {
-        if (!seq_.alive(t, n)) continue;
-        T* dst = seq_.at<T>(args_.dx, t, n);
-        const T* src = dir_[1].dx + seq_.index(t, n) * I;
-        each_vector<V>(static_cast<int>(I), [&](int u, int w) {
-          store_as<V>(dst + u, load_as<V>(dst + u, w) + load_as<V>(src + u, w), w);
-        });
-      }
   }
 
   // Micro-step l's: its gate gradients meet the (masked) states before it, the first one's also the inputs.

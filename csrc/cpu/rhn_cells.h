@@ -3,9 +3,36 @@
 #pragma once
 #include "../cells/rhn.h"
 #include "cells_cpu.h"
+#include "sequence.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
+
+template <class E>
+static void scale_row(typename E::T* dst, const typename E::T* src, const typename E::T* by, int64_t width) {
+  using V = typename E::V;
+  each_vector<V>(static_cast<int>(width), [&](int u, int n) {
+    store_as<V>(dst + u, load_as<V>(src + u, n) * load_as<V>(by + u, n), n);
+  });
+}
+
+// Thread tid's share of adding the rows of `src`, numbered as a tape's, to those of `dst`.
+template <class E>
+static void add_direction(const Sequence& seq, const Grid& dst, const typename E::T* src, int64_t width,
+                          int tid, int nt) {
+  using V = typename E::V;
+  using T = typename E::T;
+  const int64_t steps = seq.p->T;
+  for (int64_t t = steps * tid / nt; t < steps * (tid + 1) / nt; t++)
+    for (int64_t n = 0; n < seq.count(t); n++) {
+      if (!seq.alive(t, n)) continue;
+      T* to = seq.at<T>(dst, t, n);
+      const T* from = src + seq.index(t, n) * width;
+      each_vector<V>(static_cast<int>(width), [&](int u, int w) {
+        store_as<V>(to + u, load_as<V>(to + u, w) + load_as<V>(from + u, w), w);
+      });
+    }
+}
 
 template <class T>
 struct RhnRow {

@@ -4,6 +4,7 @@
 // packed weights plus the pointwise part on an L1-resident tile. Threads own blocks of units (a barrier after
 // each micro-step) or rows of the batch (none). Intermediate states live in two buffers that take turns.
 #pragma once
+#include "ahead.h"
 #include "rhn_cells.h"
 #include "rhn_pack.h"
 #include "sequence.h"
@@ -117,8 +118,8 @@ class RhnForward {
     const int64_t n0 = split_units ? 0 : i0, n1 = split_units ? N : i1;
     for (int p = 0; p < args_.s_groups; p++)
       for (int64_t n = i0; n < i1; n++)
-        scale_row(dir.u_first + (p * N + n) * H, static_cast<const T*>(args_.h0) + (d * N + n) * H,
-                  mask_row(args_.s_mask, args_.s_groups, H, d, p, n), H);
+        scale_row<E>(dir.u_first + (p * N + n) * H, static_cast<const T*>(args_.h0) + (d * N + n) * H,
+                     mask_row(args_.s_mask, args_.s_groups, H, d, p, n), H);
     clear_frozen(d, i0, i1);
     if (split_units) dir.barrier.wait(share.count);
 
@@ -163,7 +164,7 @@ class RhnForward {
         const T* x = seq_.at<const T>(args_.x, time(d, s0 + i), n);
         for (int p = 0; p < x_parts_; p++) {
           T* copy = lane.x_copy + (p * stride + m) * I;
-          if (args_.x_groups) scale_row(copy, x, mask_row(args_.x_mask, args_.x_groups, I, d, p, n), I);
+          if (args_.x_groups) scale_row<E>(copy, x, mask_row(args_.x_mask, args_.x_groups, I, d, p, n), I);
           lane.x_rows[p * stride + m] = args_.x_groups ? copy : x;
         }
       }
@@ -217,7 +218,7 @@ class RhnForward {
     const int64_t base = panels.offset(b0), M = lane.list.rows;
     const int64_t columns = b1 > b0 ? panels.offset(b1 - 1) + panels.columns(b1 - 1) - base : 0;
     const bool ahead =
-        count >= kPrefetchRows && args_.depth * layout_.parts * columns * H * sizeof(T) >= kPrefetchBytes;
+        count >= kAheadRows && args_.depth * layout_.parts * columns * H * sizeof(T) >= kPrefetchBytes;
     constexpr int64_t kTile = kMaxRows * kMaxVectors * E::W;
     alignas(64) T tile_out[kMaxParts * kTile];
     for (int l = 0; l < args_.depth; l++) {
@@ -230,15 +231,17 @@ class RhnForward {
         const int next_l = (l + (b + 1 == b1)) % args_.depth;
         row_blocks(count, nv, [&](int64_t m, int r) {
           for (int part = 0; part < layout_.parts; part++) {
-            if (ahead)
-              prefetch_part(weights(d, layout_.h(next_l, part)) + panels.stream(next, H),
-                            panels.columns(next) * H * sizeof(T), m, m + r, count);
             const T* init =
                 l ? weights(d, layout_.bias(l, part)) + panels.offset(b)
                   : lane.scratch + M * (part * columns + panels.offset(b) - base) + (first + m) * cols;
-            tile_for<E>(r, nv)(lane.u_rows + (u_parts_ > 1 ? part : 0) * N + m,
-                               weights(d, layout_.h(l, part)) + panels.stream(b, H), H, init, l ? 0 : cols,
-                               tile_out + part * kTile, cols);
+            const T* const* operand = lane.u_rows + (u_parts_ > 1 ? part : 0) * N + m;
+            const T* w = weights(d, layout_.h(l, part)) + panels.stream(b, H);
+            const T* coming = weights(d, layout_.h(next_l, part)) + panels.stream(next, H);
+            if (ahead)
+              multiply_ahead<E>(operand, r, w, H, nv, init, l ? 0 : cols, tile_out + part * kTile, cols,
+                                coming, panels.columns(next) * H, m, count);
+            else
+              tile_for<E>(r, nv)(operand, w, H, init, l ? 0 : cols, tile_out + part * kTile, cols);
           }
           cell_.finish({lane.rows + m, r, tile_out, cols, layout_.parts > 1 ? kTile : units, panels.first(b),
                         units, H, args_.s_groups, N * H, N * H});
@@ -246,14 +249,6 @@ class RhnForward {
       }
       if (split_units) dir_[d].barrier.wait(share.count);
     }
-  }
-
- public:
-  static void scale_row(T* dst, const T* src, const T* by, int64_t width) {
-    each_vector<typename E::V>(static_cast<int>(width), [&](int u, int n) {
-      using V = typename E::V;
-      store_as<V>(dst + u, load_as<V>(src + u, n) * load_as<V>(by + u, n), n);
-    });
   }
 };
 

@@ -1,6 +1,15 @@
 """Gradients: one differentiable ``torch.autograd.Function`` per kind of layer."""
 
+from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward
 from fastrnn.autograd.layer import Layer, LayerBackward, distinct
 from fastrnn.autograd.rhn import RhnLayer, RhnLayerBackward
 
-__all__ = ["Layer", "LayerBackward", "RhnLayer", "RhnLayerBackward", "distinct"]
+__all__ = [
+    "BNLSTMLayer",
+    "BNLSTMLayerBackward",
+    "Layer",
+    "LayerBackward",
+    "RhnLayer",
+    "RhnLayerBackward",
+    "distinct",
+]

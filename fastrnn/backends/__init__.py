@@ -46,6 +46,7 @@ class Problem(NamedTuple):
     transforms: bool = False
     depth: int = 1
     gates: int = 0
+    process_group: bool = False
 
 
 def _probe_cpu() -> str:
@@ -69,6 +70,8 @@ def _serves_cpu(p: Problem) -> str:
         return CPU_MISSING
     if p.dtype not in CPU_DTYPES:
         return f"it has no {p.dtype} kernels, only float32, bfloat16 and float64"
+    if p.process_group:
+        return "its kernels see one process, statistics over a process group need collectives"
     if not p.hidden_size or not p.input_size:
         return "it has no kernels for an input or hidden size of 0"
     if p.transforms:
@@ -77,6 +80,8 @@ def _serves_cpu(p: Problem) -> str:
 
 
 def _serves_torch(p: Problem) -> str:
+    if p.cell == "bnlstm":
+        return "torch.nn has no batch-normalised LSTM"
     missing = [
         name
         for name, used in (

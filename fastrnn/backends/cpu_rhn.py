@@ -171,7 +171,8 @@ def _forward(
         library = _library()
         size = library.rhn_forward_workspace(problem, tensors)
         workspace = torch.empty(size + 64, dtype=torch.uint8)
-        library.rhn_forward(problem, tensors, _aligned(workspace))
+        tape_bytes = gates.numel() * gates.element_size()
+        library.rhn_forward(problem, tensors, _aligned(workspace), size, tape_bytes)
     return y.to(given), h_n.to(given), gates
 
 
@@ -279,7 +280,8 @@ def rhn_backward(
         library = _library()
         size = library.rhn_backward_workspace(problem, tensors)
         workspace = torch.empty(size + 64, dtype=torch.uint8)
-        library.rhn_backward(problem, tensors, _aligned(workspace))
+        w_hh_bytes = weights[1].numel() * weights[1].element_size()
+        library.rhn_backward(problem, tensors, _aligned(workspace), size, w_hh_bytes)
     else:
         dweights = [w.zero_() for w in dweights]
     return dx.to(given), dh0.to(given), [w.to(given) for w in dweights]

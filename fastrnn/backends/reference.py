@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastrnn.reference import gru_layer, lstm_layer, rhn_layer, rnn_layer
 
-__all__ = ["layer", "rhn"]
+__all__ = ["from_layout", "layer", "rhn", "to_layout"]
 
 
 def layer(
@@ -33,7 +33,7 @@ def layer(
         y, h_n, c_n and cells; the last two are None but for an LSTM. Cells have the data's dtype,
         float32 for the 16-bit types.
     """
-    x, lengths, reset, live = _time_major(x, h0, batch_sizes, lengths, reset, batch_first)
+    x, lengths, reset, live = from_layout(x, h0.size(1), batch_sizes, lengths, reset, batch_first)
     directions = h0.size(0)
     per_direction = len(weights) // directions
     ys, h_n, c_n, cells = [], [], [], []
@@ -54,10 +54,10 @@ def layer(
         ys.append(y)
         h_n.append(h)
 
-    y, h = _to_layout(ys, live, batch_first), torch.stack(h_n)
+    y, h = to_layout(ys, live, batch_first), torch.stack(h_n)
     if cell != "lstm":
         return y, h, None, None
-    states = _to_layout(cells, live, batch_first)
+    states = to_layout(cells, live, batch_first)
     if states.dtype in (torch.bfloat16, torch.float16):
         states = states.float()
     return y, h, torch.stack(c_n), states
@@ -75,7 +75,7 @@ def rhn(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """One Recurrent Highway layer; arguments, shapes and results as ``fastrnn::rhn_forward``."""
-    x, lengths, reset, live = _time_major(x, h0, batch_sizes, lengths, reset, batch_first)
+    x, lengths, reset, live = from_layout(x, h0.size(1), batch_sizes, lengths, reset, batch_first)
     directions = h0.size(0)
     per = len(weights) // directions
     results = [
@@ -92,34 +92,30 @@ def rhn(
         for d in range(directions)
     ]
     ys, states = zip(*results, strict=True)
-    return _to_layout(ys, live, batch_first), torch.stack(states)
+    return to_layout(ys, live, batch_first), torch.stack(states)
 
 
-_Layout = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _time_major(
+def from_layout(
     x: Tensor,
-    h0: Tensor,
+    size: int,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
     batch_first: bool,
-) -> _Layout:
-    """x as (T, N, I), lengths, reset as (T, N), and (T, N) bool of a packed sequence's rows."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x (T, N, I), lengths and reset (T, N), and where packed data lie in them, (T, N) bool."""
     if batch_sizes is not None:
-        live = torch.arange(h0.size(1)) < batch_sizes.unsqueeze(1)
+        live = torch.arange(size) < batch_sizes.unsqueeze(1)
         lengths = live.sum(0).to(x.device)
         live = live.to(x.device)
         x = x.new_zeros((*live.shape, x.size(-1))).index_put(live.nonzero().unbind(1), x)
         return x, lengths, reset, live
     if batch_first:
-        x = x.transpose(0, 1)
-        reset = None if reset is None else reset.transpose(0, 1)
+        return x.transpose(0, 1), lengths, None if reset is None else reset.transpose(0, 1), None
     return x, lengths, reset, None
 
 
-def _to_layout(parts: Sequence[Tensor], live: Tensor | None, batch_first: bool) -> Tensor:
+def to_layout(parts: Sequence[Tensor], live: Tensor | None, batch_first: bool) -> Tensor:
     """Join the directions, (T, N, K) each, and lay them out as the input is."""
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
     if live is not None:

@@ -1,5 +1,6 @@
 """The operators of ``torch.library`` that every backend implements."""
 
+from fastrnn.ops.bnlstm import BNLSTM_CPU, bnlstm_backward, bnlstm_forward
 from fastrnn.ops.layer import (
     CPU,
     layer_backward,
@@ -12,8 +13,11 @@ from fastrnn.ops.layer import (
 from fastrnn.ops.rhn import RHN_CPU, rhn_backward, rhn_forward, rhn_forward_train
 
 __all__ = [
+    "BNLSTM_CPU",
     "CPU",
     "RHN_CPU",
+    "bnlstm_backward",
+    "bnlstm_forward",
     "layer_backward",
     "layer_forward",
     "layer_forward_train",

@@ -1,0 +1,198 @@
+"""Cells that torch.nn does not have, beside the loop a user would write for them.
+
+The loops are the fastest honest ones: the input product of all steps is one matmul, the time axis
+is unbound outside the loop, batch norms of the input term are one call over all steps, and no
+tensor is copied. "loop" runs them eagerly; "loop-compiled" hands the body of the loop (one time
+step) to torch.compile, which unrolls nothing over time: compiling all steps takes minutes.
+The truth is the loop in float64, written apart from the library's own references; with a
+regulariser, whose masks only the library knows, it is the reference backend in float64 with the
+same seed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, linear
+
+import fastrnn
+from benchmarks.cases import Case
+from benchmarks.peers import Contestant, Outputs
+
+SEED = 11
+REGULARISERS: dict[str, dict[str, Any]] = {
+    "update": {"recurrent_dropout": 0.25, "recurrent_dropout_mode": "update"},
+    "cell": {"recurrent_dropout": 0.25, "recurrent_dropout_mode": "cell"},
+    "state": {"recurrent_dropout": 0.25, "recurrent_dropout_mode": "state"},
+    "zoneout": {"zoneout": 0.1},
+    "weight": {"weight_dropout": 0.25},
+}
+_PLAIN = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
+
+
+class LoopProblem:
+    """Weights, input and output gradients of a case, seeded by its id."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+        module = make_module(case, "fastrnn")
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name.startswith("weight"):
+                    bound = parameter.size(-1) ** -0.5
+                    parameter.uniform_(-bound, bound, generator=generator)
+        self.weights = module.state_dict()
+        self.x = torch.randn(case.T, case.N, case.input_size, generator=generator)
+        self.dy = torch.randn(case.T, case.N, case.H, generator=generator)
+        self.dh = torch.randn(1, case.N, case.H, generator=generator)
+
+
+def make_module(case: Case, name: str) -> nn.Module:
+    """fastrnn's module of a case: the cell itself, or the plain LSTM or GRU of its shape."""
+    if case.cell == "rhn" and name == "fastrnn":
+        return fastrnn.RHN(case.input_size, case.H, depth=case.depth)
+    if case.cell == "bnlstm" and name == "fastrnn":
+        return fastrnn.BNLSTM(case.input_size, case.H, max_length=case.T)
+    kind = getattr(fastrnn, _PLAIN.get(case.cell, "LSTM"))
+    return kind(
+        case.input_size, case.H, **REGULARISERS.get(case.option, {}) if name == "fastrnn" else {}
+    )
+
+
+def build(
+    case: Case, name: str, problem: LoopProblem, dtype: torch.dtype = torch.float32
+) -> Contestant:
+    """The contestant: "fastrnn", "fastrnn-plain", "fastrnn-reference", "loop", "loop-compiled"."""
+    if name.startswith("loop"):
+        module: nn.Module = _Loop(case, problem, compiled=name == "loop-compiled")
+    else:
+        module = make_module(case, "fastrnn-plain" if name == "fastrnn-plain" else "fastrnn")
+        if name != "fastrnn-plain" or case.option:
+            module.load_state_dict(problem.weights)
+    module = module.to(dtype).train(case.mode == "training")
+    x = problem.x.detach().to(dtype).requires_grad_(case.mode == "training")
+    dy, dh = problem.dy.to(dtype), problem.dh.to(dtype)
+    parameters = dict(module.named_parameters())
+
+    def run() -> tuple[Tensor, Tensor]:
+        y, state = module(x)
+        return y, state[0] if isinstance(state, tuple) else state
+
+    def train() -> tuple[Tensor, Tensor]:
+        x.grad = None
+        for parameter in parameters.values():
+            parameter.grad = None
+        y, h_n = run()
+        torch.autograd.backward((y, h_n), (dy, dh))
+        return y, h_n
+
+    call: Callable[[], tuple[Tensor, Tensor]] = train if case.mode == "training" else run
+
+    def outputs() -> Outputs:
+        torch.manual_seed(SEED)
+        y, h_n = call()
+        found = {"y": y, "h_n": h_n}
+        if case.mode == "training":
+            found["dx"] = x.grad
+            found |= {f"d{key}": value.grad for key, value in parameters.items()}
+        return found
+
+    context: Any = nullcontext if case.mode == "training" else torch.no_grad
+    if name == "fastrnn-reference":
+        context = lambda: fastrnn.use_backend("reference")  # noqa: E731
+    contestant = Contestant(name, call, outputs, context)
+    if name == "fastrnn":
+        with context():
+            contestant.backend = str(fastrnn.explain(module, x).backend)
+    return contestant
+
+
+def truth(case: Case, problem: LoopProblem) -> Outputs:
+    """The float64 outputs, and gradients in training."""
+    return _run(build(case, _yardstick(case), problem, torch.float64))
+
+
+def peer_outputs(case: Case, problem: LoopProblem) -> Outputs:
+    """The same in float32: what our error is measured against."""
+    return _run(build(case, _yardstick(case), problem))
+
+
+def _yardstick(case: Case) -> str:
+    return "fastrnn-reference" if case.option else "loop"
+
+
+def _run(contestant: Contestant) -> Outputs:
+    with contestant.context():
+        outputs = contestant.outputs()
+    return {name: value.detach() for name, value in outputs.items() if value is not None}
+
+
+class _Loop(nn.Module):
+    """The loop over time, with the parameters of fastrnn's module under the same names."""
+
+    def __init__(self, case: Case, problem: LoopProblem, *, compiled: bool) -> None:
+        super().__init__()
+        self.case = case
+        for name, value in problem.weights.items():
+            if not name.startswith(("running", "num_batches")):
+                self.register_parameter(name, nn.Parameter(value.clone()))
+        step = {"rhn": _rhn_step, "bnlstm": _bnlstm_step}.get(case.cell, _dropout_lstm_step)
+        self.step = torch.compile(step, dynamic=False) if compiled else step
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        case, w = self.case, self._parameters
+        h = x.new_zeros(case.N, case.H)
+        w_ih, w_hh = w["weight_ih_l0"], w["weight_hh_l0"]
+        ys = []
+        if case.cell == "rhn":
+            bias, matrices = w["bias_l0"].unbind(0), [m.t() for m in w_hh.unbind(0)]
+            for x_t in linear(x, w_ih).unbind(0):
+                h = self.step(x_t, h, matrices, bias)
+                ys.append(h)
+        elif case.cell == "bnlstm":
+            c = h
+            norms = [w[f"bn_{k}_l0"] for k in ("weight_hh", "weight_c", "bias_c")]
+            z = linear(x, w_ih).transpose(0, 1).reshape(case.N, -1)
+            z = batch_norm(z, None, None, w["bn_weight_ih_l0"].repeat(case.T), None, True)
+            for x_t in z.view(case.N, case.T, -1).unbind(1):
+                h, c = self.step(x_t + w["bias_l0"], h, c, w_hh, *norms)
+                ys.append(h)
+        else:
+            c, keep = h, 1 - REGULARISERS["update"]["recurrent_dropout"]
+            masks = torch.empty(case.T, case.N, case.H, dtype=x.dtype).bernoulli_(keep)
+            inputs = linear(x, w_ih, w["bias_ih_l0"] + w["bias_hh_l0"])
+            for x_t, mask in zip(inputs.unbind(0), masks.unbind(0), strict=True):
+                h, c = self.step(x_t, h, c, w_hh, mask)
+                ys.append(h)
+        return torch.stack(ys), h.unsqueeze(0)
+
+
+def _rhn_step(x_t: Tensor, s: Tensor, matrices: list[Tensor], bias: tuple[Tensor, ...]) -> Tensor:
+    for depth, (matrix, b) in enumerate(zip(matrices, bias, strict=True)):
+        z = torch.addmm(b if depth else x_t + b, s, matrix)
+        h, t = z.chunk(2, 1)
+        s = torch.lerp(s, h.tanh(), t.sigmoid())
+    return s
+
+
+def _bnlstm_step(
+    x_t: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, gamma_hh: Tensor, gamma_c: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    z = x_t + batch_norm(linear(h, w_hh), None, None, gamma_hh, None, True)
+    i, f, g, o = z.chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * batch_norm(c, None, None, gamma_c, beta, True).tanh(), c
+
+
+def _dropout_lstm_step(
+    x_t: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    i, f, g, o = torch.addmm(x_t, h, w_hh.t()).chunk(4, 1)
+    c = f.sigmoid() * c + mask * (i.sigmoid() * g.tanh())
+    return o.sigmoid() * c.tanh(), c

@@ -1,0 +1,122 @@
+// Python's door to the batch-normalised LSTM; fastrnn/backends/cpu_bnlstm.py names the fields in this order.
+#include "../cpu/bnlstm.h"
+
+#include <pybind11/pybind11.h>
+
+#include "fields.h"
+
+namespace py = pybind11;
+using namespace fastrnn;
+
+namespace {
+
+void read_problem(Fields& f, BnLstmProblem& p) {
+  p.type = static_cast<Type>(f.integer());
+  p.linear = f.integer() != 0;
+  p.threads = static_cast<int>(f.integer());
+  p.directions = static_cast<int>(f.integer());
+  p.T = f.integer();
+  p.N = f.integer();
+  p.I = f.integer();
+  p.H = p.O = f.integer();
+  p.batch = f.integer() != 0;
+  p.sequence = f.integer() != 0;
+  p.eps = f.real();
+  f.end();
+}
+
+void read_sequence(Fields& f, Problem& p) {
+  p.batch_sizes = static_cast<const int64_t*>(f.address());
+  p.lengths = static_cast<const int64_t*>(f.address());
+  p.reset = static_cast<const uint8_t*>(f.address());
+  p.reset_stride_t = f.integer();
+  p.reset_stride_n = f.integer();
+}
+
+BnLstmForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensors) {
+  BnLstmForwardArgs a;
+  Fields f(problem);
+  read_problem(f, a);
+  Fields g(tensors);
+  for (Grid* grid : {&a.x, &a.y, &a.cells}) *grid = g.strides();
+  for (Grid* grid : {&a.x, &a.y, &a.cells}) grid->data = g.address();
+  a.h0 = g.address();
+  a.c0 = g.address();
+  a.h_n = g.address();
+  a.c_n = g.address();
+  a.packed = g.address();
+  a.tape = g.address();
+  for (void*& used : a.used) used = g.address();
+  read_sequence(g, a);
+  for (int d = 0; d < a.directions; d++) {
+    a.weights[d] = {g.address(), g.address(), g.address(), g.address(),
+                    g.address(), g.address(), g.address()};
+    for (int term = 0; term < kBnTerms; term++) {
+      a.given[d].mean[term] = g.address();
+      a.given[d].var[term] = g.address();
+      a.given[d].rows[term] = g.integer();
+    }
+  }
+  g.end();
+  return a;
+}
+
+BnLstmBackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
+  BnLstmBackwardArgs a;
+  Fields f(problem);
+  read_problem(f, a);
+  Fields g(tensors);
+  a.x = a.dx = g.strides();
+  a.y = a.dy = g.strides();
+  a.cells = a.dcells = g.strides();
+  for (Grid* grid : {&a.x, &a.y, &a.cells, &a.dx, &a.dy, &a.dcells}) grid->data = g.address();
+  a.h0 = g.address();
+  a.c0 = g.address();
+  a.dh_n = g.address();
+  a.dc_n = g.address();
+  a.dh0 = g.address();
+  a.dc0 = g.address();
+  a.tape = g.address();
+  for (const void*& used : a.used) used = g.address();
+  a.want_weights = g.integer() != 0;
+  read_sequence(g, a);
+  for (int d = 0; d < a.directions; d++)
+    a.weights[d] = {g.address(), g.address(), g.address(), g.address(),
+                    g.address(), g.address(), g.address()};
+  if (a.want_weights)
+    for (int d = 0; d < a.directions; d++)
+      a.grads[d] = {g.address(), g.address(), g.address(), g.address(),
+                    g.address(), g.address(), g.address()};
+  g.end();
+  return a;
+}
+
+}  // namespace
+
+void bind_bnlstm(py::module_& m) {
+  m.def("bnlstm_tape_width", &bnlstm_tape_width);
+  m.def("bnlstm_threads", [](const py::tuple& problem) {
+    BnLstmProblem p;
+    Fields f(problem);
+    read_problem(f, p);
+    return kernels().bnlstm->threads(p);
+  });
+  m.def("bnlstm_forward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
+    return kernels().bnlstm->forward_workspace(forward_args(problem, tensors));
+  });
+  m.def("bnlstm_forward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
+    BnLstmForwardArgs a = forward_args(problem, tensors);
+    a.workspace = reinterpret_cast<void*>(workspace);
+    py::gil_scoped_release release;
+    kernels().bnlstm->forward(a);
+  });
+  m.def("bnlstm_backward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
+    return kernels().bnlstm->backward_workspace(backward_args(problem, tensors));
+  });
+  m.def("bnlstm_backward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
+    BnLstmBackwardArgs a = backward_args(problem, tensors);
+    a.workspace = reinterpret_cast<void*>(workspace);
+    py::gil_scoped_release release;
+    kernels().bnlstm->backward(a);
+  });
+}

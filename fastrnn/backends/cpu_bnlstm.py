@@ -1,0 +1,216 @@
+"""The batch-normalised LSTM's ops on the native CPU library; see ``fastrnn.backends.cpu``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends import cpu
+
+__all__ = ["bnlstm_backward", "bnlstm_forward", "plan"]
+
+_TERMS = 3  # input term, recurrent term, cell
+
+
+def _library() -> Any:
+    """The native module; absent from a tree without a build, where no call comes this far."""
+    return cpu._cpu  # type: ignore[attr-defined]
+
+
+def _problem(
+    x: Tensor,
+    shape: tuple[int, int],
+    directions: int,
+    hidden: int,
+    batch_stats: bool,
+    sequence: bool,
+    eps: float,
+    plan: str,
+) -> tuple[float, ...]:
+    if plan and (plan != "linear" or x.dtype != torch.float64):
+        raise ValueError(f"plan: got {plan!r}, expected '', or 'linear' in float64")
+    return (
+        cpu._TYPES[x.dtype],
+        plan == "linear",
+        torch.get_num_threads(),
+        directions,
+        *shape,
+        x.size(-1),
+        hidden,
+        batch_stats,
+        sequence,
+        eps,
+    )
+
+
+def _addresses(weights: Sequence[Tensor], directions: int) -> list[int]:
+    """Seven addresses a direction (w_ih, w_hh, bias, gamma_ih, gamma_hh, gamma_c, beta_c)."""
+    per = len(weights) // directions
+    out: list[int] = []
+    for d in range(directions):
+        p = [t.data_ptr() for t in weights[d * per : (d + 1) * per]]
+        out += p if per == 7 else [*p[:2], 0, *p[2:]]
+    return out
+
+
+def plan(
+    shape: tuple[int, int], features: int, hidden: int, directions: int, dtype: torch.dtype
+) -> str:
+    """What the kernels will do with a layer of this shape, in words for ``explain``."""
+    x = torch.empty((0, features), dtype=dtype, device="cpu")
+    problem = _problem(x, shape, directions, hidden, True, False, 1.0, "")
+    count = _library().bnlstm_threads(problem)
+    if count == 1:
+        split = "1 thread"
+    elif directions == 2 and count == 2:
+        split = "2 threads, one per direction"
+    else:
+        split = f"{count} threads over hidden units, statistics local to a thread"
+    return f"{cpu.isa()}, {split}, all steps in one call"
+
+
+def bnlstm_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor],
+    running: Sequence[Tensor],
+    packed: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    eps: float,
+    batch_stats: bool,
+    sequence: bool,
+    batch_first: bool,
+    return_cells: bool,
+    record: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, h0, c0 = cpu._rows(x), h0.contiguous(), c0.contiguous()
+    weights, running = cpu._contiguous(weights), cpu._contiguous(running)
+    directions, size, hidden = h0.shape
+    shape = cpu._shape(x, batch_sizes, batch_first, h0)
+    problem = _problem(x, shape, directions, hidden, batch_stats, sequence, eps, plan)
+    is_packed = batch_sizes is not None
+    batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
+
+    lead = x.shape[:-1]
+    y = x.new_empty((*lead, directions * hidden))
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    cells = x.new_empty((*lead, directions * hidden) if return_cells or record else 0)
+    rows = (x.size(0) if is_packed else shape[0] * size) if record else 0
+    tape = x.new_empty((directions, rows, _library().bnlstm_tape_width(hidden)))
+    steps = shape[0] if batch_stats or record else 0
+    widths = (4 * hidden, 4 * hidden, hidden)
+    used = [
+        x.new_empty((directions, 2, min(steps, 1) if sequence and i == 0 else steps, width))
+        for i, width in enumerate(widths)
+    ]
+    if size == 0:
+        return y, h_n, c_n, cells, tape, *(t.zero_() for t in used)  # type: ignore[return-value]
+    with_cells = cells.numel() > 0
+    per = len(running) // directions
+    addresses = _addresses(weights, directions)
+    fields: list[int] = []
+    for d in range(directions):
+        fields += addresses[7 * d : 7 * d + 7]
+        for i in range(_TERMS):
+            mean, var = running[per * d + 2 * i : per * d + 2 * i + 2]
+            fields += (mean.data_ptr(), var.data_ptr(), mean.size(0))
+    tensors = (
+        *cpu._strides(x, is_packed, batch_first),
+        *cpu._strides(y, is_packed, batch_first),
+        *(cpu._strides(cells, is_packed, batch_first) if with_cells else (0, 0)),
+        x.data_ptr(),
+        y.data_ptr(),
+        cpu._pointer(cells),
+        h0.data_ptr(),
+        c0.data_ptr(),
+        h_n.data_ptr(),
+        c_n.data_ptr(),
+        cpu._pointer(packed),
+        cpu._pointer(tape),
+        *(cpu._pointer(t) for t in used),
+        *cpu._sequence_fields(batch_sizes, lengths, reset, batch_first),
+        *fields,
+    )
+    workspace = torch.empty(
+        _library().bnlstm_forward_workspace(problem, tensors) + 64, dtype=torch.uint8
+    )
+    _library().bnlstm_forward(problem, tensors, cpu._aligned(workspace))
+    return y, h_n, c_n, cells, tape, *used  # type: ignore[return-value]
+
+
+def bnlstm_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    cells: Tensor,
+    tape: Tensor,
+    used: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    eps: float,
+    batch_stats: bool,
+    sequence: bool,
+    batch_first: bool,
+    need_dx: bool,
+    need_dstate: bool,
+    need_dw: bool,
+    plan: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
+    weights = cpu._contiguous(weights)
+    directions, size, hidden = h0.shape
+    shape = cpu._shape(x, batch_sizes, batch_first, h0)
+    problem = _problem(x, shape, directions, hidden, batch_stats, sequence, eps, plan)
+    is_packed = batch_sizes is not None
+    batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
+    empty = x.new_empty(0)
+
+    dx = torch.empty_like(x) if need_dx else empty
+    dh0 = torch.empty_like(h0) if need_dstate else empty
+    dc0 = torch.empty_like(c0) if need_dstate else empty
+    dweights = [torch.empty_like(w) for w in weights] if need_dw else []
+    if size == 0:
+        return dx, dh0, dc0, [w.zero_() for w in dweights]
+    dy, dh_n, dc_n, dcells = (cpu._like_input(g, x.dtype) for g in (dy, dh_n, dc_n, dcells))
+    tensors = (
+        *cpu._strides(x, is_packed, batch_first),
+        *cpu._strides(y, is_packed, batch_first),
+        *cpu._strides(cells, is_packed, batch_first),
+        x.data_ptr(),
+        y.data_ptr(),
+        cells.data_ptr(),
+        cpu._pointer(dx),
+        cpu._pointer(dy),
+        cpu._pointer(dcells),
+        h0.data_ptr(),
+        c0.data_ptr(),
+        cpu._pointer(dh_n),
+        cpu._pointer(dc_n),
+        cpu._pointer(dh0),
+        cpu._pointer(dc0),
+        tape.data_ptr(),
+        *(t.data_ptr() for t in used),
+        need_dw,
+        *cpu._sequence_fields(batch_sizes, lengths, reset, batch_first),
+        *_addresses(weights, directions),
+        *(_addresses(dweights, directions) if need_dw else ()),
+    )
+    workspace = torch.empty(
+        _library().bnlstm_backward_workspace(problem, tensors) + 64, dtype=torch.uint8
+    )
+    _library().bnlstm_backward(problem, tensors, cpu._aligned(workspace))
+    return dx, dh0, dc0, dweights

@@ -1,0 +1,72 @@
+"""Running statistics of a batch-normalised module: their reset, and their means over a data set."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.functional.bnlstm import STATISTICS
+
+
+class RunningStatistics(nn.Module):
+    """Adds ``reset_running_stats`` and ``recalibrate`` to a module that lists its buffers."""
+
+    _statistic_names: list[str]
+
+    def _statistics(self) -> list[Any]:
+        return [getattr(self, name) for name in self._statistic_names]
+
+    def reset_running_stats(self) -> None:
+        """Set running means and counts to 0 and running variances to 1."""
+        for name, buffer in zip(self._statistic_names, self._statistics()):
+            buffer.fill_(1 if "_var_" in name else 0)
+
+    @torch.no_grad()
+    def recalibrate(self, batches: Iterable[Any]) -> Any:
+        """Replace the running statistics by their means over ``batches``, as the paper evaluates.
+
+        The batches are run with the statistics of each batch, but without dropout and noise.
+
+        Args:
+            batches: inputs as of forward, or pairs (input, lengths).
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: no batch, or none in which two sequences reach a step.
+            What forward raises; the running statistics then are what they were.
+        """
+        kept = [buffer.clone() for buffer in self._statistics()]
+        self.reset_running_stats()
+        try:
+            for batch in batches:
+                packed = isinstance(batch, (Tensor, PackedSequence))
+                input, lengths = (batch, None) if packed else batch
+                with self._recalibrating():
+                    self(input, lengths=lengths)
+            if not int(self._statistics()[STATISTICS - 1].sum()):
+                raise ValueError(
+                    "recalibrate: got no batch of two sequences or more, whose statistics could "
+                    "be taken"
+                )
+        except BaseException:
+            for buffer, before in zip(self._statistics(), kept):
+                buffer.copy_(before)
+            raise
+        return self
+
+    _recalibrates = False
+
+    @contextlib.contextmanager
+    def _recalibrating(self) -> Iterator[None]:
+        self._recalibrates = True
+        try:
+            yield
+        finally:
+            del self._recalibrates

@@ -1,0 +1,117 @@
+"""What BNLSTM refuses, in which words, and that a failed call changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn import functional
+from tests.test_bnlstm import H, I, L, N, T, assert_same_buffers, buffers, make
+
+BAD_ARGUMENTS = [
+    ({"max_length": 0}, ValueError, "max_length must be at least 1, got 0"),
+    ({"max_length": 2.0}, TypeError, "max_length should be of type int, got: float"),
+    ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    ({"num_layers": True}, TypeError, "num_layers should be of type int, got: bool"),
+    ({"bias": 1}, TypeError, "bias should be of type bool, got: int"),
+    ({"dropout": 1.5}, ValueError, r"dropout should be a number in range \[0, 1\].* got 1.5"),
+    ({"momentum": -0.1}, ValueError, "momentum should be a number in range .* got -0.1"),
+    ({"momentum": "0.1"}, ValueError, "momentum should be a number in range .* got '0.1'"),
+    ({"eps": 0.0}, ValueError, "eps should be a number above 0, got 0.0"),
+    ({"h0_noise": -1}, ValueError, "h0_noise should be a standard deviation >= 0, got -1"),
+    ({"input_stats": "batch"}, ValueError, "input_stats should be 'step' or 'sequence'"),
+    ({"learn_init_state": None}, TypeError, "learn_init_state should be of type bool"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastrnn.BNLSTM(**{"input_size": I, "hidden_size": H, "max_length": L, **options})
+
+
+def test_max_length_has_no_default() -> None:
+    with pytest.raises(TypeError, match=r"max_length"):
+        fastrnn.BNLSTM(I, H)
+    with pytest.warns(UserWarning, match="num_layers greater than 1"):
+        make(dropout=0.5)
+
+
+X = torch.zeros(T, N, I)
+BAD_CALLS = [
+    ((torch.zeros(T, N, I + 1),), {}, RuntimeError, r"Expected 3, got 4"),
+    ((torch.zeros(0, N, I),), {}, RuntimeError, "sequence length to be larger than 0"),
+    ((torch.zeros(T),), {}, ValueError, "BNLSTM: Expected input to be 2D or 3D, got 1D"),
+    (([1.0],), {}, TypeError, "BNLSTM: input should be a Tensor or a PackedSequence, got list"),
+    ((X.double(),), {}, ValueError, r"input dtype \(torch.float64\) does not match weight dtype"),
+    ((X, X), {}, TypeError, r"hx should be a pair of tensors \(h_0, c_0\), got Tensor"),
+    ((X, (torch.zeros(1, N, H),) * 3), {}, TypeError, "got 3 of them"),
+    ((X, (torch.zeros(1, N, H), torch.zeros(1, 2, H))), {}, RuntimeError, r"Expected hidden\[1\]"),
+    ((X, (torch.zeros(N, H),) * 2), {}, RuntimeError, "For batched 3-D input"),
+    ((X,), {"lengths": [0, 1, 2, 3]}, ValueError, "lengths: got values from 0 to 3"),
+    ((X,), {"lengths": [1, 2]}, ValueError, r"lengths: got shape \(2,\)"),
+    ((X,), {"reset": torch.zeros(N, T, dtype=torch.bool)}, ValueError, "reset: got shape"),
+    ((pack_padded_sequence(X, [T] * N),), {"lengths": [1] * N}, ValueError, "PackedSequence"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD_CALLS)
+def test_bad_calls_leave_no_trace(
+    args: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    module = make(h0_noise=0.1)
+    module(torch.randn(T, N, I))
+    before, state = buffers(module), torch.random.get_rng_state()
+    with pytest.raises(error, match=message):
+        module(*args, **options)
+    assert_same_buffers(module, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_failure_in_the_second_layer_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make(num_layers=2)
+    before, calls, layer = buffers(module), [], functional.bnlstm.__globals__["_layer"]
+
+    def fails_later(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return layer(*args)
+
+    monkeypatch.setitem(functional.bnlstm.__globals__, "_layer", fails_later)
+    with pytest.raises(MemoryError):
+        module(X)
+    assert_same_buffers(module, before)
+
+
+def test_bad_steps() -> None:
+    x = torch.zeros(N, I)
+    with pytest.raises(ValueError, match=r"BNLSTM\.step: bidirectional=True"):
+        make(bidirectional=True).step(x)
+    with pytest.raises(ValueError, match=r"Expected x_t to be 1D or 2D, got 3D"):
+        make().step(X)
+    with pytest.raises(TypeError, match="state should be what step returned"):
+        make().step(x, (torch.zeros(1, N, H), torch.zeros(1, N, H)))
+    with pytest.raises(TypeError, match="x_t should be a Tensor, got int"):
+        make().step(3)
+    module = make(input_stats="sequence")
+    with pytest.raises(ValueError, match=r"call eval\(\) first"):
+        module.step(x)
+    module.eval().step(x)
+
+
+def test_bad_functional_arguments() -> None:
+    module = make()
+    own, statistics = module._weights(), module._statistics()
+    with pytest.raises(ValueError, match="flat_weights: got 6 tensors, expected 7"):
+        functional.bnlstm(X, None, own[:-1], statistics)
+    with pytest.raises(ValueError, match="flat_statistics: got 0 tensors, expected 7"):
+        functional.bnlstm(X, None, own, [])
+    with pytest.raises(RuntimeError, match=r"flat_statistics\[2\]: got shape \(20,\)"):
+        functional.bnlstm(X, None, own, [*statistics[:2], statistics[2][0], *statistics[3:]])
+    with pytest.raises(ValueError, match="input_stats: got 'all'"):
+        functional.bnlstm(X, None, own, statistics, input_stats="all")
