@@ -44,7 +44,7 @@ HANDOVER: dict[str, tuple[Handover, ...]] = {
             needs_amx=True,
         ),
         Handover(
-            torch.float32, False, _ANY, (16, 64), (448, 768),
+            torch.float32, False, (8, _ANY[1]), (16, 64), (448, 768),
             f"oneDNN is 1.05 to 1.13 times faster, {_RESULTS}",
         ),
     ),
