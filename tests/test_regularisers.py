@@ -293,7 +293,7 @@ def test_explain(kind: str) -> None:
 
 def test_never_handed_over_to_torch() -> None:
     """oneDNN's LSTM, which is taken for some shapes, knows no zoneout."""
-    x = torch.randn(3, 32, 8)
+    x = torch.randn(9, 32, 8)
     with torch.no_grad():
         plain = fastrnn.LSTM(8, 512).eval()
         assert fastrnn.explain(plain, x).backend == "torch"

@@ -51,11 +51,11 @@ def lstm(
     reset: Tensor | None = None,
     return_cells: bool = False,
     recompute: bool = False,
-    recurrent_dropout: float = 0.0,
+    recurrent_dropout: float = 0,  # not 0.0: torch.compile makes symbols of float defaults
     recurrent_dropout_mode: str = "update",
     recurrent_dropout_per: str = "step",
-    zoneout: float | tuple[float, float] = 0.0,
-    weight_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0,
+    weight_dropout: float = 0,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, ...]:
     """A stack of LSTM layers; the formula is that of ``fastrnn.LSTM``.
@@ -117,11 +117,11 @@ def gru(
     reset: Tensor | None = None,
     recompute: bool = False,
     reset_after: bool = True,
-    recurrent_dropout: float = 0.0,
+    recurrent_dropout: float = 0,  # not 0.0: torch.compile makes symbols of float defaults
     recurrent_dropout_mode: str = "update",
     recurrent_dropout_per: str = "step",
-    zoneout: float = 0.0,
-    weight_dropout: float = 0.0,
+    zoneout: float = 0,
+    weight_dropout: float = 0,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers; the formula is that of ``fastrnn.GRU``.
@@ -162,11 +162,11 @@ def rnn(
     lengths: Sequence[int] | Tensor | None = None,
     reset: Tensor | None = None,
     recompute: bool = False,
-    recurrent_dropout: float = 0.0,
+    recurrent_dropout: float = 0,  # not 0.0: torch.compile makes symbols of float defaults
     recurrent_dropout_mode: str = "state",
     recurrent_dropout_per: str = "step",
-    zoneout: float = 0.0,
-    weight_dropout: float = 0.0,
+    zoneout: float = 0,
+    weight_dropout: float = 0,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers; the formula is that of ``fastrnn.RNN``.
