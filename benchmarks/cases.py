@@ -14,7 +14,7 @@ from typing import Any
 CELLS = ("lstm", "gru", "rnn")
 MODES = ("forward", "training", "step")
 LOOP_CELLS = ("rhn", "bnlstm")  # no peer in torch.nn: the peer is a loop
-GROUPS = ("grid", "step", "bf16", "isa", "options", "loops", "regularised", "memory")
+GROUPS = ("grid", "step", "bf16", "isa", "options", "loops", "regularised", "layer_norm", "memory")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rhn": 2, "bnlstm": 4}
 
 
@@ -27,7 +27,7 @@ class Case:
       torch.nn's cell.
     ragged: "" (all sequences have T steps), "lengths" (padded batch with lengths) or "packed"
       (PackedSequence).
-    depth: micro-steps of an RHN. option: a regulariser of `loops.REGULARISERS`.
+    depth: micro-steps of an RHN. option: one of `loops.OPTIONS`.
     """
 
     cell: str
@@ -63,7 +63,7 @@ class Case:
         extras += ["bidirectional"] if self.bidirectional else []
         extras += [f"proj{self.proj}"] if self.proj else []
         extras += [self.ragged] if self.ragged else []
-        extras += [self.option] if self.option else []
+        extras += [self.option] if self.option not in ("", self.group) else []
         extras += ["recompute"] if "fastrnn-recompute" in self.contestants else []
         size = f"T{self.T}-N{self.N}-H{self.H}" + (f"-I{self.I}" if self.I else "")
         size += f"-L{self.depth}" if self.depth > 1 else ""
@@ -283,10 +283,24 @@ def regularised() -> list[Case]:
     return cases
 
 
+def layer_norm() -> list[Case]:
+    """Layer-normalised layers against an eager loop, beside the plain ones."""
+    return [
+        Case(
+            cell, "training", *shape, "layer_norm", option="layer_norm",
+            contestants=("fastrnn", "loop", "fastrnn-plain"),
+            quick=cell == "lstm" and shape == (100, 32, 256),
+        )
+        for cell in ("lstm", "gru")
+        for shape in ((100, 32, 256), (100, 8, 512), (100, 1, 512), (200, 64, 128))
+    ]  # fmt: skip
+
+
 def registry() -> list[Case]:
     """Every case, in the order it is run."""
     return [
-        *grid(), *step(), *bf16(), *isa(), *options(), *loops(), *regularised(), *memory(),
+        *grid(), *step(), *bf16(), *isa(), *options(), *loops(), *regularised(), *layer_norm(),
+        *memory(),
     ]  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def run_case(
     try:
         if case.group == "isa":
             _run_isa(record, settings, workers)
-        elif case.group in ("loops", "regularised"):
+        elif case.group in ("loops", "regularised", "layer_norm"):
             _run_loop(record, settings)
         else:
             _run_local(record, settings)

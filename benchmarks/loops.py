@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, linear
+from torch.nn.functional import batch_norm, layer_norm, linear
 
 import fastrnn
 from benchmarks.cases import Case
 from benchmarks.peers import Contestant, Outputs
 
 SEED = 11
-REGULARISERS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "update": {"recurrent_dropout": 0.25, "recurrent_dropout_mode": "update"},
     "cell": {"recurrent_dropout": 0.25, "recurrent_dropout_mode": "cell"},
     "state": {"recurrent_dropout": 0.25, "recurrent_dropout_mode": "state"},
     "zoneout": {"zoneout": 0.1},
     "weight": {"weight_dropout": 0.25},
+    "layer_norm": {"layer_norm": True},
 }
 _PLAIN = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 
@@ -61,7 +62,7 @@ def make_module(case: Case, name: str) -> nn.Module:
         return fastrnn.BNLSTM(case.input_size, case.H, max_length=case.T)
     kind = getattr(fastrnn, _PLAIN.get(case.cell, "LSTM"))
     return kind(
-        case.input_size, case.H, **REGULARISERS.get(case.option, {}) if name == "fastrnn" else {}
+        case.input_size, case.H, **OPTIONS.get(case.option, {}) if name == "fastrnn" else {}
     )
 
 
@@ -74,7 +75,8 @@ def build(
     else:
         module = make_module(case, "fastrnn-plain" if name == "fastrnn-plain" else "fastrnn")
         if name != "fastrnn-plain" or case.option:
-            module.load_state_dict(problem.weights)
+            own = module.state_dict()  # a plain layer has less
+            module.load_state_dict({key: problem.weights[key] for key in own})
     module = module.to(dtype).train(case.mode == "training")
     x = problem.x.detach().to(dtype).requires_grad_(case.mode == "training")
     dy, dh = problem.dy.to(dtype), problem.dh.to(dtype)
@@ -124,7 +126,7 @@ def peer_outputs(case: Case, problem: LoopProblem) -> Outputs:
 
 
 def _yardstick(case: Case) -> str:
-    return "fastrnn-reference" if case.option else "loop"
+    return "loop" if case.option in ("", "layer_norm") else "fastrnn-reference"
 
 
 def _run(contestant: Contestant) -> Outputs:
@@ -143,6 +145,8 @@ class _Loop(nn.Module):
             if not name.startswith(("running", "num_batches")):
                 self.register_parameter(name, nn.Parameter(value.clone()))
         step = {"rhn": _rhn_step, "bnlstm": _bnlstm_step}.get(case.cell, _dropout_lstm_step)
+        if case.option == "layer_norm":
+            step = _norm_lstm_step if case.cell == "lstm" else _norm_gru_step
         self.step = torch.compile(step, dynamic=False) if compiled else step
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,8 +167,17 @@ class _Loop(nn.Module):
             for x_t in z.view(case.N, case.T, -1).unbind(1):
                 h, c = self.step(x_t + w["bias_l0"], h, c, w_hh, *norms)
                 ys.append(h)
+        elif case.option == "layer_norm":
+            c, names = h, ("ln_weight_c_l0", "ln_bias_c_l0")
+            state = [w[name] for name in names] if case.cell == "lstm" else []
+            gain, bias = w["ln_weight_hh_l0"], w["bias_hh_l0"]
+            inputs = linear(x, w_ih)
+            inputs = layer_norm(inputs, inputs.shape[-1:], w["ln_weight_ih_l0"], w["bias_ih_l0"])
+            for x_t in inputs.unbind(0):
+                h, c = self.step(x_t, h, c, w_hh, gain, bias, *state)
+                ys.append(h)
         else:
-            c, keep = h, 1 - REGULARISERS["update"]["recurrent_dropout"]
+            c, keep = h, 1 - OPTIONS["update"]["recurrent_dropout"]
             masks = torch.empty(case.T, case.N, case.H, dtype=x.dtype).bernoulli_(keep)
             inputs = linear(x, w_ih, w["bias_ih_l0"] + w["bias_hh_l0"])
             for x_t, mask in zip(inputs.unbind(0), masks.unbind(0), strict=True):
@@ -188,6 +201,24 @@ def _bnlstm_step(
     i, f, g, o = z.chunk(4, 1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * batch_norm(c, None, None, gamma_c, beta, True).tanh(), c
+
+
+def _norm_lstm_step(
+    x_t: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, gain: Tensor, bias: Tensor, *cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    z = x_t + layer_norm(linear(h, w_hh), x_t.shape[-1:], gain, bias)
+    i, f, g, o = z.chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * layer_norm(c, c.shape[-1:], *cell).tanh(), c
+
+
+def _norm_gru_step(
+    x_t: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, gain: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    r_x, z_x, n_x = x_t.chunk(3, 1)
+    r_h, z_h, n_h = layer_norm(linear(h, w_hh), x_t.shape[-1:], gain, bias).chunk(3, 1)
+    n = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
+    return torch.lerp(n, h, (z_x + z_h).sigmoid()), c
 
 
 def _dropout_lstm_step(

@@ -30,6 +30,7 @@ TITLES = {
     "options": " - options",
     "loops": " - against loops",
     "regularised": " - with regularisers, beside the plain layer",
+    "layer_norm": " - with layer norm, beside a loop and the plain layer",
 }
 MODE_TITLES = {"forward": "forward", "training": "forward + backward", "step": "step"}
 

@@ -21,7 +21,9 @@ import fastrnn
 _LAYERS: dict[str, nn.RNNBase | fastrnn.BNLSTM] = {
     "lstm": fastrnn.LSTM(7, 13, 2, bidirectional=True),
     "lstm, proj_size": fastrnn.LSTM(7, 13, 2, bidirectional=True, proj_size=5),
+    "lstm, layer_norm": fastrnn.LSTM(7, 13, 2, bidirectional=True, layer_norm=True),
     "gru": fastrnn.GRU(7, 13, 2, bidirectional=True),
+    "gru, layer_norm": fastrnn.GRU(7, 13, 2, bidirectional=True, layer_norm=True),
     "gru, reset_after=False": fastrnn.GRU(7, 13, 2, bidirectional=True, reset_after=False),
     "rnn, tanh": fastrnn.RNN(7, 13, 2, bidirectional=True),
     "rnn, relu": fastrnn.RNN(7, 13, 2, "relu", bidirectional=True),

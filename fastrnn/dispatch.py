@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn
 from fastrnn.handover import handed_over
+from fastrnn.kinds import KINDS
 from fastrnn.sequence import Batch, describe
 
 __all__ = [
@@ -249,6 +250,7 @@ def choose(
             _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
         )
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
+    rounds = rounds and cell in _BF16_CELLS
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
 
@@ -306,6 +308,8 @@ def _under_transforms() -> bool:
     return not is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+# Those whose kernels take float32 activations with bfloat16 weights.
+_BF16_CELLS = frozenset(name for name, kind in KINDS.items() if not kind.norms)
 _rnn_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
@@ -380,7 +384,7 @@ def _plan(backend: str, p: Problem) -> str:
 
     precision = ""
     if p.dtype == torch.float32 and _bf16_allowed():
-        if p.cell == "rhn":
+        if p.cell not in _BF16_CELLS:
             precision = "float32 (no bf16 weights for this cell), "
         elif p.training:
             precision = "float32 (bf16 weights are for inference only), "
@@ -477,6 +481,8 @@ def explain(
                 reset = reset.unsqueeze(where)
     if cell == "gru" and not getattr(module, "reset_after", True):
         cell = "gru_reset_before"
+    if getattr(module, "layer_norm", False):
+        cell += "_layer_norm"
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fastrnn.kinds import KINDS
+
 __all__ = ["MODES", "Noise", "tape_slots"]
 
 MODES = ("update", "cell", "state")
@@ -81,10 +83,6 @@ def _parse(text: str) -> Noise:
     return Noise(**fields)
 
 
-# Values per unit that the backward reads back, besides y and the cell states.
-_TAPE = {"lstm": 4, "gru": 4, "gru_reset_before": 3, "rnn_tanh": 0, "rnn_relu": 0}
-
-
 def tape_slots(cell: str, noise: str) -> int:
     """Values per unit on the tape.
 
@@ -92,4 +90,4 @@ def tape_slots(cell: str, noise: str) -> int:
     mask leaves either of the two.
     """
     mixes = cell.startswith("rnn") and Noise.parse(noise).mixes
-    return 1 if mixes else _TAPE[cell]
+    return 1 if mixes else KINDS[cell].tape

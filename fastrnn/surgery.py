@@ -28,10 +28,11 @@ _OURS: dict[Class, Class] = {
 _TORCHS: dict[Class, Class] = {ours: torchs for torchs, ours in _OURS.items()}
 # What the new module must not inherit: our own options, lists that belong to the old module's
 # class, and a forward compiled for the old module.
-_REGULARISERS = ("recurrent_dropout", "zoneout", "weight_dropout")
+_ADDED = ("recurrent_dropout", "zoneout", "weight_dropout", "layer_norm")
 _LEFT_BEHIND = (
     "recompute", "reset_after", "_packed", "_flat_weights", "_compiled_call_impl",
     "recurrent_dropout_mode", "recurrent_dropout_per", "_rates", "_zoneout_pair",
+    "layer_norm",
 )  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Works on any model, whether or not it came from `replace`. `recompute` is dropped, it changes
     no result. What torch.nn cannot compute (a GRU with reset_after=False, recurrent dropout,
-    zoneout, weight dropout) and subclasses of fastrnn's modules are left alone and reported.
+    zoneout, weight dropout, layer norm) and subclasses of fastrnn's modules are left alone and
+    reported.
 
     Args:
         model: any module; a module that appears twice is replaced by one new module.
@@ -83,7 +85,7 @@ def restore(model: nn.Module) -> nn.Module:
     def refusal(module: nn.Module) -> str | None:
         if isinstance(module, GRU) and not module.reset_after:
             return "reset_after=False, which torch.nn.GRU does not have"
-        for name in _REGULARISERS:
+        for name in _ADDED:
             if isinstance(module, RecurrentBase) and getattr(module, name):
                 torchs = f"torch.nn.{type(module).__name__}"
                 return f"{name}={getattr(module, name)!r}, which {torchs} does not have"

@@ -18,13 +18,15 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
 from fastrnn import ops
+from fastrnn.kinds import GATES, KINDS
 from fastrnn.noise import Noise
 from fastrnn.reference import gru_layer, lstm_layer, rnn_layer
 from fastrnn.regularisers import draw_masks
 from tests.tolerances import assert_close_by_rule
 
-CELLS = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu")
-GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+PLAIN = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu")
+NORMED = ("lstm_layer_norm", "gru_layer_norm")
+CELLS = PLAIN + NORMED
 UPSTREAM = ("y", "h_n", "c_n", "cells")
 Result = dict[str, Tensor]
 
@@ -65,7 +67,7 @@ class Case:
 
     @property
     def is_lstm(self) -> bool:
-        return self.cell == "lstm"
+        return self.cell.startswith("lstm")
 
     @property
     def out(self) -> int:
@@ -100,10 +102,14 @@ class Problem:
         rows = GATES[c.cell] * c.H
         shapes = [(rows, c.I), (rows, c.out)] + [(rows,), (rows,)] * c.bias
         shapes += [(c.proj, c.H)] * bool(c.proj)
-        self.weights = [
-            (torch.rand(s, generator=draw) * 2 - 1).mul(bound).to(c.dtype)
-            for s in shapes * c.directions
-        ]
+        self.weights = []
+        for _ in range(c.directions):
+            self.weights += self._uniform(shapes, bound)
+            if c.cell in NORMED:
+                self.weights += [1 + w for w in self._uniform([(rows,), (rows,)], 0.5)]
+                if c.is_lstm:
+                    gain, bias = self._uniform([(c.H,), (c.H,)], 0.5)
+                    self.weights += [1 + gain, bias]
         self.x = self.to_layout(self._normal(c.T, c.N, c.I), padding=math.nan)
         self.h0 = self._normal(c.directions, c.N, c.out)
         self.c0 = self._normal(c.directions, c.N, c.H) if c.is_lstm else None
@@ -121,6 +127,12 @@ class Problem:
             self.upstream["c_n"] = self._normal(c.directions, c.N, c.H)
             self.upstream["cells"] = cells.to(c.cell_dtype)
         self.upstream = {k: v for k, v in self.upstream.items() if k in c.upstream}
+
+    def _uniform(self, shapes: list[tuple[int, ...]], bound: float) -> list[Tensor]:
+        return [
+            (torch.rand(s, generator=self._draw) * 2 - 1).mul(bound).to(self.case.dtype)
+            for s in shapes
+        ]
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._draw).to(self.case.dtype)
@@ -219,15 +231,19 @@ def solve_reference(
     per = len(weights) // c.directions
     runs = []
     for d in range(c.directions):
-        w = weights[d * per : (d + 1) * per]
+        w, norms = weights[d * per : (d + 1) * per], KINDS[c.cell].norms
         options = {"reverse": d == 1, "lengths": p.lengths, "reset": reset, "linear": linear}
         xt = p.from_layout(x)
         if c.noise is not None:
             options["masks"] = draw_masks(c.noise, p.noise[0], d, (c.T, c.N), c.H, c.out, x)
+        if norms:
+            w, options["norm"] = w[:-norms], w[-norms:]
         if c0 is not None:
             runs.append(lstm_layer(xt, h0[d], c0[d], w, **options))
         elif c.cell.startswith("gru"):
-            runs.append(gru_layer(xt, h0[d], w, reset_after=c.cell == "gru", **options))
+            runs.append(
+                gru_layer(xt, h0[d], w, reset_after=c.cell != "gru_reset_before", **options)
+            )
         else:
             kind = c.cell.removeprefix("rnn_")
             runs.append(rnn_layer(xt, h0[d], w, nonlinearity=kind, **options))

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import functional
-from tests.problems import CELLS, GATES
+from fastrnn.kinds import GATES
+from tests.problems import PLAIN as CELLS
 from tests.tolerances import assert_close_by_rule, assert_same_bits
 
 

@@ -26,6 +26,9 @@ MODULES: dict[str, Callable[..., torch.nn.Module]] = {
     "lstm_proj": lambda *a, **k: fastrnn.LSTM(*a, proj_size=2, **k),
     "gru": fastrnn.GRU,
     "gru_reset_before": lambda *a, **k: fastrnn.GRU(*a, reset_after=False, **k),
+    "lstm_norm": lambda *a, **k: fastrnn.LSTM(*a, layer_norm=True, **k),
+    "lstm_norm_proj": lambda *a, **k: fastrnn.LSTM(*a, proj_size=2, layer_norm=True, **k),
+    "gru_norm": lambda *a, **k: fastrnn.GRU(*a, layer_norm=True, **k),
     "rnn_tanh": fastrnn.RNN,
     "rnn_relu": lambda *a, **k: fastrnn.RNN(*a, nonlinearity="relu", **k),
 }

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastrnn import ops
 from tests.problems import (
     CELLS,
+    NORMED,
+    PLAIN,
     UPSTREAM,
     Case,
     Problem,
@@ -38,7 +40,9 @@ LAYOUTS = {  # name -> layout, lengths, reset
 def drawn_sizes(choose: random.Random, cell: str) -> dict[str, int]:
     """Unit and odd sizes, vector widths and one beside them, register-tile tails."""
     hidden = choose.choice((1, 5, 16, 17, 33, 64, 100))
-    proj = choose.choice((0, 0, 1, 3, hidden - 1)) if cell == "lstm" else 0
+    if cell in NORMED:  # one value has no variance, and what rounding left of it would be scaled up
+        hidden = max(hidden, 2)
+    proj = choose.choice((0, 0, 1, 3, hidden - 1)) if cell.startswith("lstm") else 0
     return {
         "H": hidden,
         "I": choose.choice((1, 3, 16, 40)),
@@ -113,9 +117,10 @@ def test_large(cell: str, sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("proj", [1, 33, 47])
-def test_large_projection(proj: int) -> None:
+@pytest.mark.parametrize("cell", ["lstm", "lstm_layer_norm"])
+def test_large_projection(cell: str, proj: int) -> None:
     for lengths in (False, True):
-        verify(Problem(Case("lstm", T=21, N=30, I=20, H=48, proj=proj, lengths=lengths)))
+        verify(Problem(Case(cell, T=21, N=30, I=20, H=48, proj=proj, lengths=lengths)))
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=str)
@@ -130,7 +135,7 @@ def test_linear_activations(cell: str, directions: int, options: str) -> None:
         N=7,
         I=9,
         H=18,
-        proj=5 if cell == "lstm" and directions == 2 else 0,
+        proj=5 if cell.startswith("lstm") and directions == 2 else 0,
         directions=directions,
         layout=layout,
         lengths=lengths,
@@ -138,7 +143,8 @@ def test_linear_activations(cell: str, directions: int, options: str) -> None:
         recompute=reset,
         plan="linear",
     )
-    verify(Problem(case), linear=True)
+    if cell not in NORMED:  # whose gradients grow by 1 / sqrt(eps) where a state was zeroed
+        verify(Problem(case), linear=True)
     verify(Problem(dataclasses.replace(case, dtype=torch.float64)), linear=True)
 
 
@@ -154,7 +160,7 @@ def test_partitions(cell: str, layout: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_bf16_weights(cell: str, layout: str) -> None:
     """Plan "bf16": float32 tensors, weights rounded to bfloat16, float32 sums."""
     name, lengths, reset = LAYOUTS[layout]
@@ -168,7 +174,7 @@ def test_bf16_weights(cell: str, layout: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_absent_gradients(cell: str, directions: int, recompute: bool) -> None:
     """Every combination of gradients that are not there."""
-    names = UPSTREAM if cell == "lstm" else UPSTREAM[:2]
+    names = UPSTREAM if cell.startswith("lstm") else UPSTREAM[:2]
     for count in range(1, len(names)):
         for upstream in itertools.combinations(names, count):
             p = Problem(
@@ -254,12 +260,12 @@ def test_expanded_inputs(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_strided_weights(cell: str) -> None:
-    p = Problem(Case(cell, T=4, N=5, I=7, H=17, proj=4 if cell == "lstm" else 0))
+    p = Problem(Case(cell, T=4, N=5, I=7, H=17, proj=4 if cell.startswith("lstm") else 0))
     expected = solve_ops(p) | {f"inference {k}": v for k, v in forward(p).items()}
-    p.weights = [w.t().contiguous().t() if w.ndim == 2 else w.repeat(2)[::2] for w in p.weights]
-    biases = [w for w in Problem(p.case).weights if w.ndim == 1]
-    strided = [torch.stack([b, b * torch.nan], 1)[:, 0] for b in biases]
-    p.weights[2:4] = strided
+    p.weights = [
+        w.t().contiguous().t() if w.ndim == 2 else torch.stack([w, w * torch.nan], 1)[:, 0]
+        for w in p.weights
+    ]
     got = solve_ops(p) | {f"inference {k}": v for k, v in forward(p).items()}
     for name, value in got.items():
         assert_same_bits(name, value, expected[name])
@@ -270,7 +276,7 @@ def test_strided_weights(cell: str) -> None:
 def test_packed_weights(cell: str, dtype: torch.dtype) -> None:
     """Weights packed beforehand give the bits of weights packed in the call."""
     for directions, proj, hidden in ((1, 0, 33), (2, 0, 16), (2, 5, 40)):
-        if proj and cell != "lstm":
+        if proj and not cell.startswith("lstm"):
             continue
         for n in (1, 7):
             case = Case(cell, dtype, N=n, I=9, H=hidden, proj=proj, directions=directions)
@@ -315,7 +321,7 @@ def test_saturated_gates(cell: str) -> None:
     for size in (20.0, 100.0, 1e4, 1e30):
         p = Problem(Case(cell, T=3, N=3, I=1, H=18, upstream=("y",)))
         p.x = p.x * size
-        if cell == "rnn_relu" and size > 1e4:
+        if cell in ("rnn_relu", *NORMED) and size > 1e4:  # squares overflow in a layer norm
             continue
         check(p, forward(p) | solve_ops(p))
 
@@ -331,7 +337,7 @@ def test_not_finite_input(cell: str, value: float) -> None:
     rows = torch.arange(7) != 2
     assert_same_bits("other rows", got["y"][:, rows], clean["y"][:, rows])
     assert_same_bits("earlier steps", got["y"][:1], clean["y"][:1])
-    if value != value:
+    if value != value or cell in NORMED:  # whose mean is not finite
         assert got["y"][1:, 2].isnan().all()
         assert got["h_n"][:, 2].isnan().all()
     elif cell != "rnn_relu":

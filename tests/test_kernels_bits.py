@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from fastrnn import ops
-from tests.problems import CELLS, Case, Problem, Result, check, forward, forward_train, solve_ops
+from tests.problems import (
+    CELLS,
+    NORMED,
+    Case,
+    Problem,
+    Result,
+    check,
+    forward,
+    forward_train,
+    solve_ops,
+)
 from tests.tolerances import assert_same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,8 +150,9 @@ def test_batch_invariance(case: Case) -> None:
 
 
 def same_on_every_vector_isa(case: Case) -> bool:
-    """AVX512_BF16's dot product rounds in its own way, and the baseline has no FMA."""
-    return case.dtype is not torch.bfloat16
+    """AVX512_BF16's dot product rounds in its own way, and the baseline has no FMA; a layer norm's
+    sums run over as many lanes as a vector has."""
+    return case.dtype is not torch.bfloat16 and case.cell not in NORMED
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -98,7 +98,7 @@ def test_constructor_errors_of_one_class() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'peephole'"):
         fastrnn.GRU(3, 4, peephole=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'layer_norm'"):
-        fastrnn.LSTM(3, 4, layer_norm=True)
+        fastrnn.RNN(3, 4, layer_norm=True)
     with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
         fastrnn.RNN(3, 4, recompute=1)
     with pytest.raises(TypeError, match="reset_after should be of type bool, got: str"):

@@ -23,6 +23,11 @@ CELLS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[str, ...]]] = {
     "lstm_proj": (lambda *a, **k: fastrnn.LSTM(*a, proj_size=3, **k), ("update", "state")),
     "gru": (fastrnn.GRU, ("update", "state")),
     "gru_before": (lambda *a, **k: fastrnn.GRU(*a, reset_after=False, **k), ("update", "state")),
+    "lstm_norm": (
+        lambda *a, **k: fastrnn.LSTM(*a, layer_norm=True, **k),
+        ("update", "cell", "state"),
+    ),
+    "gru_norm": (lambda *a, **k: fastrnn.GRU(*a, layer_norm=True, **k), ("update", "state")),
     "rnn_tanh": (fastrnn.RNN, ("state",)),
     "rnn_relu": (lambda *a, **k: fastrnn.RNN(*a, nonlinearity="relu", **k), ("state",)),
 }

@@ -57,8 +57,14 @@ void read_noise(Fields& f, Problem& p) {
 }
 
 void read_weights(Fields& f, const Problem& p, Weights* w) {
-  for (int d = 0; d < p.directions; d++)
+  for (int d = 0; d < p.directions; d++) {
     w[d] = {f.address(), f.address(), f.address(), f.address(), f.address()};
+    if (!normalises(p.cell)) continue;
+    w[d].ln_ih = f.address();
+    w[d].ln_hh = f.address();
+    w[d].ln_c = f.address();
+    w[d].ln_bias_c = f.address();
+  }
 }
 
 ForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensors) {
@@ -111,9 +117,14 @@ BackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
   a.want_weights = g.integer() != 0;
   read_sequence(g, a);
   read_weights(g, a, a.weights);
-  if (a.want_weights)
-    for (int d = 0; d < a.directions; d++)
-      a.grads[d] = {g.address(), g.address(), g.address(), g.address(), g.address()};
+  for (int d = 0; d < a.directions && a.want_weights; d++) {
+    a.grads[d] = {g.address(), g.address(), g.address(), g.address(), g.address()};
+    if (!normalises(a.cell)) continue;
+    a.grads[d].ln_ih = g.address();
+    a.grads[d].ln_hh = g.address();
+    a.grads[d].ln_c = g.address();
+    a.grads[d].ln_bias_c = g.address();
+  }
   read_noise(g, a);
   g.end();
   return a;

@@ -1,8 +1,7 @@
 // Backward of one layer: all steps, both directions, all gradients, inside one team call.
 //
-// Steps are taken in chunks of about kGradRows rows. A chunk's gate gradients live in one buffer that stays in
-// cache; when the recurrent part of the chunk is done they meet the weights (dx) and the inputs and
-// previous states (weight gradients). The tape is only read, so a graph can be walked twice.
+// Steps are taken in chunks of about kGradRows rows. A chunk's gate gradients stay in cache; when the recurrent part of the
+// chunk is done they meet the weights (dx) and the inputs and previous states (weight gradients). The tape is only read, so a graph can be walked twice.
 // Without a tape the chunk's gates are recomputed from x and y, which are all known: one matmul.
 #pragma once
 #include <algorithm>
@@ -14,7 +13,8 @@ namespace fastrnn {
 namespace FASTRNN_ISA {
 
 template <class E, class C>
-class Backward : BackwardState<E, C> {
+class Backward : protected BackwardState<E, C> {
+ protected:
   using State = BackwardState<E, C>;
   using typename State::Direction;
   using typename State::Lane;
@@ -40,7 +40,7 @@ class Backward : BackwardState<E, C> {
     team(b.plan_.threads, [&](int tid, int nt) { b.work(tid, nt); });
   }
 
- private:
+ protected:
   using State::State;
   static constexpr int kTape = C::kTape ? C::kTape : 1;  // RNN: where noise mixes
 
@@ -72,20 +72,27 @@ class Backward : BackwardState<E, C> {
     }
   }
 
-  void direction(int d, const Share& share, Lane& lane) {
+  // Before the first chunk: gradients of the final states of rows [i0, i1), and what a lane keeps of a direction.
+  void begin(int d, Lane& lane, const UnitRange& units, int64_t i0, int64_t i1) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H, O = args_.O;
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
     init_grads(dir.dh, args_.dh_n, d, O, i0, i1);
     if (C::kCellState) init_grads(dir.dc, args_.dc_n, d, H, i0, i1);
     if (dir.c0) init_grads(dir.c0, args_.c0, d, H, i0, i1);
     for (int64_t n = 0; n < N; n++) lane.next[n] = nullptr;
-    lane.units = unit_range(share);
+    lane.units = units;
     lane.masks.begin(d, 0, N, lane.units);
     if (d == 0 && args_.lengths && args_.dx.data)
       for (int64_t n = i0; n < i1; n++)
         for (int64_t t = seq_.length(n); t < args_.T; t++)
           std::memset(seq_.template at<IO>(args_.dx, t, n), 0, args_.I * sizeof(IO));
+  }
+
+  void direction(int d, const Share& share, Lane& lane) {
+    Direction& dir = dir_[d];
+    const int64_t N = args_.N, H = args_.H;
+    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
+    begin(d, lane, unit_range(share), i0, i1);
     dir.barrier.wait(share.count);
 
     bool add = false;
@@ -102,7 +109,7 @@ class Backward : BackwardState<E, C> {
       for (int64_t i = steps; i-- > 0;) step(d, share, lane, begin, i);
       dir.barrier.wait(share.count);
       keep_boundary(dir, share, lane);
-      if (args_.dx.data) input_grad(d, share, lane);
+      if (args_.dx.data) input_grad(d, share, lane, dir.dg, C::kSlots * H);
       if (args_.want_weights) weight_grads(d, share, lane, add);
       add = true;
       dir.barrier.wait(share.count);
@@ -211,15 +218,21 @@ class Backward : BackwardState<E, C> {
       if (noise_.on) lane.masks.step(i, d, t, after, n, lane.units);
     }
   }
+  // The rows of step i of the chunk that this thread works on: all of them where units are split.
+  void own_rows(const Share& share, const Lane& lane, int64_t i, int64_t& first, int64_t& last) const {
+    first = lane.list.start[i];
+    last = lane.list.start[i + 1];
+    if (plan_.units || share.count == 1) return;
+    const int64_t n0 = args_.N * share.id / share.count, n1 = args_.N * (share.id + 1) / share.count;
+    while (first < last && lane.list.n[first] < n0) first++;
+    while (first < last && lane.list.n[last - 1] >= n1) last--;
+  }
+
   void step(int d, const Share& share, Lane& lane, int64_t begin, int64_t i) {
     Direction& dir = dir_[d];
     const bool split_units = plan_.units && share.count > 1;
-    int64_t first = lane.list.start[i], last = lane.list.start[i + 1];
-    if (!split_units && share.count > 1) {
-      const int64_t n0 = args_.N * share.id / share.count, n1 = args_.N * (share.id + 1) / share.count;
-      while (first < last && lane.list.n[first] < n0) first++;
-      while (first < last && lane.list.n[last - 1] >= n1) last--;
-    }
+    int64_t first, last;
+    own_rows(share, lane, i, first, last);
     const int64_t count = last - first, H = args_.H;
     gather(d, lane, begin + i, first, count);
     sweep(split_units, share, hh_, dir.w_hh, gates_ * H, count, i,
@@ -305,12 +318,13 @@ class Backward : BackwardState<E, C> {
     }
   }
 
-  void input_grad(int d, const Share& share, Lane& lane) {
+  // dx of the chunk's rows from their gate gradients dg, `stride` elements a row.
+  void input_grad(int d, const Share& share, Lane& lane, const T* dg, int64_t stride) {
     Direction& dir = dir_[d];
-    const int64_t H = args_.H, S = C::kSlots * H, G = gates_ * H, M = lane.list.rows;
+    const int64_t G = gates_ * args_.H, M = lane.list.rows;
     const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    for (int64_t m = 0; m < M; m++) lane.a_rows[m] = dg + m * stride;
     if (direct_) return direct_input_grad(d, share, lane);
-    for (int64_t m = m0; m < m1; m++) lane.a_rows[m] = dir.dg + m * S;
     const int64_t kRows = 16 * kMaxRows;
     for (int64_t from = m0; from < m1; from += kRows) {
       const int64_t to = imin(m1, from + kRows);
@@ -339,9 +353,8 @@ class Backward : BackwardState<E, C> {
 
   void direct_input_grad(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
-    const int64_t I = args_.I, M = lane.list.rows, S = C::kSlots * args_.H;
+    const int64_t I = args_.I, M = lane.list.rows;
     const int64_t c0 = column(I, share.id, share.count), c1 = column(I, share.id + 1, share.count);
-    for (int64_t m = 0; m < M; m++) lane.a_rows[m] = dir.dg + m * S;
     const auto* w = static_cast<const IO*>(args_.weights[d].w_ih);
     direct_product<E>(lane.a_rows, M, w, I, gates_ * args_.H, c0, c1, dir.dx_row, I, false);
     for (int64_t m = 0; m < M; m++) {
@@ -381,6 +394,13 @@ class Backward : BackwardState<E, C> {
       if (seg.x_gate >= 0) j.to[0] = {0, dir.d_ih + seg.x_gate * H * args_.I, args_.I};
       if (seg.h_gate >= 0) j.to[1] = {seg.mid ? 2 : 1, dir.d_hh + seg.h_gate * H * args_.O, args_.O};
     }
+    outer(d, share, lane, jobs, count, add);
+  }
+
+  // The products of the jobs, which have room for one more, and that of a projection.
+  void outer(int d, const Share& share, Lane& lane, OuterJob<E>* jobs, int count, bool add) {
+    Direction& dir = dir_[d];
+    const int64_t H = args_.H;
     if (args_.projected) {
       OuterJob<E>& j = jobs[count++];
       j.columns = args_.O;

@@ -2,6 +2,7 @@
 #pragma once
 #include "cells_cpu_backward.h"
 #include "direct.h"
+#include "norm.h"
 #include "plan.h"
 #include "sequence.h"
 #include "team.h"
@@ -124,7 +125,7 @@ struct BackwardState {
         r.d_hh = kCast ? arena.take<T>(G * O) : static_cast<T*>(args.grads[d].w_hh);
         if (args.projected) r.d_hr = kCast ? arena.take<T>(O * H) : static_cast<T*>(args.grads[d].w_hr);
         const int64_t K = imin(kOuterK, M);
-        const int64_t columns = S + O + (kMaxSegments + 1) * kOuterRows;
+        const int64_t columns = (kWholeRows<C> ? 2 : 1) * S + O + (kMaxSegments + 1) * kOuterRows;
         r.outer = arena.take<T>(columns * K);
         const int64_t widths[3] = {I, O, has_mid ? H : 0};
         for (int o = 0; o < 3; o++) r.operand[o] = arena.take<T>((widths[o] + kMaxVectors * E::W) * K);

@@ -83,6 +83,16 @@ FASTRNN_INLINE void put_state(const TileRows<E>& tile, int r, int64_t at, typena
   }
 }
 
+// h_t of a tile that a projection has made.
+template <class E, class Math, class M>
+FASTRNN_INLINE void put_projected(const TileRows<E>& tile, const M& masks) {
+  each_rows<E>(tile, [&](auto q, int r, int u, int n) {
+    for (int i = 0; i < q; i++)
+      put_state<E, Math>(tile, r + i, tile.first_unit + u, load_as<typename E::V>(tile.row(r + i) + u, n), n,
+                         masks);
+  });
+}
+
 template <class E, bool Linear>
 struct LstmCpu {
   using V = typename E::V;
@@ -94,13 +104,7 @@ struct LstmCpu {
   template <class M>
   static void finish(int stage, bool projected, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
-    if (stage == 1) {
-      each_rows<E>(tile, [&](auto q, int r, int u, int n) {
-        for (int i = 0; i < q; i++)
-          put_state<E, Math>(tile, r + i, tile.first_unit + u, load_as<V>(tile.row(r + i) + u, n), n, masks);
-      });
-      return;
-    }
+    if (stage == 1) return put_projected<E, Math>(tile, masks);
     each_rows<E>(tile, [&](auto q, int r, int u, int n) {
       constexpr int Q = decltype(q)::value;
       const int64_t at = tile.first_unit + u;

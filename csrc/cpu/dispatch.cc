@@ -15,6 +15,10 @@ int tape_slots(Cell cell) {
       return 4;
     case Cell::gru_reset_before:
       return 3;
+    case Cell::lstm_layer_norm:
+      return 8;
+    case Cell::gru_layer_norm:
+      return 6;
     default:
       return 0;
   }

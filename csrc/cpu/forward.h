@@ -7,6 +7,7 @@
 // the batch, with none.
 #pragma once
 #include "cells_cpu.h"
+#include "norm.h"
 #include "plan.h"
 #include "sequence.h"
 #include "team.h"
@@ -34,7 +35,7 @@ class Forward {
     team(f.plan_.threads, [&](int tid, int nt) { f.work(tid, nt); });
   }
 
- private:
+ protected:
   struct Lane {  // per thread
     RowList list;
     const A** x_rows;
@@ -98,7 +99,7 @@ class Forward {
       dir_[d].shadow = kShadow || noise_.state() ? arena.take<A>(3 * NO) : nullptr;
     }
     // The team may come out smaller than asked for, so every thread could need all the units.
-    for (int i = 0; i < layout_.stages; i++)
+    for (int i = 0; i < layout_.stages && !kWholeRows<C>; i++)
       if (layout_.stage[i].from_x) scratch_ += steps_ * args.N * layout_.stage[i].panels.total();
     Arena sizing;
     Lane measure(sizing, *this);
@@ -182,7 +183,8 @@ class Forward {
       }
   }
 
-  void input_term(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t steps) {
+  // The inputs of a chunk's rows as the micro-kernel takes them.
+  void input_rows(int d, Lane& lane, int64_t s0, int64_t steps) {
     const int64_t I = args_.I;
     for (int64_t i = 0; i < steps; i++) {
       const int64_t t = time(d, s0 + i);
@@ -196,6 +198,10 @@ class Forward {
         }
       }
     }
+  }
+
+  void input_term(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t steps) {
+    input_rows(d, lane, s0, steps);
     T* out = lane.scratch;
     const int64_t M = lane.list.rows;
     for (int j = 0; j < layout_.stages; j++) {
@@ -274,6 +280,24 @@ class Forward {
     }
   }
 
+  // f(block, its recurrent weights, first row, rows) over blocks [b0, b1) of a stage at step s, tile by tile.
+  template <class F>
+  void sweep(int d, const Stage<E>& st, int64_t b0, int64_t b1, int64_t s, int64_t count, Lane& lane, F&& f) {
+    const bool ahead =
+        !once_ && count >= kPrefetchRows && b1 > b0 &&
+        (st.panels.offset(b1 - 1) - st.panels.offset(b0)) * st.Kh * sizeof(A) >= kPrefetchBytes;
+    for (int64_t k = b0; k < b1; k++) {
+      // Every other step walks the blocks backwards: what the last step left in cache comes first.
+      const int64_t b = s % 2 ? b1 - 1 - (k - b0) : k, next = s % 2 ? b - 1 : b + 1;
+      const A* w = weights(d, st, false, b, lane);
+      const A* coming = ahead && k + 1 < b1 ? weights(d, st, false, next, lane) : nullptr;
+      row_blocks(count, st.panels.vectors(b), [&](int64_t m, int r) {
+        if (coming) prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
+        f(b, w, m, r);
+      });
+    }
+  }
+
   void step(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t i) {
     const int64_t first = lane.list.start[i], count = lane.list.count(i);
     gather(d, lane, s0 + i, first, count);
@@ -285,29 +309,18 @@ class Forward {
       const A* const* rows = j == 0 ? lane.h_rows : lane.mid_rows;
       const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
       const int64_t base = st.panels.offset(b0), M = lane.list.rows;
-      const bool ahead =
-          !once_ && count >= kPrefetchRows &&
-          ((b1 > b0 ? st.panels.offset(b1 - 1) : base) - base) * st.Kh * sizeof(A) >= kPrefetchBytes;
-      for (int64_t k = b0; k < b1; k++) {
-        // Every other step walks the blocks backwards: what the last step left in cache comes first.
-        const int64_t b = (s0 + i) % 2 ? b1 - 1 - (k - b0) : k;
-        const int64_t cols = st.panels.columns(b), u0 = st.panels.first(b);
-        const int units = st.panels.units(b), nv = st.panels.vectors(b);
-        const T* gx = term + M * (st.panels.offset(b) - base) + first * cols;
-        const int64_t next = (s0 + i) % 2 ? b - 1 : b + 1;
-        const A* w = weights(d, st, false, b, lane);
-        const A* coming = ahead && k + 1 < b1 ? weights(d, st, false, next, lane) : nullptr;
-        row_blocks(count, nv, [&](int64_t m, int r) {
-          if (coming) prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
-          const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx + m * cols;
-          tile_for<E>(r, nv)(rows + m, w, st.Kh, init, C::kApart ? 0 : cols, tile_out, cols);
-          const TileRows<E> rows_of{lane.states + m, r, tile_out, gx + m * cols, cols, u0, units};
-          if (noise_.on)
-            C::finish(j, args_.projected, rows_of, args_.H, MaskRows<E>{noise_, lane.masks.rows + m});
-          else
-            C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
-        });
-      }
+      sweep(d, st, b0, b1, s0 + i, count, lane, [&](int64_t b, const A* w, int64_t m, int r) {
+        const int64_t cols = st.panels.columns(b);
+        const T* gx = term + M * (st.panels.offset(b) - base) + (first + m) * cols;
+        const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx;
+        tile_for<E>(r, st.panels.vectors(b))(rows + m, w, st.Kh, init, C::kApart ? 0 : cols, tile_out, cols);
+        const TileRows<E> rows_of{lane.states + m,   r, tile_out, gx, cols, st.panels.first(b),
+                                  st.panels.units(b)};
+        if (noise_.on)
+          C::finish(j, args_.projected, rows_of, args_.H, MaskRows<E>{noise_, lane.masks.rows + m});
+        else
+          C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
+      });
       if (st.from_x && b1 > b0) term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
       if (split_units) dir_[d].barrier.wait(share.count);
     }

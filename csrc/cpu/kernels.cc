@@ -118,10 +118,12 @@ void pack(const Problem& p, const Weights* weights, void* packed) {
 }
 
 size_t forward_workspace(const ForwardArgs& a) {
+  if (normalises(a.cell)) return norm_forward_workspace(a);
   return forward_class(a, [&](auto e, auto c) { return Forward<decltype(e), decltype(c)>::workspace(a); });
 }
 
 void forward(const ForwardArgs& a) {
+  if (normalises(a.cell)) return norm_forward(a);
   forward_class(a, [&](auto e, auto c) {
     Forward<decltype(e), decltype(c)>::run(a);
     return 0;
@@ -129,10 +131,12 @@ void forward(const ForwardArgs& a) {
 }
 
 size_t backward_workspace(const BackwardArgs& a) {
+  if (normalises(a.cell)) return norm_backward_workspace(a);
   return backward_class(a, [&](auto e, auto c) { return Backward<decltype(e), decltype(c)>::workspace(a); });
 }
 
 void backward(const BackwardArgs& a) {
+  if (normalises(a.cell)) return norm_backward(a);
   backward_class(a, [&](auto e, auto c) {
     Backward<decltype(e), decltype(c)>::run(a);
     return 0;

@@ -11,7 +11,20 @@
 
 namespace fastrnn {
 
-enum class Cell : int32_t { lstm = 0, gru = 1, gru_reset_before = 2, rnn_tanh = 3, rnn_relu = 4 };
+enum class Cell : int32_t {
+  lstm = 0,
+  gru = 1,
+  gru_reset_before = 2,
+  rnn_tanh = 3,
+  rnn_relu = 4,
+  lstm_layer_norm = 5,
+  gru_layer_norm = 6
+};
+
+// Cells that normalise their terms over a row's features; float and double only.
+constexpr bool normalises(Cell c) { return c == Cell::lstm_layer_norm || c == Cell::gru_layer_norm; }
+constexpr bool is_lstm(Cell c) { return c == Cell::lstm || c == Cell::lstm_layer_norm; }
+constexpr double kLayerNormEps = 1e-5;
 
 // Tensor type; compute is float for all but f64. f32_bf16: float tensors, but weights and the
 // operands that meet them are rounded to bfloat16 (inference only).
@@ -28,6 +41,8 @@ struct Grid {
 
 struct Weights {  // torch layout, contiguous; biases and w_hr may be null
   const void *w_ih = nullptr, *w_hh = nullptr, *b_ih = nullptr, *b_hh = nullptr, *w_hr = nullptr;
+  // Layer norm: gains of the input and the recurrent term (G * H), gain and bias of the cell (H), LSTM only.
+  const void *ln_ih = nullptr, *ln_hh = nullptr, *ln_c = nullptr, *ln_bias_c = nullptr;
 };
 
 // Where recurrent dropout acts; see csrc/cells and docs/maths.md.
@@ -80,13 +95,14 @@ struct BackwardArgs : Problem {
   const void* gates = nullptr;  // null: recomputed chunk by chunk from x, y and cells
   struct {
     void *w_ih = nullptr, *w_hh = nullptr, *b_ih = nullptr, *b_hh = nullptr, *w_hr = nullptr;
+    void *ln_ih = nullptr, *ln_hh = nullptr, *ln_c = nullptr, *ln_bias_c = nullptr;
   } grads[2];
   bool want_weights = false;
   void* workspace = nullptr;
 };
 
 // Tape entries of H units per row: LSTM i,f,g,o; GRU r,z,n,un; GRU reset_before r,z,n; RNN none, or h_t before
-// zoneout where Noise::mixes().
+// zoneout where Noise::mixes(); with layer norm the input and the recurrent term, in the order of the packed weights.
 int tape_slots(Cell cell);
 
 struct RhnKernels;     // rhn.h

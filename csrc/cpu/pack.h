@@ -191,10 +191,12 @@ struct PackedLayout {
   explicit PackedLayout(const Problem& p, bool matrices = true) : matrices_(matrices) {
     switch (p.cell) {
       case Cell::lstm:
+      case Cell::lstm_layer_norm:
         add(4, p.H, 0, true, p.I, p.O);
         if (p.projected) add(1, p.O, 0, false, 0, p.H);
         break;
       case Cell::gru:
+      case Cell::gru_layer_norm:
         add(3, p.H, 0, true, p.I, p.O);
         break;
       case Cell::gru_reset_before:

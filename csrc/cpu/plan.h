@@ -21,9 +21,11 @@ struct Plan {
 inline int gate_count(Cell c) {
   switch (c) {
     case Cell::lstm:
+    case Cell::lstm_layer_norm:
       return 4;
     case Cell::gru:
     case Cell::gru_reset_before:
+    case Cell::gru_layer_norm:
       return 3;
     default:
       return 1;

@@ -169,6 +169,16 @@ FASTRNN_INLINE Vec<S> operator/(Vec<S> a, Vec<S> b) {
   return {a.v / b.v};
 }
 
+// The sum of a vector's lanes, halves added to each other.
+template <class S>
+FASTRNN_INLINE S lanes_sum(Vec<S> a) {
+  S t[Vec<S>::W];
+  Vec<S>::store(t, a);
+  for (int w = Vec<S>::W / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; i++) t[i] += t[i + w];
+  return t[0];
+}
+
 // First n lanes only; the others read as zero and are not touched in memory.
 template <class S>
 FASTRNN_INLINE Vec<S> load_n(const S* p, int n) {

@@ -79,8 +79,7 @@ TEST(each_cell_at_a_plain_shape) {
 TEST(random_options_f32) {
   each_isa([] {
     Random random(7);
-    for (int i = 0; i < (kThreadSanitizer ? 8 : 40); ++i)
-      check_training(draw(random, Type::f32), 100 + i);
+    for (int i = 0; i < (kThreadSanitizer ? 8 : 40); ++i) check_training(draw(random, Type::f32), 100 + i);
   });
 }
 

@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstring>
 
-
 using namespace fastrnn::isa_test_math;
 using V = Vec<float>;
 using Math = Act<V, false>;
@@ -29,7 +28,8 @@ struct Counts {
 // The same formulas with vdivps.
 void with_division(V x, float* sigmoid, float* tanh) {
   const V one = V::set1(1.f);
-  V arg[2] = {V::min(V::set1(87.f), V::max(V::set1(-87.f), x)), V::min(V::set1(10.f), V::max(V::set1(-10.f), x))};
+  V arg[2] = {V::min(V::set1(87.f), V::max(V::set1(-87.f), x)),
+              V::min(V::set1(10.f), V::max(V::set1(-10.f), x))};
   const float scale[2] = {-1.44269504f, 2.88539008f};
   V shifted[2], q[2];
   exp2_parts(arg, scale, shifted, q);
@@ -75,23 +75,21 @@ int main() {
     return 0;
   }
   const Counts c = look_at_every_float();
-  std::printf("differs from division: sigmoid %ld, tanh %ld; error: sigmoid %.2e, tanh %.2e\n", c.sigmoid, c.tanh,
-              c.sigmoid_error, c.tanh_error);
+  std::printf("differs from division: sigmoid %ld, tanh %ld; error: sigmoid %.2e, tanh %.2e\n", c.sigmoid,
+              c.tanh, c.sigmoid_error, c.tanh_error);
   const bool ok = c.sigmoid == 0 && c.tanh <= 2 && c.sigmoid_error < 1e-7 && c.tanh_error < 1.6e-7;
   float odd[16] = {INFINITY, -INFINITY, NAN, 0.f, -0.f, 100.f, -100.f, 1e-40f}, s[16], t[16];
   V a[1] = {V::load(odd)}, b[1] = {a[0]};
   Math::both(a, b);
   V::store(s, a[0]);
   V::store(t, b[0]);
-  const bool special = s[0] == 1 && s[1] < 1e-37f && std::isnan(s[2]) && s[3] == 0.5f && t[0] == 1 && t[1] == -1 &&
-                       std::isnan(t[2]) && t[3] == 0 && t[7] == 1e-40f;
+  const bool special = s[0] == 1 && s[1] < 1e-37f && std::isnan(s[2]) && s[3] == 0.5f && t[0] == 1 &&
+                       t[1] == -1 && std::isnan(t[2]) && t[3] == 0 && t[7] == 1e-40f;
   std::printf("special values %s\n", special ? "ok" : "WRONG");
   return ok && special ? 0 : 1;
 }
 #else
 #include <cstdio>
 // Built with AVX-512 flags where the compiler has them (CMakeLists.txt).
-int main() {
-  std::printf("skipped: built without AVX-512\n");
-}
+int main() { std::printf("skipped: built without AVX-512\n"); }
 #endif

@@ -93,6 +93,7 @@ def _serves_torch(p: Problem) -> str:
             ("reset", p.reset),
             ("return_cells", p.return_cells),
             ("recompute", p.recompute),
+            ("layer_norm", p.cell.endswith("_layer_norm")),
             (p.regularisers, p.regularisers),
         )
         if used

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends.cpu_plan import Plan, read_plan
+from fastrnn.kinds import KINDS
 from fastrnn.noise import Noise, tape_slots
 from fastrnn.reference import philox
 
@@ -22,12 +24,9 @@ try:
 except ImportError as error:  # a source tree without a build: every other backend still works
     _import_error = error
 
-CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn_tanh": 3, "rnn_relu": 4}
-GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _F32_BF16 = 3
 _Fields = tuple[float, ...]
-_PARTITIONS = {"": 0, "units": 1, "rows": 2}
 
 
 def available() -> tuple[bool, str]:
@@ -63,8 +62,9 @@ def plan(
     training: bool,
 ) -> str:
     """What the kernels will do with a layer of this shape, in words for `explain`."""
-    kind = _TYPES[dtype]
-    problem = (CELLS[cell], kind, 0, 0, threads, D, T, N, I, H, P or H, int(P > 0))
+    widened = _widens(cell, dtype)
+    kind = _TYPES[torch.float32 if widened else dtype]
+    problem = (KINDS[cell].number, kind, 0, 0, threads, D, T, N, I, H, P or H, int(P > 0))
     count, partition = _cpu.plan(problem)
     if count == 1:
         split = "1 thread"
@@ -73,39 +73,8 @@ def plan(
     else:
         what = "hidden units" if partition == "units" else "batch rows"
         split = f"{count} threads over {what}"
-    return f"{_cpu.isa()}, {split}, all steps in one call"
-
-
-class _Plan:
-    """A plan string, read once: comma-separated words, see `fastrnn.dispatch`."""
-
-    __slots__ = ("bf16", "linear", "partition")
-
-    def __init__(self, text: str) -> None:
-        self.bf16 = self.linear = False
-        self.partition = 0
-        for word in text.split(",") if text else ():
-            if word == "bf16":
-                self.bf16 = True
-            elif word == "linear":
-                self.linear = True
-            elif word.startswith("partition=") and word[10:] in _PARTITIONS:
-                self.partition = _PARTITIONS[word[10:]]
-            else:
-                raise ValueError(
-                    f"plan: got {word!r}, expected words of bf16, linear, partition=units, "
-                    "partition=rows"
-                )
-
-
-_plans: dict[str, _Plan] = {"": _Plan("")}
-
-
-def _plan(text: str) -> _Plan:
-    plan = _plans.get(text)
-    if plan is None:
-        plan = _plans[text] = _Plan(text)
-    return plan
+    precision = ", computed in float32" if widened else ""
+    return f"{_cpu.isa()}, {split}, all steps in one call{precision}"
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,14 +85,18 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]
 
 
-def _addresses(tensors: Sequence[Tensor], directions: int) -> list[int]:
-    """Five addresses a direction (w_ih, w_hh, b_ih, b_hh, w_hr); 0 for the absent ones."""
+def _addresses(tensors: Sequence[Tensor], directions: int, norms: int = 0) -> list[int]:
+    """Five addresses a direction (w_ih, w_hh, b_ih, b_hh, w_hr), with layer norm nine (ln_ih,
+    ln_hh, ln_c, ln_bias_c); 0 for the absent ones."""
     per = len(tensors) // directions
+    plain = per - norms
     out: list[int] = []
     for d in range(directions):
         p = [t.data_ptr() for t in tensors[d * per : (d + 1) * per]]
-        bias = p[2:4] if per >= 4 else [0, 0]
-        out += [p[0], p[1], *bias, p[-1] if per % 2 else 0]
+        bias = p[2:4] if plain >= 4 else [0, 0]
+        out += [p[0], p[1], *bias, p[plain - 1] if plain % 2 else 0]
+        if norms:
+            out += [*p[plain:], 0, 0][:4]
     return out
 
 
@@ -136,7 +109,7 @@ def _shape(x: Tensor, batch_sizes: Tensor | None, batch_first: bool, h0: Tensor)
 def _problem(
     cell: str,
     dtype: torch.dtype,
-    plan: _Plan,
+    plan: Plan,
     weights: Sequence[Tensor],
     shape: tuple[int, int],
     h0: Tensor,
@@ -145,7 +118,7 @@ def _problem(
     kind = _F32_BF16 if plan.bf16 and dtype == torch.float32 else _TYPES[dtype]
     w_hh = weights[1]
     return (
-        CELLS[cell],
+        KINDS[cell].number,
         kind,
         plan.partition,
         plan.linear,
@@ -153,7 +126,7 @@ def _problem(
         directions,
         *shape,
         weights[0].size(1),
-        w_hh.size(0) // GATES[cell],
+        w_hh.size(0) // KINDS[cell].gates,
         w_hh.size(1),
         len(weights) // directions % 2,
     )
@@ -243,10 +216,18 @@ def _forward(
     noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
-    plan = _plan(plan_text)
+    plan, kind = read_plan(plan_text), KINDS[cell]
+    if _widens(cell, x.dtype):
+        wide = [*_wide(x, h0, c0), _wide(*weights)]
+        *results, cells, gates = _forward(  # type: ignore[call-arg]
+            *wide, packed, batch_sizes, lengths, reset, cell, batch_first, want_cells, want_gates,
+            plan_text, seed, noise,
+        )  # fmt: skip
+        y, h_n, c_n = _narrow(x.dtype, *results)
+        return y, h_n, c_n, cells, gates
+    lstm = kind.has_cell
     x = _rows(x)
     h0 = h0.contiguous()
-    lstm = cell == "lstm"
     if lstm:
         assert c0 is not None
         c0 = c0.contiguous()
@@ -288,7 +269,7 @@ def _forward(
         _pointer(packed),
         _pointer(gates),
         *_sequence_fields(batch_sizes, lengths, reset, batch_first),
-        *_addresses(weights, directions),
+        *_addresses(weights, directions, kind.norms),
         *_noise_fields(seed, noise),
     )
     key = (problem, _cpu.isa(), packed is None, is_packed, noise)
@@ -370,6 +351,19 @@ def layer_forward_train(
     )
 
 
+def _widens(cell: str, dtype: torch.dtype) -> bool:
+    """Whether a layer is computed in float32 between conversions: rows are normalised there."""
+    return dtype == torch.bfloat16 and KINDS[cell].norms > 0
+
+
+def _wide(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.float() for t in tensors]
+
+
+def _narrow(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
 def _like_input(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A gradient with the contiguous layout the kernels address it by."""
     return None if gradient is None else gradient.to(dtype).contiguous()
@@ -399,16 +393,24 @@ def layer_backward(
     seed: Tensor | None = None,
     noise: str = "",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
-    read_plan = _plan(plan)
+    kind = KINDS[cell]
+    if _widens(cell, x.dtype):
+        wide = [*_wide(dy, dh_n, dc_n), dcells, *_wide(x, y, h0, c0), cells, gates, _wide(*weights)]
+        *states, dweights = layer_backward(  # type: ignore[call-arg]
+            *wide, batch_sizes, lengths, reset, cell, batch_first, need_dx, need_dstate, need_dw,
+            plan, seed, noise,
+        )  # fmt: skip
+        wide_dx, dh0, dc0 = _narrow(x.dtype, *states)
+        return wide_dx, dh0, dc0, _narrow(x.dtype, *dweights)
     # dx has x's logical layout, dense; x is read through its own strides only if they are the same.
     x = x.contiguous()
     h0 = h0.contiguous()
-    lstm = cell == "lstm"
+    lstm = kind.has_cell
     c0 = c0.contiguous() if lstm and c0 is not None else None
     weights = _contiguous(weights)
     directions = h0.size(0)
     shape = _shape(x, batch_sizes, batch_first, h0)
-    problem = _problem(cell, x.dtype, read_plan, weights, shape, h0)
+    problem = _problem(cell, x.dtype, read_plan(plan), weights, shape, h0)
     is_packed = batch_sizes is not None
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
@@ -441,8 +443,8 @@ def layer_backward(
         _pointer(gates),
         need_dw,
         *_sequence_fields(batch_sizes, lengths, reset, batch_first),
-        *_addresses(weights, directions),
-        *(_addresses(dweights, directions) if need_dw else ()),
+        *_addresses(weights, directions, kind.norms),
+        *(_addresses(dweights, directions, kind.norms) if need_dw else ()),
         *_noise_fields(seed, noise),
     )
     taped = gates is not None and gates.numel() > 0
@@ -473,17 +475,13 @@ def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
         from fastrnn.backends import cpu_rhn
 
         return cpu_rhn.pack_weights(weights)
-    weights = _contiguous(weights)
-    directions = 2 if len(weights) > 5 or _repeats(weights) else 1
+    weights = _contiguous(_wide(*weights) if _widens(cell, weights[0].dtype) else weights)
+    directions = 2 if sum(w.dim() == 2 for w in weights) > 3 else 1
     state = weights[0].new_empty((directions, 1, weights[1].size(1)))
-    problem = _problem(cell, weights[0].dtype, _plan(plan), weights, (1, 1), state)
+    problem = _problem(cell, weights[0].dtype, read_plan(plan), weights, (1, 1), state)
     packed = torch.empty(_cpu.packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU)
     offset = _aligned(packed) - packed.data_ptr()
     packed = packed[offset:].clone() if offset else packed
-    _cpu.pack(problem, tuple(_addresses(weights, directions)), packed.data_ptr())
+    addresses = _addresses(weights, directions, KINDS[cell].norms)
+    _cpu.pack(problem, tuple(addresses), packed.data_ptr())
     return packed
-
-
-def _repeats(weights: Sequence[Tensor]) -> bool:
-    """Four tensors are one direction with biases or two without: a bias is a vector."""
-    return len(weights) == 4 and weights[2].dim() == 2

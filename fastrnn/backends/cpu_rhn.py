@@ -17,7 +17,6 @@ from fastrnn.backends.cpu import (
     _TYPES,
     _aligned,
     _compute_dtype,
-    _plan,
     _pointer,
     _prepare_sequence,
     _rows,
@@ -25,6 +24,7 @@ from fastrnn.backends.cpu import (
     _shape,
     _strides,
 )
+from fastrnn.backends.cpu_plan import read_plan
 
 
 def _library() -> Any:
@@ -81,7 +81,7 @@ def _problem(
     x_mask: Tensor | None,
     s_mask: Tensor | None,
 ) -> tuple[int, ...]:
-    read = _plan(plan_text)
+    read = read_plan(plan_text)
     depth, rows, hidden = weights[1].shape
     return (
         _TYPES[weights[0].dtype],

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.kinds import KINDS
 from fastrnn.noise import Noise
 from fastrnn.reference import gru_layer, lstm_layer, rhn_layer, rnn_layer
 from fastrnn.regularisers import draw_masks
 
 __all__ = ["from_layout", "layer", "rhn", "to_layout"]
-
-GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def layer(
@@ -43,21 +42,24 @@ def layer(
     x, lengths, reset, live = from_layout(x, h0.size(1), batch_sizes, lengths, reset, batch_first)
     directions = h0.size(0)
     per_direction = len(weights) // directions
+    kind = KINDS[cell]
     ys, h_n, c_n, cells = [], [], [], []
     for d in range(directions):
         own = weights[d * per_direction : (d + 1) * per_direction]
         options: dict[str, Any] = {"reverse": d == 1, "lengths": lengths, "reset": reset}
         if noise:
-            hidden = own[0].size(0) // GATES[cell]
+            hidden = own[0].size(0) // kind.gates
             shape, out = (x.size(0), x.size(1)), h0.size(2)
             options["masks"] = draw_masks(Noise.parse(noise), seed, d, shape, hidden, out, x)
-        if cell == "lstm":
+        if kind.norms:
+            own, options["norm"] = own[: -kind.norms], own[-kind.norms :]
+        if kind.has_cell:
             assert c0 is not None
             y, h, c, states = lstm_layer(x, h0[d], c0[d], own, **options)
             c_n.append(c)
             cells.append(states)
         elif cell.startswith("gru"):
-            after = cell == "gru"
+            after = cell != "gru_reset_before"
             y, h = gru_layer(x, h0[d], own, reset_after=after, **options)
         else:
             name = cell.removeprefix("rnn_")
@@ -66,7 +68,7 @@ def layer(
         h_n.append(h)
 
     y, h = to_layout(ys, live, batch_first), torch.stack(h_n)
-    if cell != "lstm":
+    if not kind.has_cell:
         return y, h, None, None
     states = to_layout(cells, live, batch_first)
     if states.dtype in (torch.bfloat16, torch.float16):

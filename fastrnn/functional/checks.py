@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["check_state", "check_weights"]
+from fastrnn.kinds import KINDS
 
-_GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1}
+__all__ = ["check_layer_norm", "check_state", "check_weights"]
 
 
 def check_weights(
@@ -21,11 +21,13 @@ def check_weights(
     proj_size: int,
 ) -> tuple[int, int]:
     """Check number, shape, dtype and device of all weights; returns H and Hout."""
-    per_direction = 2 + 2 * bool(bias) + (proj_size > 0)
+    gates, norms = KINDS[cell].gates, KINDS[cell].norms
+    per_direction = 2 + 2 * bool(bias) + (proj_size > 0) + norms
     if len(weights) != num_layers * directions * per_direction:
         raise ValueError(
             f"flat_weights: got {len(weights)} tensors, expected {per_direction} for each of "
-            f"{num_layers} layers and {directions} directions (bias={bias}, proj_size={proj_size})"
+            f"{num_layers} layers and {directions} directions (bias={bias}, proj_size={proj_size}"
+            f"{', layer_norm=True' if norms else ''})"
         )
     w_ih, w_hh = weights[0], weights[1]
     if w_ih.dim() != 2 or w_hh.dim() != 2:
@@ -34,8 +36,8 @@ def check_weights(
             "expected matrices"
         )
     features, out = input.size(-1), w_hh.size(1)
-    hidden = w_hh.size(0) // _GATES[cell] if proj_size else out
-    rows = _GATES[cell] * hidden
+    hidden = w_hh.size(0) // gates if proj_size else out
+    rows = gates * hidden
     if w_ih.size(1) != features:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {w_ih.size(1)}, got {features}"
@@ -44,6 +46,8 @@ def check_weights(
     rest: list[tuple[int, ...]] = [(rows,), (rows,)] if bias else []
     if proj_size:
         rest.append((proj_size, hidden))
+    if norms:
+        rest += [(rows,), (rows,), *[(hidden,)] * (norms - 2)]
     index = 0
     for layer in range(num_layers):
         wide = features if layer == 0 else directions * out
@@ -66,6 +70,14 @@ def check_weights(
                 )
             index += 1
     return hidden, out
+
+
+def check_layer_norm(reset_after: bool) -> None:
+    if not reset_after:
+        raise ValueError(
+            "layer_norm: got True with reset_after=False, expected reset_after=True: the recurrent "
+            "term is normalised over all gates, which then have to come from one product with h"
+        )
 
 
 def check_state(name: str, state: Tensor, expected: tuple[int, int, int], input: Tensor) -> None:

@@ -17,7 +17,8 @@ from torch.compiler import is_compiling
 from fastrnn import dispatch, ops
 from fastrnn.autograd import Layer, distinct
 from fastrnn.backends import reference, torch_nn
-from fastrnn.functional.checks import check_state, check_weights
+from fastrnn.functional.checks import check_layer_norm, check_state, check_weights
+from fastrnn.kinds import KINDS
 from fastrnn.regularisers import NONE, Regularisers, draw_seed, drop_weights, regularisers_of
 from fastrnn.sequence import Batch, describe, flip_layout
 
@@ -56,6 +57,7 @@ def lstm(
     recurrent_dropout_per: str = "step",
     zoneout: float | tuple[float, float] = 0,
     weight_dropout: float = 0,
+    layer_norm: bool = False,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, ...]:
     """A stack of LSTM layers; the formula is that of ``fastrnn.LSTM``.
@@ -66,7 +68,8 @@ def lstm(
         input: (T, N, I), (N, T, I) if ``batch_first``, or packed rows with ``batch_sizes``.
         hx: h_0 (num_layers * D, N, Hout) and c_0 (num_layers * D, N, H); None: zeros.
         flat_weights: per layer and direction w_ih (4H, I or D*Hout), w_hh (4H, Hout)
-            [, b_ih (4H), b_hh (4H)][, w_hr (proj_size, H)]; gate rows i, f, g, o.
+            [, b_ih (4H), b_hh (4H)][, w_hr (proj_size, H)][, ln_weight_ih, ln_weight_hh (4H),
+            ln_weight_c, ln_bias_c (H)]; gate rows i, f, g, o.
         dropout: probability of zeroing outputs between layers where ``training``.
         batch_sizes: (T,) as in a PackedSequence.
         lengths: N integers 1..T; outputs past an end are 0, states are those at the end.
@@ -76,6 +79,8 @@ def lstm(
         recurrent_dropout, recurrent_dropout_mode, recurrent_dropout_per, zoneout, weight_dropout:
             as ``fastrnn.LSTM`` takes them. Masks are drawn where ``training``; else those that
             are not inverted act by their expectation.
+        layer_norm: normalise the two terms and the cell, as ``fastrnn.LSTM``; the weights have the
+            ln_ parameters then.
         cache: keeps packed weights between calls without gradients.
 
     Returns:
@@ -87,7 +92,8 @@ def lstm(
     """
     h0, c0 = (None, None) if hx is None else _pair(hx)
     output, h_n, c_n, cells = _run(
-        "lstm", input, h0, c0, flat_weights, bias, num_layers, dropout, training, bidirectional,
+        "lstm_layer_norm" if layer_norm else "lstm", input, h0, c0, flat_weights, bias, num_layers,
+        dropout, training, bidirectional,
         batch_first, proj_size, batch_sizes, lengths, reset, return_cells, recompute, cache,
         regularisers_of(
             "lstm", recurrent_dropout, recurrent_dropout_mode, recurrent_dropout_per, zoneout,
@@ -122,6 +128,7 @@ def gru(
     recurrent_dropout_per: str = "step",
     zoneout: float = 0,
     weight_dropout: float = 0,
+    layer_norm: bool = False,
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers; the formula is that of ``fastrnn.GRU``.
@@ -129,12 +136,16 @@ def gru(
     Args:
         hx: h_0 (num_layers * D, N, H); None: zeros.
         flat_weights: per layer and direction w_ih (3H, I or D*H), w_hh (3H, H)
-            [, b_ih (3H), b_hh (3H)]; gate rows r, z, n.
+            [, b_ih (3H), b_hh (3H)][, ln_weight_ih, ln_weight_hh (3H)]; gate rows r, z, n.
         reset_after: the reset gate acts after the matrix product with h (torch.nn) or before it.
+        layer_norm: normalise the two terms, as ``fastrnn.GRU``; with reset_after only.
 
     The other arguments and the errors are those of ``lstm``. Returns output (.., D*H) and h_n.
     """
     cell = "gru" if reset_after else "gru_reset_before"
+    if layer_norm:
+        check_layer_norm(reset_after)
+        cell = "gru_layer_norm"
     output, h_n, _, _ = _run(
         cell, input, hx, None, flat_weights, bias, num_layers, dropout, training, bidirectional,
         batch_first, 0, batch_sizes, lengths, reset, False, recompute, cache,
@@ -276,7 +287,7 @@ def _run(
     directions = 2 if bidirectional else 1
     hidden, out = check_weights(cell, input, flat_weights, bias, num_layers, directions, proj_size)
     h_shape, c_shape = (num_layers * directions, batch.size, out), None
-    if cell == "lstm":
+    if KINDS[cell].has_cell:
         c_shape = (num_layers * directions, batch.size, hidden)
     if h0 is None:
         h0 = input.new_zeros(h_shape)
@@ -395,7 +406,7 @@ def _run_layers(
         c_n.append(c)
         if dropout > 0 and k < last:
             x = torch.nn.functional.dropout(x, dropout, True)
-    return x, torch.cat(h_n), torch.cat(c_n) if cell == "lstm" else None, cells
+    return x, torch.cat(h_n), torch.cat(c_n) if KINDS[cell].has_cell else None, cells
 
 
 def _run_cell(

@@ -19,10 +19,15 @@ from fastrnn.regularisers import check, probability
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
 
 
+def _initial_norm(name: str, values: Tensor) -> Tensor:
+    return values.fill_(0.0 if name.startswith("ln_bias") else 1.0)
+
+
 class RecurrentBase(nn.RNNBase):
     """A stack of recurrent layers: everything but the cell. Not for direct use."""
 
     recompute: bool = False
+    layer_norm: bool = False
     recurrent_dropout_mode: str
     # Class attributes also for pickles of versions without them.
     recurrent_dropout_per: str = "step"
@@ -38,6 +43,7 @@ class RecurrentBase(nn.RNNBase):
         mode: str,
         *args: Any,
         recompute: bool = False,
+        layer_norm: bool = False,
         recurrent_dropout: float = 0.0,
         recurrent_dropout_mode: str,
         recurrent_dropout_per: str = "step",
@@ -45,8 +51,9 @@ class RecurrentBase(nn.RNNBase):
         weight_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(recompute, bool):
-            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        for name, flag in (("recompute", recompute), ("layer_norm", layer_norm)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
         check(
             mode.split("_")[0].lower(), recurrent_dropout, recurrent_dropout_mode,
             recurrent_dropout_per, zoneout, weight_dropout,
@@ -58,6 +65,35 @@ class RecurrentBase(nn.RNNBase):
         self.recurrent_dropout_per = recurrent_dropout_per
         self.zoneout = zoneout
         self.weight_dropout = weight_dropout
+        self.layer_norm = layer_norm
+        if layer_norm:
+            self._add_norms()
+
+    def _add_norms(self) -> None:
+        """Register the parameters of layer norm, after those of torch in each direction's list."""
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            like = getattr(self, names[0])
+            rows, hidden = like.size(0), self.hidden_size
+            added = {f"ln_weight_ih{suffix}": rows, f"ln_weight_hh{suffix}": rows}
+            if self.mode == "LSTM":
+                added |= {f"ln_weight_c{suffix}": hidden, f"ln_bias_c{suffix}": hidden}
+            for name, size in added.items():
+                self.register_parameter(
+                    name, nn.Parameter(_initial_norm(name, like.new_empty(size)))
+                )
+            names.extend(added)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+
+    def reset_parameters(self) -> None:
+        """Draw new values: torch.nn's, and gains of 1 and biases of 0 for layer norm."""
+        bound = self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
+        for name, parameter in self.named_parameters():
+            own = next((part for part in name.split(".") if part.startswith("ln_")), None)
+            if own is None:
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                _initial_norm(own, parameter.detach())
 
     def _rate(self, index: int) -> float:
         return float(self._rates[index]) if self._rates else 0.0
@@ -99,6 +135,7 @@ class RecurrentBase(nn.RNNBase):
 
     def extra_repr(self) -> str:
         text = super().extra_repr() + (", recompute=True" if self.recompute else "")
+        text += ", layer_norm=True" if self.layer_norm else ""
         for name, value in self._regulariser_options().items():
             plain = getattr(type(self), name) if isinstance(value, str) else 0
             text += "" if value == plain else f", {name}={value!r}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
+from fastrnn.functional.checks import check_layer_norm
 from fastrnn.nn.base import Parts
 from fastrnn.nn.step import Steppable
 
@@ -37,6 +38,13 @@ class LSTM(Steppable):
         zoneout    h_t, c_t = m * new + (1 - m) * old          Krueger et al., arXiv:1606.01305
         weights    m * weight_hh / (1 - p), once per call      Merity et al., arXiv:1708.02182
 
+    With layer_norm (Ba et al., arXiv:1607.06450) the two terms of the gates and the cell on its way
+    to h_t are normalised over the features of a row, LN(u) = (u - mean) / sqrt(var + 1e-5) with
+    the biased variance, each term over its four gates together::
+
+        gates  = ln_weight_ih * LN(W_ih x_t) + ln_weight_hh * LN(W_hh h_{t-1}) + b_ih + b_hh
+        h_t    = o_t * tanh(ln_weight_c * LN(c_t) + ln_bias_c)
+
     In evaluation 1 - p takes the place of m in "update", "cell" and zoneout; the others do nothing.
     Zoneout with one p zones h and c, each with its own mask; h_t is made from the new cell before
     zoneout puts the old one back. A call in training draws one seed from torch's default CPU
@@ -59,6 +67,7 @@ class LSTM(Steppable):
         recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
         zoneout: p, or (p_h, p_c), in [0, 1].
         weight_dropout: p in [0, 1], the chance of each element of weight_hh to be zeroed.
+        layer_norm: normalise the terms of the gates, and the cell on its way to h_t, see above.
 
     Call `lstm(input, hx=None, *, lengths=None, reset=None, return_cells=False)`:
         input: (T, N, I), (N, T, I) if batch_first, (T, I) unbatched, or a PackedSequence.
@@ -82,7 +91,9 @@ class LSTM(Steppable):
     Parameters, layer k, with `_reverse` appended for the second direction:
         weight_ih_l{k} (4H, I or D * P), weight_hh_l{k} (4H, P), bias_ih_l{k} (4H), bias_hh_l{k}
         (4H), weight_hr_l{k} (P, H) if proj_size; each drawn from U(-1/sqrt(H), 1/sqrt(H)) in the
-        order of torch.nn, so that one seed gives both the same values.
+        order of torch.nn, so that one seed gives both the same values. With layer_norm also
+        ln_weight_ih_l{k}, ln_weight_hh_l{k} (4H), ln_weight_c_l{k} (H), ones, and ln_bias_c_l{k}
+        (H), zeros.
     """
 
     recurrent_dropout_mode: str = "update"
@@ -111,6 +122,7 @@ class LSTM(Steppable):
         recurrent_dropout_per: str = "step",
         zoneout: float | tuple[float, float] = 0.0,
         weight_dropout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -130,6 +142,7 @@ class LSTM(Steppable):
             recurrent_dropout_per=recurrent_dropout_per,
             zoneout=zoneout,
             weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
         )
 
     def _split(self, hx: Any) -> Parts:
@@ -157,6 +170,7 @@ class LSTM(Steppable):
             bidirectional=self.bidirectional,
             proj_size=self.proj_size,
             recompute=self.recompute,
+            layer_norm=self.layer_norm,
             cache=self._cache(),
             **self._regulariser_options(),
             **options,
@@ -189,6 +203,11 @@ class GRU(Steppable):
         zoneout    h_t = m * new + (1 - m) * old                  Krueger et al., arXiv:1606.01305
         weights    m * weight_hh / (1 - p), once per call         Merity et al., arXiv:1708.02182
 
+    With layer_norm (Ba et al., arXiv:1607.06450) the two terms of the gates are normalised over the
+    features of a row, LN(u) = (u - mean) / sqrt(var + 1e-5) with the biased variance, each over its
+    three gates together: ln_weight_ih * LN(W_ih x_t) + b_ih takes the place of W_ih x_t + b_ih, and
+    ln_weight_hh * LN(W_hh h_{t-1}) + b_hh that of the recurrent term.
+
     In evaluation 1 - p takes the place of m in "update" and zoneout; the others do nothing. A call
     in training draws one seed from torch's default CPU generator; masks depend on it alone, not on
     threads or layout, and are not stored.
@@ -210,6 +229,7 @@ class GRU(Steppable):
         recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
         zoneout: p in [0, 1], on h.
         weight_dropout: p in [0, 1], the chance of each element of weight_hh to be zeroed.
+        layer_norm: normalise the terms of the gates; with reset_after only, see above.
 
     Call `gru(input, hx=None, *, lengths=None, reset=None)`:
         input: (T, N, I), (N, T, I) if batch_first, (T, I) unbatched, or a PackedSequence.
@@ -230,7 +250,8 @@ class GRU(Steppable):
 
     Parameters, layer k, with `_reverse` appended for the second direction:
         weight_ih_l{k} (3H, I or D * H), weight_hh_l{k} (3H, H), bias_ih_l{k} (3H), bias_hh_l{k}
-        (3H); each drawn from U(-1/sqrt(H), 1/sqrt(H)) in the order of torch.nn.
+        (3H); each drawn from U(-1/sqrt(H), 1/sqrt(H)) in the order of torch.nn. With layer_norm
+        also ln_weight_ih_l{k} and ln_weight_hh_l{k} (3H), ones.
     """
 
     recurrent_dropout_mode: str = "update"
@@ -256,6 +277,7 @@ class GRU(Steppable):
         recurrent_dropout_per: str = "step",
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
+        layer_norm: bool = False,
         **unsupported: Any,
     ) -> None:
         _reject("GRU", unsupported)
@@ -263,6 +285,8 @@ class GRU(Steppable):
             raise TypeError(
                 f"reset_after should be of type bool, got: {type(reset_after).__name__}"
             )
+        if layer_norm is True:
+            check_layer_norm(reset_after)
         super().__init__(
             "GRU",
             input_size,
@@ -280,6 +304,7 @@ class GRU(Steppable):
             recurrent_dropout_per=recurrent_dropout_per,
             zoneout=zoneout,
             weight_dropout=weight_dropout,
+            layer_norm=layer_norm,
         )
         self.reset_after = reset_after
 
@@ -287,7 +312,7 @@ class GRU(Steppable):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def _cell(self) -> str:
-        return "gru" if self.reset_after else "gru_reset_before"
+        return super()._cell() if self.reset_after else "gru_reset_before"
 
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         options.pop("return_cells", None)
@@ -302,6 +327,7 @@ class GRU(Steppable):
             bidirectional=self.bidirectional,
             reset_after=self.reset_after,
             recompute=self.recompute,
+            layer_norm=self.layer_norm,
             cache=self._cache(),
             **self._regulariser_options(),
             **options,

@@ -18,7 +18,7 @@ class Steppable(RecurrentBase):
 
     def _cell(self) -> str:
         """The name the operators know the cell by."""
-        return self.mode.lower()
+        return self.mode.lower() + ("_layer_norm" if self.layer_norm else "")
 
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Process one time step: the same as the whole sequence, one call per element of it.
@@ -138,6 +138,8 @@ class Steppable(RecurrentBase):
         if type(x) is not Tensor or x.dim() not in ranks or not x.numel():
             return False
         if x.size(-1) != self.input_size or not self.hidden_size:
+            return False
+        if self.layer_norm and x.dtype is torch.bfloat16:  # widened by the general way
             return False
         if h is None:
             return True

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fastrnn import dispatch
 from fastrnn.backends import cpu
+from fastrnn.backends.cpu_plan import read_plan
 from fastrnn.functional.checks import check_weights
+from fastrnn.kinds import KINDS
 from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 
@@ -78,11 +80,20 @@ class _Prepared:
             self._kept += dense
             features, out = dense[0].size(1), directions * dense[1].size(1)
             state = x.new_empty((directions, batch, dense[1].size(1)))
-            problem = cpu._problem(cell, x.dtype, cpu._plan(plan), dense, (steps, batch), state)
+            problem = cpu._problem(cell, x.dtype, read_plan(plan), dense, (steps, batch), state)
             head = (
                 over_t * features, over_n * features, over_t * out, over_n * out, 0, 0,
             )  # fmt: skip
-            tail = (kept.data_ptr(), 0, 0, 0, 0, 0, 0, *cpu._addresses(dense, directions))
+            tail = (
+                kept.data_ptr(),
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                *cpu._addresses(dense, directions, KINDS[cell].norms),
+            )
             some = state.data_ptr()
             fields = (*head, some, some, 0, some, some, some, some, *tail)
             self.workspace = max(self.workspace, _library().forward_workspace(problem, fields))
@@ -121,7 +132,7 @@ class NativeCall:
         if layout.batched:
             lead = (*lead, rows)
         self._h_like = x.new_zeros((*lead, out))
-        self._c_like = x.new_zeros((*lead, hidden)) if cell == "lstm" else None
+        self._c_like = x.new_zeros((*lead, hidden)) if KINDS[cell].has_cell else None
         item = x.element_size() * directions * rows
         self._h_bytes, self._c_bytes = out * item, hidden * item
         self._prepared: _Prepared | None = None
@@ -181,7 +192,7 @@ class NativeCall:
         if any(w is None for w in weights):
             return None
         _, proj, directions, _ = self._sizes
-        bias = count // directions >= 4
+        bias = count // directions - KINDS[self._cell].norms >= 4
         check_weights(self._cell, x, weights, bias, layers, directions, proj)
         packed: list[Tensor] = []
         for k, group in enumerate(own):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
+LAYER_NORM_EPS = 1e-5  # as in csrc/cpu/layer.h
 
 
 class Step(NamedTuple):
@@ -53,6 +54,14 @@ def stack_steps(steps: Sequence[Tensor], state: Tensor, x: Tensor, reverse: bool
     if not steps:
         return x.new_zeros((0, *state.shape))
     return torch.stack(list(reversed(steps)) if reverse else list(steps))
+
+
+def normalised(term: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Layer norm of (N, K) over K, differentiable to any order, which torch's is only twice."""
+    centred = term - term.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    scaled = centred * torch.rsqrt(variance + LAYER_NORM_EPS) * gain
+    return scaled if bias is None else scaled + bias
 
 
 def activations(linear: bool) -> tuple[Activation, Activation]:

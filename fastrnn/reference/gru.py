@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrnn.reference._steps import activations, freeze, make_steps, stack_steps
+from fastrnn.reference._steps import activations, freeze, make_steps, normalised, stack_steps
 from fastrnn.reference.masks import NO_MASKS, Masks, mixed, scaled
 
 __all__ = ["gru_layer"]
@@ -36,6 +36,7 @@ def gru_layer(
     reset: Tensor | None = None,
     linear: bool = False,
     masks: Masks = NO_MASKS,
+    norm: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Run one direction of a GRU layer.
 
@@ -51,6 +52,7 @@ def gru_layer(
             direction, unless the row is frozen.
         linear: tests only; sigmoid(a) becomes 0.5 + 0.25 a and tanh(a) becomes a.
         masks: recurrent dropout and zoneout, see ``fastrnn.reference.masks``.
+        norm: ln_ih and ln_hh (3H each), with reset_after only, or nothing for no layer norm.
 
     Returns:
         y (T, N, H), h_n (N, H).
@@ -66,11 +68,19 @@ def gru_layer(
     for step in make_steps(x, lengths, reset, reverse):
         h_prev = step.start(h)
         h_in = scaled(masks.state, step.t, h_prev)
-        x_r, x_z, x_n = torch.nn.functional.linear(step.x, w_ih, b_ih).chunk(3, dim=-1)
-        h_r, h_z = torch.nn.functional.linear(h_in, w_hh_rz, b_hh_rz).chunk(2, dim=-1)
+        if norm:
+            x_term = normalised(torch.nn.functional.linear(step.x, w_ih), norm[0], b_ih)
+            h_term = normalised(torch.nn.functional.linear(h_in, w_hh), norm[1], b_hh)
+            h_r, h_z, h_n = h_term.chunk(3, dim=-1)
+        else:
+            x_term = torch.nn.functional.linear(step.x, w_ih, b_ih)
+            h_r, h_z = torch.nn.functional.linear(h_in, w_hh_rz, b_hh_rz).chunk(2, dim=-1)
+        x_r, x_z, x_n = x_term.chunk(3, dim=-1)
         r = sigmoid(x_r + h_r)
         z = sigmoid(x_z + h_z)
-        if reset_after:
+        if norm:
+            n = tanh(x_n + r * h_n)
+        elif reset_after:
             n = tanh(x_n + r * torch.nn.functional.linear(h_in, w_hh_n, b_hh_n))
         else:
             n = tanh(x_n + torch.nn.functional.linear(r * h_in, w_hh_n, b_hh_n))
