@@ -248,6 +248,8 @@ def choose(
         backend = settle(
             _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
         )
+    if backend == "triton":
+        return backend, "triton"
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
@@ -370,10 +372,24 @@ def explain_call(
     return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
 
 
+def triton_plan(p: Problem) -> str:
+    """What the Triton kernels will do, in words for ``explain``."""
+    from fastrnn.backends.triton.plan import choose
+
+    count = {"gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1, "rhn": p.gates}
+    plan = choose(
+        p.cell, count.get(p.cell, 4), p.hidden_size, p.proj_size or p.hidden_size,
+        p.dtype.itemsize, p.batch, p.directions,
+    )  # fmt: skip
+    return str(plan)
+
+
 def _plan(backend: str, p: Problem) -> str:
     if backend == "torch":
         return torch_nn.plan(p.cell)
     noise = f", {p.regularisers}" if p.regularisers else ""
+    if backend == "triton":
+        return triton_plan(p) + noise
     if backend != "cpu":
         return "a Python loop over the steps" + noise
     from fastrnn.backends import cpu

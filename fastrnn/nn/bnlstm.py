@@ -443,6 +443,8 @@ class BNLSTM(RunningStatistics):
                 for _, inputs in self._layers()
             ]
             plan = "; ".join(dict.fromkeys(texts))
+        elif found.backend == "triton":
+            plan = dispatch.triton_plan(problem)
         elif over_group:
             plan += ", all-reduced statistics at each"
         if wide != dtype:
