@@ -22,7 +22,15 @@ from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn
+from fastrnn.backends import (
+    CPU_DTYPES,
+    CPU_MISSING,
+    NAMES,
+    SERVES,
+    Problem,
+    torch_nn,
+    triton_shared_memory,
+)
 from fastrnn.handover import handed_over
 from fastrnn.sequence import Batch, describe
 
@@ -379,7 +387,7 @@ def triton_plan(p: Problem) -> str:
     count = {"gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1, "rhn": p.gates}
     plan = choose(
         p.cell, count.get(p.cell, 4), p.hidden_size, p.proj_size or p.hidden_size,
-        p.dtype.itemsize, p.batch, p.directions,
+        p.dtype.itemsize, p.batch, p.directions, triton_shared_memory(),
     )  # fmt: skip
     return str(plan)
 

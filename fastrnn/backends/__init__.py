@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastrnn.backends.triton.plan import refusal
+from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, refusal
 
 __all__ = ["CPU_DTYPES", "CPU_MISSING", "NAMES", "SERVES", "Problem"]
 
@@ -148,6 +148,15 @@ def _triton_missing() -> str:
 
 
 @_constant
+def triton_shared_memory() -> int:
+    """Shared memory of a program on the current GPU, or what stands for it where there is none."""
+    if not torch.cuda.is_available():
+        return SHARED
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
+
+
+@_constant
 def _triton_gpu() -> str:
     """Why no kernel runs on this machine's GPU; empty if one does."""
     if not torch.cuda.is_available():
@@ -161,9 +170,9 @@ def _triton_gpu() -> str:
 def _serves_triton(p: Problem) -> str:
     if p.device not in ("cpu", "cuda"):
         return f"the input is on {p.device}"
-    missing = _triton_missing() or (_triton_gpu() if p.device == "cuda" else _triton_interprets())
-    if missing:
-        return missing
+    why = (_triton_gpu() if p.device == "cuda" else _triton_interprets()) or _triton_missing()
+    if why:
+        return why
     if p.dtype not in _TRITON_DTYPES:
         return f"it has no {p.dtype} kernels, only float32, bfloat16 and float16"
     if p.process_group:
@@ -172,7 +181,7 @@ def _serves_triton(p: Problem) -> str:
         return "it has no kernels for an input or hidden size of 0"
     if p.transforms:
         return "torch.func transforms need operations they can see into"
-    return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch)
+    return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch, triton_shared_memory())
 
 
 def _not_built(p: Problem) -> str:

@@ -61,9 +61,12 @@ def product(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """weight x state in float32. STREAM: read the weight again instead of using ``kept``."""
+    """weight x state in float32. STREAM: read the weight again instead of using ``kept``; its
+    address must not be a loop invariant, or the compiler reads it once and keeps all of it."""
     tile = kept
     if STREAM:
+        # Without it the compiler has the matrices of all gates in shared memory at once.
+        tl.debug_barrier()
         tile = weight_tile(w, outs, ins, size_out, size_in, stride_out, stride_in)
     state = state.to(tile.dtype)
     if WIDEN:

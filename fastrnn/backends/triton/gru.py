@@ -25,13 +25,13 @@ from fastrnn.backends.triton.common import (
 
 __all__ = ["gru_backward_kernel", "gru_forward_kernel"]
 
-_SIZES = ["T", "N", "R", "stride_t", "stride_n", "stream"]
+_SIZES = ["T", "N", "R", "stride_t", "stride_n", "stream", "zero"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def gru_forward_kernel(
     xg, w_hh, bias, h0, y, gates, h_n, lengths, reset, offsets, seed,
-    T, N, R, stride_t, stride_n, stream,
+    T, N, R, stride_t, stride_n, stream, zero,
     drop_threshold, drop_value, zone_h_threshold, zone_h_value,
     AFTER: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HP: tl.constexpr, BT: tl.constexpr,
@@ -61,6 +61,7 @@ def gru_forward_kernel(
     key = tl.load(seed) if TRAINING else 0
     h = cube(h0 + d * N * H, n, u, H, unit & inside[None, :])
     for s in range(T):
+        w_now = w_hh + s * zero  # no loop invariant
         t = s + d.to(tl.int32) * (T - 1 - 2 * s)
         live = inside
         if lengths is not None:
@@ -75,9 +76,9 @@ def gru_forward_kernel(
         at = t * (1 - SEQUENCE)
         if MODE == "state":
             h_in *= factor(key, stream, at, n, u, drop_threshold, drop_value, TRAINING)
-        z_r = product(w_r, w_hh, u, u, H, H, H, 1, h_in, STREAM, PRECISION, WIDEN)
-        z_z = product(w_z, w_hh + H * H, u, u, H, H, H, 1, h_in, STREAM, PRECISION, WIDEN)
+        z_r = product(w_r, w_now, u, u, H, H, H, 1, h_in, STREAM, PRECISION, WIDEN)
         z_r += cube(xg, row, u, D * 3 * H, mask)
+        z_z = product(w_z, w_now + H * H, u, u, H, H, H, 1, h_in, STREAM, PRECISION, WIDEN)
         z_z += cube(xg + H, row, u, D * 3 * H, mask)
         z_n = cube(xg + 2 * H, row, u, D * 3 * H, mask)
         if bias is not None:
@@ -89,7 +90,7 @@ def gru_forward_kernel(
         operand = h_in
         if not AFTER:
             operand = r * h_in
-        v = product(w_n, w_hh + 2 * H * H, u, u, H, H, H, 1, operand, STREAM, PRECISION, WIDEN)
+        v = product(w_n, w_now + 2 * H * H, u, u, H, H, H, 1, operand, STREAM, PRECISION, WIDEN)
         if bias is not None:
             v += b_u
         c = tanh(z_n + r * v) if AFTER else tanh(z_n + v)
@@ -117,7 +118,7 @@ def gru_forward_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def gru_backward_kernel(
     w_hh, h0, y, gates, dy, dh_n, dz, h_ins, products, dh0, lengths, reset, offsets, seed,
-    T, N, R, stride_t, stride_n, stream,
+    T, N, R, stride_t, stride_n, stream, zero,
     drop_threshold, drop_value, zone_h_threshold, zone_h_value,
     AFTER: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HP: tl.constexpr, BT: tl.constexpr,
@@ -151,6 +152,7 @@ def gru_backward_kernel(
         dh += cube(dh_n + d * N * H, n, u, H, unit & inside[None, :])
     for k in range(T):
         s = T - 1 - k
+        w_now = w_hh + s * zero  # no loop invariant
         t = s + d.to(tl.int32) * (T - 1 - 2 * s)
         live = inside & (t < length)
         row = row_index(t, n, offsets, stride_t, stride_n, offsets is not None)
@@ -195,18 +197,18 @@ def gru_backward_kernel(
             v = cube(tape + 3 * H, row, u, SLOTS * H, mask)
             dv = dz_n * r
             dz_r = dz_n * v * r * (1.0 - r)
-            da = product(w_n, w_hh + 2 * H * H, u, u, H, H, 1, H, dv, STREAM, PRECISION, WIDEN)
+            da = product(w_n, w_now + 2 * H * H, u, u, H, H, 1, H, dv, STREAM, PRECISION, WIDEN)
             save(dz + 3 * H, row, u, D * SLOTS * H, dv, live, unit & written)
         else:
-            da = product(w_n, w_hh + 2 * H * H, u, u, H, H, 1, H, dz_n, STREAM, PRECISION, WIDEN)
+            da = product(w_n, w_now + 2 * H * H, u, u, H, H, 1, H, dz_n, STREAM, PRECISION, WIDEN)
             dz_r = da * h_in * r * (1.0 - r)
             da *= r
             save(products + d * H, row, u, D * H, r * h_in, live, unit & written)
         save(dz, row, u, D * SLOTS * H, dz_n, live, unit & written)
         save(dz + H, row, u, D * SLOTS * H, dz_r, live, unit & written)
         save(dz + 2 * H, row, u, D * SLOTS * H, dz_z, live, unit & written)
-        da += product(w_r, w_hh, u, u, H, H, 1, H, dz_r, STREAM, PRECISION, WIDEN)
-        da += product(w_z, w_hh + H * H, u, u, H, H, 1, H, dz_z, STREAM, PRECISION, WIDEN)
+        da += product(w_r, w_now, u, u, H, H, 1, H, dz_r, STREAM, PRECISION, WIDEN)
+        da += product(w_z, w_now + H * H, u, u, H, H, 1, H, dz_z, STREAM, PRECISION, WIDEN)
         if MODE == "state":
             da *= drop
         dh_old += da

@@ -9,13 +9,26 @@ import torch
 import triton
 from torch import Tensor
 
+from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED
 from fastrnn.noise import Noise
 from fastrnn.reference import philox
 
-__all__ = ["INTERPRETED", "Rows", "describe", "launch", "noise_arguments", "precision", "stacked"]
+__all__ = [
+    "INTERPRETED",
+    "Rows",
+    "describe",
+    "launch",
+    "noise_arguments",
+    "precision",
+    "shared_memory",
+    "stacked",
+]
 
 # Triton reads TRITON_INTERPRET where it is imported; what it made of its kernels cannot change.
 INTERPRETED = not isinstance(triton.language.zeros, triton.runtime.JITFunction)
+
+# One stage: the loop over time has nothing that could be loaded steps ahead into shared memory.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 class Rows(NamedTuple):
@@ -24,7 +37,7 @@ class Rows(NamedTuple):
 
     steps: int
     size: int
-    count: int
+    rows: int
     stride_t: int
     stride_n: int
     lengths: Tensor | None
@@ -38,14 +51,15 @@ class Rows(NamedTuple):
             "offsets": self.offsets,
             "T": self.steps,
             "N": self.size,
-            "R": self.count,
+            "R": self.rows,
             "stride_t": self.stride_t,
             "stride_n": self.stride_n,
+            "zero": 0,
         }
 
     def flat(self, x: Tensor) -> Tensor:
         """The rows of x as a matrix."""
-        return x.reshape(self.count, x.size(-1))
+        return x.reshape(self.rows, x.size(-1))
 
     def without_padding(self, x: Tensor) -> Tensor:
         """The rows of x, zero past the end of a sequence, where there may be NaN."""
@@ -80,6 +94,14 @@ def describe(
     return Rows(steps, size, steps * size, stride_t, stride_n, lengths, clear, None)
 
 
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that a program on the device of x may have."""
+    if not x.is_cuda:
+        return SHARED
+    properties = torch.cuda.get_device_properties(x.device)
+    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are made, by the switch that cuDNN's recurrent layers follow."""
     if dtype != torch.float32:
@@ -89,7 +111,8 @@ def precision(dtype: torch.dtype) -> str:
     except RuntimeError:
         # torch refuses to name one precision where convolutions and RNNs were set apart.
         allowed = False
-    return "tf32" if allowed else "ieee"
+    # Three TF32 products have the digits of one in float32, and their weights fit in registers.
+    return "tf32" if allowed else "ieee" if INTERPRETED or torch.version.hip else "tf32x3"
 
 
 def noise_arguments(
@@ -134,6 +157,6 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, warps: int, **argum
     arguments["WIDEN"] = INTERPRETED
     if like.is_cuda:
         with torch.cuda.device(like.device):
-            kernel[grid](**arguments, num_warps=warps, num_stages=1)
+            kernel[grid](**arguments, **OPTIONS, num_warps=warps)
     else:
-        kernel[grid](**arguments, num_warps=warps, num_stages=1)
+        kernel[grid](**arguments, **OPTIONS, num_warps=warps)

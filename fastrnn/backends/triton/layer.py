@@ -19,6 +19,7 @@ from fastrnn.backends.triton.host import (
     launch,
     noise_arguments,
     precision,
+    shared_memory,
     stacked,
 )
 from fastrnn.backends.triton.lstm import lstm_backward_kernel, lstm_forward_kernel
@@ -61,8 +62,9 @@ class _Weights:
         at = 2 * self.hidden
         return torch.cat([b_ih[:, :at] + b_hh[:, :at], b_ih[:, at:], b_hh[:, at:]], 1)
 
-    def plan(self, cell: str, size: int, itemsize: int) -> Plan:
-        return choose(cell, self.gates, self.hidden, self.out, itemsize, size, self.directions)
+    def plan(self, cell: str, size: int, x: Tensor) -> Plan:
+        sizes = (self.hidden, self.out, x.element_size(), size, self.directions)
+        return choose(cell, self.gates, *sizes, shared_memory(x))
 
 
 def _shape_arguments(w: _Weights, plan: Plan, cell: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -110,14 +112,14 @@ def _forward(
     directions, size, out = h0.shape
     w = _Weights(weights, cell, directions)
     rows = describe(x, size, batch_sizes, lengths, reset, batch_first)
-    plan = w.plan(cell, size, x.element_size())
+    plan = w.plan(cell, size, x)
     h0 = h0.contiguous()
     y = x.new_empty((*x.shape[:-1], directions * out))
     h_n = torch.empty_like(h0)
     slots = tape_slots(cell, noise) if want_gates else 0
     gates = None
     if slots:
-        shape = (directions, rows.count, slots * w.hidden)
+        shape = (directions, rows.rows, slots * w.hidden)
         gates = x.new_empty(shape, dtype=torch.float32)
     states: dict[str, Tensor | None] = {}
     if c0 is not None:
@@ -223,7 +225,7 @@ def layer_backward(
         return dx, torch.empty_like(h0) if need_dstate else None, dc0, dweights
     w = _Weights(weights, cell, directions)
     rows = describe(x, size, batch_sizes, lengths, reset, batch_first)
-    cut = w.plan(cell, size, x.element_size())
+    cut = w.plan(cell, size, x)
     if tape_slots(cell, noise) == 0:
         gates = None
     elif gates is None or gates.numel() == 0:
@@ -233,8 +235,8 @@ def layer_backward(
         )[4]  # fmt: skip
     h0 = h0.contiguous()
     slots = 4 if cell == "gru" else w.gates
-    dz = x.new_empty((rows.count, directions * slots * w.hidden))
-    h_ins = x.new_empty((rows.count, directions * out))
+    dz = x.new_empty((rows.rows, directions * slots * w.hidden))
+    h_ins = x.new_empty((rows.rows, directions * out))
     extra: dict[str, Tensor | None] = {}
     dc0 = None
     if lstm:
@@ -245,7 +247,7 @@ def layer_backward(
             "c0": c0.contiguous(), "cells": cells, "dc_n": _dense(dc_n),
             "dcells": _dense(dcells), "dc0": dc0,
             "dh_out": torch.empty_like(h_ins) if proj else None,
-            "outs": x.new_empty((rows.count, directions * w.hidden)) if proj else None,
+            "outs": x.new_empty((rows.rows, directions * w.hidden)) if proj else None,
         }  # fmt: skip
     elif cell.startswith("gru"):
         extra["products"] = torch.empty_like(h_ins) if cell == "gru_reset_before" else None

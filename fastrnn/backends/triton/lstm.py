@@ -28,13 +28,13 @@ from fastrnn.backends.triton.common import (
 __all__ = ["lstm_backward_kernel", "lstm_forward_kernel"]
 
 # Sizes that change from call to call: without a kernel of their own for 1 and for multiples of 16.
-_SIZES = ["T", "N", "R", "stride_t", "stride_n", "stream"]
+_SIZES = ["T", "N", "R", "stride_t", "stride_n", "stream", "zero"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def lstm_forward_kernel(
     xg, w_hh, bias, w_hr, h0, c0, y, cells, gates, h_n, c_n, lengths, reset, offsets, seed,
-    T, N, R, stride_t, stride_n, stream,
+    T, N, R, stride_t, stride_n, stream, zero,
     drop_threshold, drop_value, zone_h_threshold, zone_h_value, zone_c_threshold, zone_c_value,
     H: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     HP: tl.constexpr, PP: tl.constexpr, BT: tl.constexpr,
@@ -71,6 +71,7 @@ def lstm_forward_kernel(
     h = cube(h0 + d * N * P, n, p, P, out & inside[None, :])
     c = cube(c0 + d * N * H, n, u, H, unit & inside[None, :])
     for s in range(T):
+        w_now = w_hh + s * zero  # no loop invariant
         t = s + d.to(tl.int32) * (T - 1 - 2 * s)
         live = inside
         if lengths is not None:
@@ -87,13 +88,13 @@ def lstm_forward_kernel(
         at = t * (1 - SEQUENCE)
         if MODE == "state":
             h_in *= factor(key, stream, at, n, p, drop_threshold, drop_value, TRAINING)
-        z_i = product(w_i, w_hh, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
-        z_f = product(w_f, w_hh + H * P, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
-        z_g = product(w_g, w_hh + 2 * H * P, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
-        z_o = product(w_o, w_hh + 3 * H * P, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
+        z_i = product(w_i, w_now, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
         z_i += cube(xg, row, u, D * 4 * H, mask)
+        z_f = product(w_f, w_now + H * P, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
         z_f += cube(xg + H, row, u, D * 4 * H, mask)
+        z_g = product(w_g, w_now + 2 * H * P, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
         z_g += cube(xg + 2 * H, row, u, D * 4 * H, mask)
+        z_o = product(w_o, w_now + 3 * H * P, u, p, H, P, P, 1, h_in, STREAM, PRECISION, WIDEN)
         z_o += cube(xg + 3 * H, row, u, D * 4 * H, mask)
         if bias is not None:
             z_i += b_i
@@ -112,7 +113,7 @@ def lstm_forward_kernel(
             c_new *= factor(key, stream, at, n, u, drop_threshold, drop_value, TRAINING)
         h_new = o * tanh(c_new)
         if w_hr is not None:
-            h_new = product(w_r, w_hr, p, u, P, H, H, 1, h_new, STREAM, PRECISION, WIDEN)
+            h_new = product(w_r, w_hr + s * zero, p, u, P, H, H, 1, h_new, STREAM, PRECISION, WIDEN)
         if ZONE_H:
             w = factor(key, stream + 1, t, n, p, zone_h_threshold, zone_h_value, TRAINING)
             h_new = w * h_new + (1.0 - w) * h_prev
@@ -140,7 +141,7 @@ def lstm_forward_kernel(
 def lstm_backward_kernel(
     w_hh, w_hr, h0, c0, y, cells, gates, dy, dh_n, dc_n, dcells, dz, h_ins, dh_out, dh0, dc0,
     outs, lengths, reset, offsets, seed,
-    T, N, R, stride_t, stride_n, stream,
+    T, N, R, stride_t, stride_n, stream, zero,
     drop_threshold, drop_value, zone_h_threshold, zone_h_value, zone_c_threshold, zone_c_value,
     H: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     HP: tl.constexpr, PP: tl.constexpr, BT: tl.constexpr,
@@ -183,6 +184,7 @@ def lstm_backward_kernel(
         dc += cube(dc_n + d * N * H, n, u, H, unit & inside[None, :])
     for k in range(T):
         s = T - 1 - k
+        w_now = w_hh + s * zero  # no loop invariant
         t = s + d.to(tl.int32) * (T - 1 - 2 * s)
         live = inside & (t < length)
         row = row_index(t, n, offsets, stride_t, stride_n, offsets is not None)
@@ -243,7 +245,7 @@ def lstm_backward_kernel(
         if w_hr is not None:
             save(dh_out + d * P, row, p, D * P, dh_new, live, out & written)
             save(outs + d * H, row, u, D * H, o * q, live, unit & written)
-            dm = product(w_r, w_hr, u, p, H, P, 1, H, dh_new, STREAM, PRECISION, WIDEN)
+            dm = product(w_r, w_hr + s * zero, u, p, H, P, 1, H, dh_new, STREAM, PRECISION, WIDEN)
         dc_new += dm * o * (1.0 - q * q)
         if MODE == "cell":
             dc_new *= drop
@@ -258,10 +260,10 @@ def lstm_backward_kernel(
         save(dz + H, row, u, D * 4 * H, dz_f, live, unit & written)
         save(dz + 2 * H, row, u, D * 4 * H, dz_g, live, unit & written)
         save(dz + 3 * H, row, u, D * 4 * H, dz_o, live, unit & written)
-        da = product(w_i, w_hh, p, u, P, H, 1, P, dz_i, STREAM, PRECISION, WIDEN)
-        da += product(w_f, w_hh + H * P, p, u, P, H, 1, P, dz_f, STREAM, PRECISION, WIDEN)
-        da += product(w_g, w_hh + 2 * H * P, p, u, P, H, 1, P, dz_g, STREAM, PRECISION, WIDEN)
-        da += product(w_o, w_hh + 3 * H * P, p, u, P, H, 1, P, dz_o, STREAM, PRECISION, WIDEN)
+        da = product(w_i, w_now, p, u, P, H, 1, P, dz_i, STREAM, PRECISION, WIDEN)
+        da += product(w_f, w_now + H * P, p, u, P, H, 1, P, dz_f, STREAM, PRECISION, WIDEN)
+        da += product(w_g, w_now + 2 * H * P, p, u, P, H, 1, P, dz_g, STREAM, PRECISION, WIDEN)
+        da += product(w_o, w_now + 3 * H * P, p, u, P, H, 1, P, dz_o, STREAM, PRECISION, WIDEN)
         if MODE == "state":
             da *= drop
         dh_old += da

@@ -24,13 +24,13 @@ from fastrnn.backends.triton.common import (
 
 __all__ = ["rnn_backward_kernel", "rnn_forward_kernel"]
 
-_SIZES = ["T", "N", "R", "stride_t", "stride_n", "stream"]
+_SIZES = ["T", "N", "R", "stride_t", "stride_n", "stream", "zero"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def rnn_forward_kernel(
     xg, w_hh, bias, h0, y, gates, h_n, lengths, reset, offsets, seed,
-    T, N, R, stride_t, stride_n, stream,
+    T, N, R, stride_t, stride_n, stream, zero,
     drop_threshold, drop_value, zone_h_threshold, zone_h_value,
     RELU: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HP: tl.constexpr, BT: tl.constexpr,
@@ -54,6 +54,7 @@ def rnn_forward_kernel(
     key = tl.load(seed) if TRAINING else 0
     h = cube(h0 + d * N * H, n, u, H, unit & inside[None, :])
     for s in range(T):
+        w_now = w_hh + s * zero  # no loop invariant
         t = s + d.to(tl.int32) * (T - 1 - 2 * s)
         live = inside
         if lengths is not None:
@@ -68,14 +69,12 @@ def rnn_forward_kernel(
         if MODE == "state":
             at = t * (1 - SEQUENCE)
             h_in *= factor(key, stream, at, n, u, drop_threshold, drop_value, TRAINING)
-        z = product(w_h, w_hh, u, u, H, H, H, 1, h_in, STREAM, PRECISION, WIDEN)
+        z = product(w_h, w_now, u, u, H, H, H, 1, h_in, STREAM, PRECISION, WIDEN)
         z += cube(xg, row, u, D * H, mask)
         if bias is not None:
             z += b
-        if RELU:
-            h_new = tl.where(z <= 0.0, 0.0, z)  # in this form a NaN stays one
-        else:
-            h_new = tanh(z)
+        # In this form a NaN stays one.
+        h_new = tl.where(z <= 0.0, 0.0, z) if RELU else tanh(z)
         if gates is not None:
             scatter(gates + d * R * H, row, u, H, h_new, mask)
         if ZONE_H:
@@ -91,7 +90,7 @@ def rnn_forward_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def rnn_backward_kernel(
     w_hh, h0, y, gates, dy, dh_n, dz, h_ins, dh0, lengths, reset, offsets, seed,
-    T, N, R, stride_t, stride_n, stream,
+    T, N, R, stride_t, stride_n, stream, zero,
     drop_threshold, drop_value, zone_h_threshold, zone_h_value,
     RELU: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HP: tl.constexpr, BT: tl.constexpr,
@@ -119,6 +118,7 @@ def rnn_backward_kernel(
         dh += cube(dh_n + d * N * H, n, u, H, unit & inside[None, :])
     for k in range(T):
         s = T - 1 - k
+        w_now = w_hh + s * zero  # no loop invariant
         t = s + d.to(tl.int32) * (T - 1 - 2 * s)
         live = inside & (t < length)
         row = row_index(t, n, offsets, stride_t, stride_n, offsets is not None)
@@ -152,7 +152,7 @@ def rnn_backward_kernel(
             h = cube(y, row, u, D * H, mask)
         dz_h = tl.where(h > 0.0, dh_new, 0.0) if RELU else dh_new * (1.0 - h * h)
         save(dz, row, u, D * H, dz_h, live, unit & written)
-        da = product(w_h, w_hh, u, u, H, H, 1, H, dz_h, STREAM, PRECISION, WIDEN)
+        da = product(w_h, w_now, u, u, H, H, 1, H, dz_h, STREAM, PRECISION, WIDEN)
         if MODE == "state":
             da *= drop
         dh_old += da
