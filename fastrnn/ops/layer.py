@@ -159,7 +159,8 @@ def _by_plan(
 
     Triton's interpreter runs kernels on tensors that the dispatcher takes to the CPU's backend.
     """
-    at = next(i for i, arg in enumerate(schema.split(",")) if arg.split()[:2] == ["str", "plan"])
+    arguments = [arg.split() for arg in schema.split(")")[0].split(",")]
+    at = arguments.index(["str", "plan"])
     triton = _backend(module, name)
 
     def call(*args: Any) -> Any:

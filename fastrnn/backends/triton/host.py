@@ -16,6 +16,7 @@ from fastrnn.reference import philox
 __all__ = [
     "INTERPRETED",
     "Rows",
+    "dense",
     "describe",
     "launch",
     "noise_arguments",
@@ -60,6 +61,15 @@ class Rows(NamedTuple):
     def flat(self, x: Tensor) -> Tensor:
         """The rows of x as a matrix."""
         return x.reshape(self.rows, x.size(-1))
+
+    def sequence_of_row(self, device: torch.device) -> Tensor:
+        """(rows,) which sequence each row belongs to."""
+        if self.offsets is None:
+            rows = torch.arange(self.rows, device=device)
+            return rows % self.size if self.stride_n == 1 else rows // self.steps
+        rows = torch.arange(self.rows, device=device)
+        step = torch.searchsorted(self.offsets, rows, right=True) - 1
+        return rows - self.offsets[step]
 
     def without_padding(self, x: Tensor) -> Tensor:
         """The rows of x, zero past the end of a sequence, where there may be NaN."""
@@ -150,6 +160,10 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0].contiguous().unsqueeze(0)
     return torch.stack(list(tensors))
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, warps: int, **arguments: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastrnn.backends.triton.gru import gru_backward_kernel, gru_forward_kernel
 from fastrnn.backends.triton.host import (
     Rows,
+    dense,
     describe,
     launch,
     noise_arguments,
@@ -244,8 +245,8 @@ def layer_backward(
         dc0 = torch.empty(c0.shape, dtype=c0.dtype, device=c0.device)
         proj = bool(w.w_hr)
         extra = {
-            "c0": c0.contiguous(), "cells": cells, "dc_n": _dense(dc_n),
-            "dcells": _dense(dcells), "dc0": dc0,
+            "c0": c0.contiguous(), "cells": cells, "dc_n": dense(dc_n),
+            "dcells": dense(dcells), "dc0": dc0,
             "dh_out": torch.empty_like(h_ins) if proj else None,
             "outs": x.new_empty((rows.rows, directions * w.hidden)) if proj else None,
         }  # fmt: skip
@@ -260,8 +261,8 @@ def layer_backward(
         h0=h0,
         y=y.contiguous(),
         gates=gates,
-        dy=_dense(dy),
-        dh_n=_dense(dh_n),
+        dy=dense(dy),
+        dh_n=dense(dh_n),
         dz=dz,
         h_ins=h_ins,
         dh0=dh0,
@@ -278,10 +279,6 @@ def layer_backward(
     if not need_dstate:
         return dx, None, None, dweights
     return dx, dh0, dc0, dweights
-
-
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.contiguous()
 
 
 def _products(
