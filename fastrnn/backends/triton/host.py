@@ -76,10 +76,14 @@ class Rows(NamedTuple):
         x = self.flat(x)
         if self.lengths is None or self.offsets is not None:
             return x
-        t = torch.arange(self.steps, device=x.device)
+        return x.masked_fill(self.padding(x.device).reshape(-1, 1), 0.0)
+
+    def padding(self, device: torch.device) -> Tensor:
+        """(T, N), or (N, T) if batch_first: True past the end of a sequence."""
+        assert self.lengths is not None
+        t = torch.arange(self.steps, device=device)
         dead = t[:, None] >= self.lengths[None, :]
-        dead = dead if self.stride_n == 1 else dead.t()
-        return x.masked_fill(dead.reshape(-1, 1), 0.0)
+        return dead if self.stride_n == 1 else dead.t()
 
 
 def describe(
