@@ -23,6 +23,9 @@ pytestmark = [
 ]
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
+# Bytes a thread may spill: a few values in what ought to fit, more where registers are known to be
+# too few, and never what a matrix that was meant to be elsewhere would take.
+SPILL = {False: 64, True: 384}
 FLOATS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # Tensors that are float32 whatever the data are.
 WIDE = {"bias", "gates", "cells", "dcells", "states", "tape"}
@@ -39,7 +42,7 @@ class Case:
     precision: str = "ieee"
     features: tuple[str, ...] = ()
     mode: str = ""
-    spills: bool = False
+    tight: bool = False
 
     def __str__(self) -> str:
         words = [self.kernel, self.dtype, f"H{self.H}", self.precision, *self.features, self.mode]
@@ -55,9 +58,9 @@ CASES = [
         for dtype, H, precision in (("bfloat16", 128, "ieee"), ("float32", 64, "tf32"))
     ),
     # Weights of 512 KB and of 256 KB, which are read in each step.
-    *(Case(f"lstm_{w}", "float16", 256, spills=True) for w in ("forward", "backward")),
+    *(Case(f"lstm_{w}", "float16", 256, tight=True) for w in ("forward", "backward")),
     *(Case(f"lstm_{w}", "float32", 128, "tf32") for w in ("forward", "backward")),
-    *(Case(f"lstm_{w}", "float32", 64, "tf32x3", spills=True) for w in ("forward", "backward")),
+    *(Case(f"lstm_{w}", "float32", 64, "tf32x3", tight=True) for w in ("forward", "backward")),
     *(
         Case(f"{cell}_{way}", features=(*EVERYTHING, *more), mode=mode)
         for cell, mode, more in (
@@ -72,7 +75,7 @@ CASES = [
     ),
     *(Case(f"rhn_{w}", H=64, features=f) for w in ("forward", "backward") for f in ((), ("mask",))),
     *(
-        Case(f"bnlstm_{w}", "float32", 32, "tf32", f)
+        Case(f"bnlstm_{w}", "float32", 32, "tf32", f, tight=True)
         for w in ("forward", "backward")
         for f in ((), ("lengths", "reset"))
     ),
@@ -166,10 +169,20 @@ def ptxas(ptx: str, arch: int, folder: Path) -> str:
     pytest.skip("this wheel of triton has no ptxas for its PTX")
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids=lambda arch: f"sm{arch}")
-@pytest.mark.parametrize("case", CASES, ids=str)
+def runs() -> list[Any]:
+    """Every case for both; a few, for one, are not slow."""
+    quick = (Case("lstm_forward"), Case("gru_backward"), Case("rhn_forward"))
+    slow = [
+        pytest.param(case, arch, marks=pytest.mark.slow, id=f"{case}-sm{arch}")
+        for case in CASES
+        for arch in SHARED
+    ]
+    return [pytest.param(case, 90, id=f"{case}-sm90-quick") for case in quick] + slow
+
+
+@pytest.mark.parametrize("case, arch", runs())
 def test_compiles(case: Case, arch: int, tmp_path: Path) -> None:
-    """Tensor cores are used, shared memory suffices, and values stay in registers."""
+    """Tensor cores are used, shared memory suffices, and weights stay in registers."""
     compiled = compile_for(case, arch)
     ptx = compiled.asm["ptx"]
     assert re.search(r"mma\.sync|wgmma\.mma_async", ptx)
@@ -181,4 +194,4 @@ def test_compiles(case: Case, arch: int, tmp_path: Path) -> None:
     assert registers, said
     assert spilled, said
     print(f"{case} sm_{arch}: {registers[0]}, {spilled[0]}, shared {compiled.metadata.shared}")
-    assert case.spills or int(spilled[1]) == 0, said
+    assert int(spilled[1]) <= SPILL[case.tight], said

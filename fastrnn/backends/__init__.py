@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import cache
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -118,14 +118,21 @@ def _serves_reference(p: Problem) -> str:
     return "" if p.dtype in _FLOATING else f"it computes in floating point, not in {p.dtype}"
 
 
+_Answer = TypeVar("_Answer", str, int)
 _TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
-def _constant(function: Any) -> Any:
+def _constant(function: Callable[[], _Answer]) -> Callable[[], _Answer]:
     """Asked once, and a constant in traced code: what torch's assume_constant_result would set."""
-    function = cache(function)
-    function._dynamo_marked_constant = True
-    return function
+    known: list[_Answer] = []
+
+    def ask() -> _Answer:
+        if not known:
+            known.append(function())
+        return known[0]
+
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
 
 
 @_constant

@@ -71,7 +71,8 @@ def choose(
     # A warp has 16 units of every gate.
     warps = max(4, min(16, units // 16))
     if cell == "bnlstm":
-        return Plan(units, outputs, padded(size), warps, stream)
+        rows = padded(size)
+        return Plan(units, outputs, rows, max(4, min(16, units * rows // 128)), stream)
     rows = BATCH_ROWS[0]
     most = min(TILE, EACH * 32 * warps) // units
     for more in BATCH_ROWS[1:]:
