@@ -22,15 +22,7 @@ from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.backends import (
-    CPU_DTYPES,
-    CPU_MISSING,
-    NAMES,
-    SERVES,
-    Problem,
-    torch_nn,
-    triton_shared_memory,
-)
+from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn, triton_plan
 from fastrnn.handover import handed_over
 from fastrnn.sequence import Batch, describe
 
@@ -378,18 +370,6 @@ def explain_call(
     problem = problem._replace(depth=depth, gates=gates)
     found = decide(problem)
     return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
-
-
-def triton_plan(p: Problem) -> str:
-    """What the Triton kernels will do, in words for ``explain``."""
-    from fastrnn.backends.triton.plan import choose
-
-    count = {"gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1, "rhn": p.gates}
-    plan = choose(
-        p.cell, count.get(p.cell, 4), p.hidden_size, p.proj_size or p.hidden_size,
-        p.dtype.itemsize, p.batch, p.directions, triton_shared_memory(),
-    )  # fmt: skip
-    return str(plan)
 
 
 def _plan(backend: str, p: Problem) -> str:

@@ -17,9 +17,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, refusal
+from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, choose, refusal
 
-__all__ = ["CPU_DTYPES", "CPU_MISSING", "NAMES", "SERVES", "Problem"]
+__all__ = ["CPU_DTYPES", "CPU_MISSING", "NAMES", "SERVES", "Problem", "triton_plan"]
 
 NAMES = ("cpu", "cuda", "triton", "torch", "reference")
 
@@ -189,6 +189,13 @@ def _serves_triton(p: Problem) -> str:
     if p.transforms:
         return "torch.func transforms need operations they can see into"
     return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch, triton_shared_memory())
+
+
+def triton_plan(p: Problem) -> str:
+    """What the Triton kernels will do, in words for ``explain``."""
+    count = {"gru": 3, "gru_reset_before": 3, "rnn_tanh": 1, "rnn_relu": 1, "rhn": p.gates}
+    sizes = (p.hidden_size, p.proj_size or p.hidden_size, p.dtype.itemsize, p.batch, p.directions)
+    return str(choose(p.cell, count.get(p.cell, 4), *sizes, triton_shared_memory()))
 
 
 def _not_built(p: Problem) -> str:
