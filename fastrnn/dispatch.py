@@ -22,7 +22,7 @@ from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn
+from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn, triton_plan
 from fastrnn.handover import handed_over
 from fastrnn.kinds import KINDS
 from fastrnn.sequence import Batch, describe
@@ -249,6 +249,8 @@ def choose(
         backend = settle(
             _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
         )
+    if backend == "triton":
+        return backend, "triton"
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
     rounds = rounds and cell in _BF16_CELLS
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
@@ -378,6 +380,8 @@ def _plan(backend: str, p: Problem) -> str:
     if backend == "torch":
         return torch_nn.plan(p.cell)
     noise = f", {p.regularisers}" if p.regularisers else ""
+    if backend == "triton":
+        return triton_plan(p) + noise
     if backend != "cpu":
         return "a Python loop over the steps" + noise
     from fastrnn.backends import cpu

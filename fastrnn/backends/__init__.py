@@ -9,11 +9,18 @@ reference  ``fastrnn.reference``: plain PyTorch, any device and floating dtype
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple, TypeVar
 
 import torch
 
-__all__ = ["CPU_DTYPES", "CPU_MISSING", "NAMES", "SERVES", "Problem"]
+from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, choose, refusal
+from fastrnn.kinds import GATES
+
+__all__ = ["CPU_DTYPES", "CPU_MISSING", "NAMES", "SERVES", "Problem", "triton_plan"]
 
 NAMES = ("cpu", "cuda", "triton", "torch", "reference")
 
@@ -113,6 +120,88 @@ def _serves_reference(p: Problem) -> str:
     return "" if p.dtype in _FLOATING else f"it computes in floating point, not in {p.dtype}"
 
 
+_Answer = TypeVar("_Answer", str, int)
+_TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def _constant(function: Callable[[], _Answer]) -> Callable[[], _Answer]:
+    """Asked once, and a constant in traced code: what torch's assume_constant_result would set."""
+    known: list[_Answer] = []
+
+    def ask() -> _Answer:
+        if not known:
+            known.append(function())
+        return known[0]
+
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
+
+
+@_constant
+def _triton_interprets() -> str:
+    """Why Triton cannot run on the CPU; empty where its interpreter is on."""
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
+        return (
+            "the input is on cpu, where Triton only runs under its interpreter "
+            "(TRITON_INTERPRET=1 in the environment before triton is imported)"
+        )
+    triton = sys.modules.get("triton.language")
+    if triton is not None and type(triton.zeros).__name__ == "JITFunction":
+        return "triton was imported before TRITON_INTERPRET was set"
+    return ""
+
+
+@_constant
+def _triton_missing() -> str:
+    return "" if find_spec("triton") else "triton is not installed: pip install triton"
+
+
+@_constant
+def triton_shared_memory() -> int:
+    """Shared memory of a program on the current GPU, or what stands for it where there is none."""
+    if not torch.cuda.is_available():
+        return SHARED
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
+
+
+@_constant
+def _triton_gpu() -> str:
+    """Why no kernel runs on this machine's GPU; empty if one does."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if torch.version.hip is None and major < 8:
+        return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return ""
+
+
+def _serves_triton(p: Problem) -> str:
+    if p.device not in ("cpu", "cuda"):
+        return f"the input is on {p.device}"
+    why = (_triton_gpu() if p.device == "cuda" else _triton_interprets()) or _triton_missing()
+    if why:
+        return why
+    if p.dtype not in _TRITON_DTYPES:
+        return f"it has no {p.dtype} kernels, only float32, bfloat16 and float16"
+    if p.process_group:
+        return "its kernels see one process, statistics over a process group need collectives"
+    if not p.hidden_size or not p.input_size:
+        return "it has no kernels for an input or hidden size of 0"
+    if p.transforms:
+        return "torch.func transforms need operations they can see into"
+    if p.cell.endswith("_layer_norm"):
+        return "it has no kernels with layer_norm"
+    return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch, triton_shared_memory())
+
+
+def triton_plan(p: Problem) -> str:
+    """What the Triton kernels will do, in words for ``explain``."""
+    count = GATES | {"rhn": p.gates, "bnlstm": 4}
+    sizes = (p.hidden_size, p.proj_size or p.hidden_size, p.dtype.itemsize, p.batch, p.directions)
+    return str(choose(p.cell, count[p.cell], *sizes, triton_shared_memory()))
+
+
 def _not_built(p: Problem) -> str:
     return "this version of fastrnn has no such kernels yet"
 
@@ -120,7 +209,7 @@ def _not_built(p: Problem) -> str:
 SERVES = {
     "cpu": _serves_cpu,
     "cuda": _not_built,
-    "triton": _not_built,
+    "triton": _serves_triton,
     "torch": _serves_torch,
     "reference": _serves_reference,
 }

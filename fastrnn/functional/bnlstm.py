@@ -182,6 +182,7 @@ def _layer(
 ) -> tuple[Tensor, ...]:
     """y, h_n, c_n, cells and the three used statistics of one layer."""
     _, _, batch_first, batch_sizes, lengths, reset = batch
+    plan = "triton" if backend == "triton" else ""
     if backend == "reference":
         return reference_bnlstm.layer(
             x, h, c, weights, given, batch_sizes, lengths, reset, eps, batch_stats, sequence,
@@ -190,12 +191,12 @@ def _layer(
     if records:
         if is_compiling():
             x, h, c, *weights = distinct([x, h, c, *weights])
-        options = (batch_stats, sequence, batch_first, "")
+        options = (batch_stats, sequence, batch_first, plan)
         return BNLSTMLayer.apply(
             x, h, c, batch_sizes, lengths, reset, eps, options, len(weights), *weights, *given
         )
     packed = None
-    if cache is not None:
+    if cache is not None and backend == "cpu":
         keeper, k, bias = cache
         per = 6 + bias
         matrices = [w for i, w in enumerate(weights) if i % per < 2]
@@ -204,7 +205,7 @@ def _layer(
     run = ops.BNLSTM_CPU["bnlstm_forward"] if direct else ops.bnlstm_forward
     y, h_n, c_n, cells, _, *used = run(
         x, h, c, weights, given, packed, batch_sizes, lengths, reset, eps, batch_stats, sequence,
-        batch_first, return_cells, False, "",
+        batch_first, return_cells, False, plan,
     )  # fmt: skip
     return y, h_n, c_n, cells, *used
 

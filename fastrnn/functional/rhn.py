@@ -95,12 +95,13 @@ def rhn(
     records = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
     records = records and not is_exporting()
     sizes = (hidden, 0, directions, num_layers)
-    # Of the plans, "bf16" is for kernels this cell does not have: its float32 stays float32.
-    backend, _ = dispatch.choose("rhn", input, batch, sizes, records, False, recompute)
+    backend, plan = dispatch.choose("rhn", input, batch, sizes, records, False, recompute)
+    # "bf16" is for kernels this cell does not have: its float32 stays float32.
+    plan = plan if backend == "triton" else ""
     gates = 1 if tie_gate_masks else 2 if couple_carry else 3
     rates = (variational_input, variational_state) if training else (0.0, 0.0)
     return _run_layers(
-        backend, input, hx, flat_weights, batch, num_layers, directions,
+        backend, plan, input, hx, flat_weights, batch, num_layers, directions,
         dropout if training else 0.0, rates, gates, records, recompute, cache,
     )  # fmt: skip
 
@@ -124,6 +125,7 @@ def _mask(like: Tensor, p: float, *shape: int) -> Tensor | None:
 
 def _run_layers(
     backend: str,
+    plan: str,
     x: Tensor,
     hx: Tensor,
     flat_weights: Sequence[Tensor],
@@ -162,17 +164,27 @@ def _run_layers(
             if is_compiling():
                 x, h, *weights = distinct([x, h, *weights])
             x, h = RhnLayer.apply(
-                x, h, x_mask, s_mask, batch_sizes, lengths, reset, batch_first, recompute, "",
+                x, h, x_mask, s_mask, batch_sizes, lengths, reset, batch_first, recompute, plan,
                 *weights,
             )  # fmt: skip
         else:
             # Weights packed for masks that differ from gate to gate have another layout.
-            plain = cache is not None and (groups == 1 or (x_mask is None and s_mask is None))
+            plain = backend == "cpu" and (groups == 1 or (x_mask is None and s_mask is None))
             packed = cache.packed(k, weights, "rhn", "") if cache is not None and plain else None
             direct = ops.unobserved(x, weights[0])
             run = ops.RHN_CPU["rhn_forward"] if direct else ops.rhn_forward
             x, h = run(
-                x, h, weights, x_mask, s_mask, packed, batch_sizes, lengths, reset, batch_first, ""
+                x,
+                h,
+                weights,
+                x_mask,
+                s_mask,
+                packed,
+                batch_sizes,
+                lengths,
+                reset,
+                batch_first,
+                plan,
             )
         h_n.append(h)
         if dropout > 0 and k < last:

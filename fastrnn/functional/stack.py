@@ -393,7 +393,9 @@ def _run_layers(
                 noise, *weights,
             )  # fmt: skip
         else:
-            packed = None if cache is None else cache.packed(k, weights, cell, plan)
+            packed = None
+            if cache is not None and backend == "cpu":
+                packed = cache.packed(k, weights, cell, plan)
             direct = ops.unobserved(x, weights[0])
             run = ops.CPU["layer_forward"] if direct else ops.layer_forward
             x, h, c, cells = run(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, functional
+from fastrnn.backends import triton_plan
 from fastrnn.functional.bnlstm import _problem
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
@@ -443,6 +444,8 @@ class BNLSTM(RunningStatistics):
                 for _, inputs in self._layers()
             ]
             plan = "; ".join(dict.fromkeys(texts))
+        elif found.backend == "triton":
+            plan = triton_plan(problem)
         elif over_group:
             plan += ", all-reduced statistics at each"
         if wide != dtype:

@@ -114,7 +114,9 @@ def _fake_backward(
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
-BNLSTM_CPU = register("CPU", "fastrnn.backends.cpu_bnlstm", _SCHEMAS)
+_TRITON = "fastrnn.backends.triton.bnlstm"
+BNLSTM_CPU = register("CPU", "fastrnn.backends.cpu_bnlstm", _SCHEMAS, _TRITON)
+register("CUDA", _TRITON, _SCHEMAS)
 torch.library.register_fake("fastrnn::bnlstm_forward", _fake_forward)
 torch.library.register_fake("fastrnn::bnlstm_backward", _fake_backward)
 

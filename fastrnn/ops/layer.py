@@ -17,7 +17,7 @@ An output that does not apply is an empty (0,) tensor. Autograd is not registere
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -152,6 +152,24 @@ def _fake_pack_weights(weights: list[Tensor], cell: str, plan: str) -> Tensor:
     return weights[0].new_empty((elements,), dtype=torch.uint8)
 
 
+def _by_plan(
+    function: Callable[..., Any], module: str, name: str, schema: str
+) -> Callable[..., Any]:
+    """``function``, but that of the Triton backend where the plan says so.
+
+    Triton's interpreter runs kernels on tensors that the dispatcher takes to the CPU's backend.
+    """
+    arguments = [arg.split() for arg in schema.split(")")[0].split(",")]
+    at = arguments.index(["str", "plan"])
+    triton = _backend(module, name)
+
+    def call(*args: Any) -> Any:
+        return triton(*args) if args[at] == "triton" else function(*args)
+
+    call.__name__ = name
+    return call
+
+
 def _backend(module: str, name: str) -> Callable[..., Any]:
     """The function ``name`` of a backend, imported at the first call: import stays light."""
     bound: Callable[..., Any] | None = None
@@ -185,13 +203,18 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(
-    device: str, module: str, names: Iterable[str] = _SCHEMAS
+    device: str, module: str, names: Iterable[str] = _SCHEMAS, interpreted: str = ""
 ) -> dict[str, Callable[..., Any]]:
     """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module.
 
+    ``interpreted`` is the module for calls with the plan "triton"; ``names`` then are schemas.
     Returns the backend's functions, which may return None for an output that does not apply.
     """
     functions = {name: _backend(module, name) for name in names}
+    if interpreted:
+        assert isinstance(names, Mapping)
+        for name, schema in names.items():
+            functions[name] = _by_plan(functions[name], interpreted, name, schema)
     for name, function in functions.items():
         torch.library.impl(f"fastrnn::{name}", device, _filled(function))
     return functions
@@ -200,7 +223,13 @@ def register(
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
-CPU = register("CPU", "fastrnn.backends.cpu")
+_TRITON = "fastrnn.backends.triton.layer"
+_PACK = "pack_weights"
+_LAYER = {name: schema for name, schema in _SCHEMAS.items() if name != _PACK}
+
+CPU = register("CPU", "fastrnn.backends.cpu", _LAYER, _TRITON)
+CPU |= register("CPU", "fastrnn.backends.cpu", [_PACK])
+register("CUDA", _TRITON, _LAYER)
 torch.library.register_fake("fastrnn::layer_forward", _fake_layer_forward)
 torch.library.register_fake("fastrnn::layer_forward_train", _fake_layer_forward_train)
 torch.library.register_fake("fastrnn::layer_backward", _fake_layer_backward)

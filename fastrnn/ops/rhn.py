@@ -108,7 +108,9 @@ def _fake_rhn_backward(
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
-RHN_CPU = register("CPU", "fastrnn.backends.cpu_rhn", _SCHEMAS)
+_TRITON = "fastrnn.backends.triton.rhn"
+RHN_CPU = register("CPU", "fastrnn.backends.cpu_rhn", _SCHEMAS, _TRITON)
+register("CUDA", _TRITON, _SCHEMAS)
 torch.library.register_fake("fastrnn::rhn_forward", _fake_rhn_forward)
 torch.library.register_fake("fastrnn::rhn_forward_train", _fake_rhn_forward_train)
 torch.library.register_fake("fastrnn::rhn_backward", _fake_rhn_backward)
