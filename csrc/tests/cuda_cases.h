@@ -1,0 +1,61 @@
+// The problems that every cell meets in every exchange, format and tile.
+#pragma once
+#include "cuda_trial.h"
+
+namespace trial {
+
+// For 16-bit and 32-bit formats: K of up to 128, part of the weights in shared memory.
+template <class D, int Units = 16, int RowTiles = 1>
+using SmallTile = Tile<Units, RowTiles, 128 / (2 * D::kChunk), 128 / (2 * D::kChunk) - 1, 2>;
+// Three warps, more elements than threads, all weights in registers; K of up to 96.
+template <class D>
+using WideTile = Tile<16, 2, 96 / (3 * D::kChunk), 96 / (3 * D::kChunk), 3>;
+
+inline std::vector<Options> problems(int most_units) {
+  std::vector<Options> all(6);
+  all[0].T = 3, all[0].N = 3, all[0].H = std::min(most_units, 72);
+  all[1].T = 5, all[1].N = 11, all[1].H = std::min(most_units, 37), all[1].groups = 2;
+  all[1].lengths = all[1].reset = true, all[1].wx_is_float = false;
+  all[2] = all[1];
+  all[2].H = std::min(most_units, 48), all[2].reverse = true, all[2].groups = 3;
+  all[3].directions = 2, all[3].H = std::min(most_units, 40), all[3].lengths = true, all[3].N = 6;
+  all[4].directions = 2, all[4].H = std::min(most_units, 33), all[4].reset = true, all[4].initial = false;
+  all[5].T = 1, all[5].N = 1, all[5].H = 1;
+  for (Options& o : all) o.separate_mail = o.H == 40;
+  return all;
+}
+
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
+void run_all(int most_units) {
+  double worst = 0;
+  for (Options o : problems(most_units)) {
+    std::vector<Tensor<D>> first;
+    o.groups = std::max(o.groups, ceil_div(o.N, T::kRows));
+    for (o.seed = 1; o.seed <= 3; o.seed++) {
+      Trial<Cell, D, T, ExchangeOf, kLinear> trial(o);
+      report(__FILE__, __LINE__, o, trial.failure);
+      worst = std::max(worst, trial.worst);
+      if (o.seed == 1) first = trial.results;
+      // Whatever the schedule, the same bits.
+      if (trial.failure.empty()) CHECK(first == trial.results);
+    }
+  }
+  if (std::getenv("FASTRNN_SHOW_ERRORS")) std::printf("  worst error: %.2f of what is allowed\n", worst);
+}
+
+}  // namespace trial
+
+#define FASTRNN_CELL_TESTS(name, ...)                                                                     \
+  using trial::SmallTile;                                                                                 \
+  using namespace fastrnn::cuda;                                                                          \
+  TEST(name##_bf16_sentinel) { trial::run_all<__VA_ARGS__, Bf16, SmallTile<Bf16>, Sentinel>(128); }       \
+  TEST(name##_bf16_wide_tile) { trial::run_all<__VA_ARGS__, Bf16, trial::WideTile<Bf16>, Sentinel>(96); } \
+  TEST(name##_bf16_flags) { trial::run_all<__VA_ARGS__, Bf16, SmallTile<Bf16>, Flags>(128); }             \
+  TEST(name##_bf16_local) { trial::run_all<__VA_ARGS__, Bf16, SmallTile<Bf16, 48>, Local>(48); }          \
+  TEST(name##_bf16_cluster) { trial::run_all<__VA_ARGS__, Bf16, SmallTile<Bf16>, Cluster>(128); }         \
+  TEST(name##_bf16_linear) { trial::run_all<__VA_ARGS__, Bf16, SmallTile<Bf16>, Sentinel, true>(40); }    \
+  TEST(name##_fp16_sentinel) { trial::run_all<__VA_ARGS__, Fp16, SmallTile<Fp16>, Sentinel>(128); }       \
+  TEST(name##_tf32_sentinel) { trial::run_all<__VA_ARGS__, Tf32, SmallTile<Tf32>, Sentinel>(128); }       \
+  TEST(name##_tf32_flags) { trial::run_all<__VA_ARGS__, Tf32, SmallTile<Tf32>, Flags>(128); }             \
+  TEST(name##_bf16x3_sentinel) { trial::run_all<__VA_ARGS__, Bf16x3, SmallTile<Bf16x3>, Sentinel>(128); } \
+  TEST(name##_bf16x3_cluster) { trial::run_all<__VA_ARGS__, Bf16x3, SmallTile<Bf16x3>, Cluster>(128); }
