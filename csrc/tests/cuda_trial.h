@@ -3,6 +3,8 @@
 #include <functional>
 #include <random>
 
+#include "../cuda/core/backward.cuh"
+#include "../cuda/core/forward.cuh"
 #include "../cuda/core/pack.cuh"
 #include "check.h"
 #include "cuda_tolerance.h"
@@ -100,7 +102,7 @@ void round_all(Doubles& v) {
 template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
 class Trial {
   using Elem = typename D::Elem;
-  using ForwardLayer = Forward<Cell, D, T, ExchangeOf, true, kLinear>;
+  using ForwardLayer = Forward<Cell, D, T, ExchangeOf, kLinear>;
   using BackwardLayer = Backward<Cell, D, T, ExchangeOf, kLinear>;
   static constexpr int G = Cell::kGates;
   static constexpr bool kShared = ExchangeOf<D, T, 1>::kInShared;
@@ -221,12 +223,14 @@ class Trial {
     return r.ok();
   }
 
-  template <class Order>
-  std::vector<Vec4> pack(Tensor<D>& w) {
-    using P = Pack<Cell, D, T, Order>;
-    std::vector<Vec4> packed(size_t(ctas_) * P::kCtaVectors);
-    const PackParams p{w.data(), packed.data(), o_.H, hp_, ctas_};
-    for (size_t i = 0; i < packed.size(); i++) packed[i] = P::vector(p, i);
+  // Through the kernel that packs on a GPU.
+  std::vector<Vec4> pack(Tensor<D>& w, const Geometry& g) {
+    std::vector<Vec4> packed(size_t(ctas_) * g.cta_vectors());
+    const PackParams p{w.data(), packed.data(), g, o_.H, hp_, ctas_};
+    emu::Launch l;
+    l.grid = 2, l.block = 256;
+    const emu::Report r = emu::launch(l, [&] { pack_kernel<D>(p); });
+    if (!r.ok()) failure = r.error;
     return packed;
   }
 
@@ -253,7 +257,7 @@ class Trial {
     for (int d = 0; d < ND; d++) {
       const naive::Layer& l = layers_[d];
       ForwardDirection& f = p.dir[d];
-      packed[d] = pack<ForwardOrder>(tensor(l.w_hh));
+      packed[d] = pack(tensor(l.w_hh), ForwardLayer::kGeometry);
       f.weights = packed[d].data();
       const Doubles input = input_part(l);
       wx[d].assign(input.begin(), input.end());
@@ -265,7 +269,7 @@ class Trial {
       f.h_n = h_n[d]->data(), f.c_n = c_n[d]->data();
       f.y = rows(y_->data() + d * H, H, ND);
       tape_.push_back(&tensor(size_t(TN) * H * std::max(Cell::kTape, 1)));
-      f.tape = rows(tape_[d]->data(), Cell::kTape * H);
+      f.tape = rows(Cell::kTape ? tape_[d]->data() : nullptr, Cell::kTape * H);
       cells_.emplace_back(Cell::kHasCell ? TN * H : 0, NAN);
       f.cells = rows(Cell::kHasCell ? cells_[d].data() : nullptr, H);
       for (Mail& m : f.mail) m = private_mail(hp_);
@@ -273,7 +277,7 @@ class Trial {
       f.reverse = l.reverse;
     }
     if (!launch("forward", ForwardLayer::kLayout.bytes,
-                [&] { forward_kernel<Cell, D, T, ExchangeOf, true, kLinear>(p); }))
+                [&] { forward_kernel<Cell, D, T, ExchangeOf, kLinear>(p); }))
       return;
     for (int d = 0; d < ND; d++) {
       const naive::Layer& l = layers_[d];
@@ -321,7 +325,7 @@ class Trial {
     for (int d = 0; d < ND; d++) {
       const naive::Layer& l = layers_[d];
       BackwardDirection& b = p.dir[d];
-      packed[d] = pack<BackwardOrder>(tensor(l.w_hh));
+      packed[d] = pack(tensor(l.w_hh), BackwardLayer::kGeometry);
       b.weights = packed[d].data();
       b.dy = rows(tensor(l.dy).data(), H);
       dcells[d].assign(l.dcells.begin(), l.dcells.end());
@@ -339,9 +343,9 @@ class Trial {
       b.mail_is_gradient = H == hp_ && !o_.separate_mail;
       const fastrnn::cuda::Rows& recurrent = Cell::kTwoGradients ? b.dgates_h : b.dgates;
       for (int ph = 0; ph < Cell::kPhases; ph++) {
-        Elem* at = static_cast<Elem*>(recurrent.data) + Cell::published_first(ph) * H;
+        Elem* at = static_cast<Elem*>(recurrent.data) + Cell::kShape.published[ph].first * H;
         b.mail[ph] = b.mail_is_gradient ? Mail{at, recurrent.stride_t, recurrent.stride_n}
-                                        : private_mail(int64_t{Cell::published(ph)} * hp_);
+                                        : private_mail(int64_t{Cell::kShape.published[ph].count} * hp_);
       }
       b.reverse = l.reverse;
     }

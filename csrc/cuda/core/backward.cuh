@@ -12,30 +12,20 @@
 
 namespace fastrnn::cuda {
 
-template <class Cell>
-FASTRNN_HOST_DEVICE constexpr int most_published() {
-  int most = 0;
-  for (int p = 0; p < Cell::kPhases; p++) most = Cell::published(p) > most ? Cell::published(p) : most;
-  return most;
-}
-
 template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
 class Backward {
-  static constexpr int kLast = Cell::kPhases - 1;
-  static constexpr int kValues = most_published<Cell>();
-  using Exchange = ExchangeOf<D, T, kValues>;
+  using Geo = GeometryOf<Cell, T, true>;
+  using Exchange = ExchangeOf<D, T, Geo::kGeometry.values()>;
   using Elem = typename D::Elem;
   using A = Activations<kLinear>;
-  // Phase 0 reads what the last phase published a step before, phase 1 what phase 0 just did.
-  using M0 = Matmul<T, Cell::published(kLast), 1>;
-  using M1 = Matmul<T, Cell::published(0), 1>;
-  static constexpr int kSharedVectors = M0::kSharedVectors + (kLast ? M1::kSharedVectors : 0);
-  static constexpr int kPackedVectors = M0::kWeightVectors + (kLast ? M1::kWeightVectors : 0);
+  static constexpr int kLast = Cell::kPhases - 1;
+  using M0 = Matmul<Geo, 0>;
+  using M1 = Matmul<Geo, kLast>;
+  static constexpr CellShape kCell = Cell::kShape;
 
  public:
-  static constexpr SharedLayout kLayout =
-      shared_layout<T, D, T::kUnits, kSharedVectors, kValues, Exchange::kBuffers>();
-  static constexpr int kCtaVectors = T::kWarps * kPackedVectors;
+  static constexpr Geometry kGeometry = Geo::kGeometry;
+  static constexpr SharedLayout kLayout = shared_layout(kGeometry, D::kFormat, Exchange::kBuffers);
 
   FASTRNN_DEVICE Backward(const BackwardParams& p)
       : p_(p),
@@ -48,11 +38,12 @@ class Backward {
         slice_((warp_ + place_.cta) % T::kWarps),
         exchange_(p, place_, kLayout.mail),
         sums_(kLayout.sums) {
-    const Vec4* packed = d_.weights + static_cast<int64_t>(place_.cta) * kCtaVectors + warp_ * kPackedVectors;
-    const int shared = kLayout.weights + warp_ * kSharedVectors * 16;
+    const Vec4* packed = d_.weights + static_cast<int64_t>(place_.cta) * kGeometry.cta_vectors() +
+                         warp_ * kGeometry.warp_vectors();
+    const int shared = kLayout.weights + warp_ * kGeometry.warp_shared_vectors() * 16;
     w0_.load(packed, shared, lane_);
-    if constexpr (kLast) w1_.load(packed + M0::kWeightVectors, shared + M0::kSharedVectors * 16, lane_);
-    exchange_.start(p, Cell::published(0), Cell::published(kLast));
+    if constexpr (kLast) w1_.load(packed + M0::kVectors, shared + M0::kSharedVectors * 16, lane_);
+    exchange_.start(p, kCell.published[0].count, kCell.published[kLast].count);
     FASTRNN_UNROLL
     for (int i = 0; i < T::kPerThread; i++) begin(i);
   }
@@ -175,15 +166,15 @@ class Backward {
       }
     }
     FASTRNN_UNROLL
-    for (int v = 0; v < Cell::published(Phase); v++)
-      publish<D>(p_, exchange_, d_.mail[Phase], e, t, x, v, g[Cell::published_first(Phase) + v]);
+    for (int v = 0; v < kCell.published[Phase].count; v++)
+      publish<D>(p_, exchange_, d_.mail[Phase], e, t, x, v, g[kCell.published[Phase].first + v]);
     if (x.length) keep<Phase>(x, t, g, n_input);
     if (Phase == kLast && s + 1 < p_.T) fetch(i, x, walk_.at(s + 1));
   }
 
   template <int Phase>
   FASTRNN_DEVICE void keep(const Element& x, int t, const float (&g)[4], float n_input) const {
-    constexpr int kFirst = Cell::published_first(Phase), kEnd = kFirst + Cell::published(Phase);
+    constexpr int kFirst = kCell.published[Phase].first, kEnd = kFirst + kCell.published[Phase].count;
     const Rows& recurrent = Cell::kTwoGradients ? d_.dgates_h : d_.dgates;
     FASTRNN_UNROLL
     for (int k = kFirst; k < kEnd; k++) {
@@ -201,7 +192,7 @@ class Backward {
   const LaneRows<T> rows_;
   const int lane_, warp_, slice_;
   Exchange exchange_;
-  const Sums<T, T::kUnits> sums_;
+  const Sums<T, kGeometry.sum_rows()> sums_;
   Weights<M0> w0_;
   Weights<M1> w1_;
   int length_[T::kPerThread];

@@ -8,6 +8,7 @@
 #include "../../cells/lstm.h"
 #include "../../cells/rnn.h"
 #include "activations.cuh"
+#include "geometry.h"
 
 namespace fastrnn::cuda {
 
@@ -29,15 +30,17 @@ struct Saved {
   float h_prev, h, c_prev, c;
 };
 
-struct Lstm {
-  static constexpr int kGates = 4, kTape = 4, kPhases = 1;
+template <CellKind Kind>
+struct Shaped {
+  static constexpr CellKind kKind = Kind;
+  static constexpr CellShape kShape = cell_shape(Kind);
+  static constexpr int kGates = kShape.gates, kTape = kShape.tape, kPhases = kShape.phases;
+};
+
+// kTwoGradients: the input part's gradient differs from the recurrent part's. kReadsPrevious, kReadsOutput: backward needs
+// h_{t-1}, h_t.
+struct Lstm : Shaped<CellKind::lstm> {
   static constexpr bool kHasCell = true, kTwoGradients = false, kReadsPrevious = false, kReadsOutput = false;
-  // Forward: first gate and number of gates of a phase.
-  FASTRNN_HOST_DEVICE static constexpr int first(int) { return 0; }
-  FASTRNN_HOST_DEVICE static constexpr int rows(int) { return 4; }
-  // Backward: first gate and number of gates whose gradients a phase publishes.
-  FASTRNN_HOST_DEVICE static constexpr int published_first(int) { return 0; }
-  FASTRNN_HOST_DEVICE static constexpr int published(int) { return 4; }
 
   // x, r: input and recurrent part of the phase's gates; returns what is published, in the last phase h.
   template <class A, int Phase>
@@ -70,13 +73,8 @@ template <bool ResetAfter>
 struct Gru;
 
 template <>
-struct Gru<true> {
-  static constexpr int kGates = 3, kTape = 4, kPhases = 1;
+struct Gru<true> : Shaped<CellKind::gru> {
   static constexpr bool kHasCell = false, kTwoGradients = true, kReadsPrevious = true, kReadsOutput = false;
-  FASTRNN_HOST_DEVICE static constexpr int first(int) { return 0; }
-  FASTRNN_HOST_DEVICE static constexpr int rows(int) { return 3; }
-  FASTRNN_HOST_DEVICE static constexpr int published_first(int) { return 0; }
-  FASTRNN_HOST_DEVICE static constexpr int published(int) { return 3; }
 
   template <class A, int Phase>
   FASTRNN_DEVICE static float forward(State& s, const float (&x)[4], const float (&r)[4], float bias_n,
@@ -99,13 +97,8 @@ struct Gru<true> {
 };
 
 template <>
-struct Gru<false> {
-  static constexpr int kGates = 3, kTape = 3, kPhases = 2;
+struct Gru<false> : Shaped<CellKind::gru_reset_before> {
   static constexpr bool kHasCell = false, kTwoGradients = false, kReadsPrevious = true, kReadsOutput = false;
-  FASTRNN_HOST_DEVICE static constexpr int first(int phase) { return phase == 0 ? 0 : 2; }
-  FASTRNN_HOST_DEVICE static constexpr int rows(int phase) { return phase == 0 ? 2 : 1; }
-  FASTRNN_HOST_DEVICE static constexpr int published_first(int phase) { return phase == 0 ? 2 : 0; }
-  FASTRNN_HOST_DEVICE static constexpr int published(int phase) { return phase == 0 ? 1 : 2; }
 
   template <class A, int Phase>
   FASTRNN_DEVICE static float forward(State& s, const float (&x)[4], const float (&r)[4], float,
@@ -138,13 +131,8 @@ struct Gru<false> {
 };
 
 template <bool Relu>
-struct Rnn {
-  static constexpr int kGates = 1, kTape = 0, kPhases = 1;
+struct Rnn : Shaped<Relu ? CellKind::rnn_relu : CellKind::rnn_tanh> {
   static constexpr bool kHasCell = false, kTwoGradients = false, kReadsPrevious = false, kReadsOutput = true;
-  FASTRNN_HOST_DEVICE static constexpr int first(int) { return 0; }
-  FASTRNN_HOST_DEVICE static constexpr int rows(int) { return 1; }
-  FASTRNN_HOST_DEVICE static constexpr int published_first(int) { return 0; }
-  FASTRNN_HOST_DEVICE static constexpr int published(int) { return 1; }
 
   template <class A, int Phase>
   FASTRNN_DEVICE static float forward(State& s, const float (&x)[4], const float (&r)[4], float,

@@ -172,11 +172,11 @@ class Cluster : public InShared<D, T, Values, 2> {
   // Values that a unit publishes in even and in odd exchanges.
   FASTRNN_DEVICE void start(const Shape& p, int values_even, int values_odd) {
     const int words = T::kRows * p.H_padded / D::kPerWord;
-    bytes_[0] = words * values_even * 4 - (mutated(Mutation::single_expectation) ? 4 : 0);
-    bytes_[1] = words * values_odd * 4;
+    even_bytes_ = words * values_even * 4 - (mutated(Mutation::single_expectation) ? 4 : 0);
+    odd_bytes_ = words * values_odd * 4;
     if (prim::thread_index() == 0) {
       for (int i = 0; i < 2; i++) prim::mbarrier_init(barriers_, i, 1);
-      for (int i = 0; i < 2; i++) prim::mbarrier_arrive_expect(barriers_, i, bytes_[i]);
+      for (int i = 0; i < 2; i++) prim::mbarrier_arrive_expect(barriers_, i, bytes(i));
     }
     prim::cluster_barrier("cluster starts");
   }
@@ -184,7 +184,7 @@ class Cluster : public InShared<D, T, Values, 2> {
     while (!prim::mbarrier_passed(barriers_, e & 1, e >> 1 & 1))
       if (!guard_.again("mbarrier")) break;
     guard_.arrived();
-    if (prim::thread_index() == 0) prim::mbarrier_arrive_expect(barriers_, e & 1, bytes_[e & 1]);
+    if (prim::thread_index() == 0) prim::mbarrier_arrive_expect(barriers_, e & 1, bytes(e));
   }
   FASTRNN_DEVICE void publish(const Mail&, int e, int, int, int local, int k, uint32_t word) const {
     const uint32_t address = this->words.address(this->word_index(e, local, k));
@@ -194,9 +194,12 @@ class Cluster : public InShared<D, T, Values, 2> {
   FASTRNN_DEVICE void finish() const { prim::cluster_barrier("cluster ends"); }
 
  private:
+  // Of exchange e. No array: an index unknown to the compiler would put the whole object into local memory.
+  FASTRNN_DEVICE uint32_t bytes(int e) const { return e & 1 ? odd_bytes_ : even_bytes_; }
+
   prim::MBarriers barriers_;
   Guard guard_;
-  uint32_t bytes_[2];
+  uint32_t even_bytes_, odd_bytes_;
   int ctas_;
 };
 

@@ -11,31 +11,20 @@
 
 namespace fastrnn::cuda {
 
-template <class Cell>
-FASTRNN_HOST_DEVICE constexpr int forward_rows() {
-  int most = 0;
-  for (int p = 0; p < Cell::kPhases; p++) most = Cell::rows(p) > most ? Cell::rows(p) : most;
-  return most;
-}
-
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kTape,
-          bool kLinear = false>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
 class Forward {
-  using Exchange = ExchangeOf<D, T, 1>;
+  using Geo = GeometryOf<Cell, T, false>;
+  using Exchange = ExchangeOf<D, T, Geo::kGeometry.values()>;
   using Elem = typename D::Elem;
   using A = Activations<kLinear>;
   static constexpr int kLast = Cell::kPhases - 1;
-  static constexpr int kSumRows = forward_rows<Cell>() * T::kUnits;
-  using M0 = Matmul<T, 1, Cell::rows(0)>;
-  using M1 = Matmul<T, 1, Cell::rows(kLast)>;
-  static constexpr int kSharedVectors = M0::kSharedVectors + (kLast ? M1::kSharedVectors : 0);
-  static constexpr int kPackedVectors = M0::kWeightVectors + (kLast ? M1::kWeightVectors : 0);
+  using M0 = Matmul<Geo, 0>;
+  using M1 = Matmul<Geo, kLast>;
+  static constexpr CellShape kCell = Cell::kShape;
 
  public:
-  static constexpr SharedLayout kLayout =
-      shared_layout<T, D, kSumRows, kSharedVectors, 1, Exchange::kBuffers>();
-  // Packed weights of a CTA: per warp, per phase.
-  static constexpr int kCtaVectors = T::kWarps * kPackedVectors;
+  static constexpr Geometry kGeometry = Geo::kGeometry;
+  static constexpr SharedLayout kLayout = shared_layout(kGeometry, D::kFormat, Exchange::kBuffers);
 
   FASTRNN_DEVICE Forward(const ForwardParams& p)
       : p_(p),
@@ -48,10 +37,11 @@ class Forward {
         slice_((warp_ + place_.cta) % T::kWarps),
         exchange_(p, place_, kLayout.mail),
         sums_(kLayout.sums) {
-    const Vec4* packed = d_.weights + static_cast<int64_t>(place_.cta) * kCtaVectors + warp_ * kPackedVectors;
-    const int shared = kLayout.weights + warp_ * kSharedVectors * 16;
+    const Vec4* packed = d_.weights + static_cast<int64_t>(place_.cta) * kGeometry.cta_vectors() +
+                         warp_ * kGeometry.warp_vectors();
+    const int shared = kLayout.weights + warp_ * kGeometry.warp_shared_vectors() * 16;
     w0_.load(packed, shared, lane_);
-    if constexpr (kLast) w1_.load(packed + M0::kWeightVectors, shared + M0::kSharedVectors * 16, lane_);
+    if constexpr (kLast) w1_.load(packed + M0::kVectors, shared + M0::kSharedVectors * 16, lane_);
     exchange_.start(p, 1, 1);
     FASTRNN_UNROLL
     for (int i = 0; i < T::kPerThread; i++) begin(i);
@@ -136,7 +126,7 @@ class Forward {
       float input[4] = {}, sum[4] = {};
       FASTRNN_UNROLL
       for (int g = 0; g < M::kOut; g++) {
-        input[g] = wx_[i][Cell::first(Phase) + g];
+        input[g] = wx_[i][kCell.sums[Phase].first + g];
         sum[g] = sums_.get(buffer, g * T::kUnits + x.unit, x.local);
       }
       out = Cell::template forward<A, Phase>(state_[i], input, sum, bias_n_[i], tape);
@@ -151,10 +141,10 @@ class Forward {
   FASTRNN_DEVICE void keep(int i, const Element& x, int t, bool live, float out, const float (&tape)[4]) {
     if (Phase == kLast && (Exchange::kInShared || d_.y.data != d_.mail[kLast].data))
       D::store(row_at<Elem>(d_.y, t, x.n) + x.j, out);
-    if (kTape && live) {
-      constexpr int kEnd = Phase == kLast ? Cell::kTape : Cell::first(Phase) + Cell::rows(Phase);
+    if (d_.tape.data && live) {
+      constexpr int kEnd = Phase == kLast ? Cell::kTape : kCell.sums[Phase].first + kCell.sums[Phase].count;
       FASTRNN_UNROLL
-      for (int g = Cell::first(Phase); g < kEnd; g++)
+      for (int g = kCell.sums[Phase].first; g < kEnd; g++)
         D::store(row_at<Elem>(d_.tape, t, x.n) + g * p_.H + x.j, tape[g]);
     }
     if (Phase != kLast) return;
@@ -173,7 +163,7 @@ class Forward {
   const LaneRows<T> rows_;
   const int lane_, warp_, slice_;
   Exchange exchange_;
-  const Sums<T, kSumRows> sums_;
+  const Sums<T, kGeometry.sum_rows()> sums_;
   Weights<M0> w0_;
   Weights<M1> w1_;
   int length_[T::kPerThread];
@@ -181,11 +171,10 @@ class Forward {
   float wx_[T::kPerThread][Cell::kGates], bias_n_[T::kPerThread];
 };
 
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kTape,
-          bool kLinear = false>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
 FASTRNN_KERNEL(T::kThreads)
 forward_kernel(const FASTRNN_GRID_CONSTANT ForwardParams p) {
-  Forward<Cell, D, T, ExchangeOf, kTape, kLinear> layer(p);
+  Forward<Cell, D, T, ExchangeOf, kLinear> layer(p);
   layer.run();
 }
 

@@ -8,6 +8,7 @@
 #include "../prim/math.cuh"
 #include "../prim/memory.cuh"
 #include "../prim/mma.cuh"
+#include "geometry.h"
 #include "mutate.cuh"
 
 namespace fastrnn::cuda {
@@ -43,6 +44,7 @@ struct Format16 {
 };
 
 struct Bf16 : Format16<Bf16> {
+  static constexpr Format kFormat = Format::bf16;
   FASTRNN_DEVICE static float widen(Elem e) { return prim::from_bf16(e); }
   FASTRNN_DEVICE static uint32_t narrow(float f) { return prim::to_bf16(f); }
   FASTRNN_DEVICE static void product(float (&d)[4], const Vec4& a, uint32_t b0, uint32_t b1) {
@@ -51,6 +53,7 @@ struct Bf16 : Format16<Bf16> {
 };
 
 struct Fp16 : Format16<Fp16> {
+  static constexpr Format kFormat = Format::fp16;
   FASTRNN_DEVICE static float widen(Elem e) { return prim::from_fp16(e); }
   FASTRNN_DEVICE static uint32_t narrow(float f) { return prim::to_fp16(f); }
   FASTRNN_DEVICE static void product(float (&d)[4], const Vec4& a, uint32_t b0, uint32_t b1) {
@@ -72,6 +75,7 @@ struct Format32 {
 
 // fp32 tensors, products of TF32 operands (10 bits of mantissa).
 struct Tf32 : Format32 {
+  static constexpr Format kFormat = Format::tf32;
   template <class Weight>
   FASTRNN_DEVICE static uint32_t weight_word(Weight weight, int q, int s, int high) {
     const int k = mutated(Mutation::k_permutation) ? 8 * s + q + 4 * high : 4 * q + 2 * s + high;
@@ -91,6 +95,7 @@ struct Tf32 : Format32 {
 
 // fp32 tensors, each operand the sum of two bfloat16 (16 bits of mantissa), three of the four products.
 struct Bf16x3 : Format32 {
+  static constexpr Format kFormat = Format::bf16x3;
   struct Pair {
     uint32_t head, rest;
   };

@@ -25,9 +25,6 @@ struct alignas(16) Vec4 {
   uint32_t x, y, z, w;
 };
 
-FASTRNN_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-FASTRNN_HOST_DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
-
 namespace prim {
 
 #if defined(FASTRNN_EMU)

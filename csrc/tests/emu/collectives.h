@@ -58,7 +58,7 @@ void collective(const char* what, const Operand& operand, Finish finish) {
   warp.operand[me.lane].what = what;
   meet(warp.collective, warp.live, what, [&] {
     for (const Operand& o : warp.operand)
-      if (o.what != what) machine().fail("lanes of a warp meet in different collectives");
+      if (o.what != what) return machine().fail("lanes of a warp meet in different collectives");
     finish(warp.operand);
   });
 }
