@@ -90,7 +90,7 @@ def judge(text: str) -> tuple[list[str], dict[str, int]]:
 
 
 def inspect(cuobjdump: str, target: Path) -> list[str]:
-    """Complaints about the machine code: tensor cores unused, local memory, narrow exchange loads."""
+    """Complaints about machine code: tensor cores unused, local memory, narrow exchange loads."""
     complaints = []
     dump = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True, check=True)
     for part in dump.stdout.split("Function : ")[1:]:
