@@ -89,29 +89,51 @@ def judge(text: str) -> tuple[list[str], dict[str, int]]:
     return complaints, registers
 
 
+def products(name: str) -> int:
+    """Tensor core instructions of a kernel whose loops over its tile are unrolled."""
+    cell, number_format = name.split()[1:3]
+    units, row_tiles, chunks = map(int, name.split("<")[1].rstrip(">").split(",")[:3])
+    gates = 4 if cell == "Lstm" else 3 if cell.startswith("Gru") else 1
+    of_a_chunk = 3 if number_format == "Bf16x3" else 2
+    return gates * units // 16 * chunks * row_tiles * of_a_chunk
+
+
 def inspect(cuobjdump: str, target: Path) -> list[str]:
-    """Complaints about machine code: tensor cores unused, local memory, narrow exchange loads."""
+    """Complaints about machine code: products missing, local memory, narrow loads, stray fences."""
     complaints = []
     dump = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True, check=True)
     for part in dump.stdout.split("Function : ")[1:]:
         name = short(part.split("\n", 1)[0])
         if name.startswith("pack"):
             continue
-        if "HMMA" not in part:
-            complaints.append(f"{name}: no tensor core instruction")
+        found, expected = len(re.findall(r"\bHMMA\.", part)), products(name)
+        if found == 0 or found % expected:
+            complaints.append(f"{name}: {found} tensor core instructions, {expected} expected")
         if re.search(r"\b(LDL|STL)\b", part):
             complaints.append(f"{name}: local memory in the machine code")
         if "Sentinel" in name and "LDG.E.128.STRONG.GPU" not in part:
             complaints.append(f"{name}: no 16-byte exchange load")
+        if "Sentinel" in name and "MEMBAR" in part:
+            complaints.append(f"{name}: a fence, which this exchange does without")
     return complaints
 
 
-def gate(nvcc: str, arch: str, only: str, jobs: int, out: Path) -> bool:
+def link(nvcc: str, arch: str, out: Path) -> list[str]:
+    """Complaints about the library as a whole: with the launches, is every name defined?"""
+    _, _, error = compile_one(nvcc, SOURCES.parent / "launch.cu", arch, out)
+    if error:
+        return [error]
+    command = [nvcc, "-shared", f"-arch=sm_{arch}", "-Xlinker", "--no-undefined"]
+    command += [*map(str, sorted(out.glob("*.o"))), "-o", str(out / "kernels.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [f"not linked: {done.stderr[:2000]}"] if done.returncode else []
+
+
+def gate(nvcc: str, cuobjdump: str | None, arch: str, only: str, jobs: int, out: Path) -> bool:
     sources = sorted(s for s in SOURCES.glob("*.cu") if only in s.stem)
     if not sources:
         print(f"no source in {SOURCES} has {only!r} in its name")
         return False
-    cuobjdump = shutil.which("cuobjdump")
     complaints: list[str] = []
     registers: dict[str, int] = {}
     start = time.monotonic()
@@ -126,11 +148,15 @@ def gate(nvcc: str, arch: str, only: str, jobs: int, out: Path) -> bool:
             registers |= used
             if cuobjdump:
                 complaints += inspect(cuobjdump, target)
+    if not only:
+        complaints += link(nvcc, arch, out / arch)
     for complaint in complaints:
         print(complaint)
     most = max(registers, key=registers.__getitem__)
     verdict = f"{len(complaints)} complaints" if complaints else "no spill, no local memory"
-    looked = "" if cuobjdump else "; no cuobjdump, machine code not looked at"
+    looked = (
+        "; machine code looked at" if cuobjdump else "; no cuobjdump, machine code not looked at"
+    )
     print(
         f"sm_{arch}: {len(registers)} kernels, {verdict}, at most {registers[most]} registers "
         f"({most}), {time.monotonic() - start:.0f} s{looked}"
@@ -143,13 +169,17 @@ def main() -> int:
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="default: %(default)s")
     parser.add_argument("--only", default="", help="sources with this in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"), help="default: in PATH")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda_gate")
     options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
         print("No nvcc found (PATH, CUDA_HOME), so the CUDA kernels were not compiled.")
         return 0
-    passed = [gate(nvcc, arch, options.only, options.jobs, options.out) for arch in options.arch]
+    passed = [
+        gate(nvcc, options.cuobjdump, arch, options.only, options.jobs, options.out)
+        for arch in options.arch
+    ]
     return 0 if all(passed) else 1
 
 

@@ -33,4 +33,7 @@ KernelList rnn_tanh_backward();
 KernelList rnn_relu_forward();
 KernelList rnn_relu_backward();
 
+// The kernel that packs weights of a format; takes PackParams by value.
+const void* pack_function(Format format);
+
 }  // namespace fastrnn::cuda

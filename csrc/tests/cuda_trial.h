@@ -24,6 +24,7 @@ struct Options {
   bool linear = false;
   uint64_t seed = 1;
   int dropped_ctas = 0;
+  bool gives_up = false;  // with an error word, and the patience to see it set
   Mutation mutation = Mutation::none;
   std::string text() const {
     char s[160];
@@ -109,6 +110,7 @@ class Trial {
 
  public:
   std::string failure;
+  uint32_t error = 0;
   double worst = 0;
   std::vector<Tensor<D>> results;  // for comparison to the bit
 
@@ -207,6 +209,7 @@ class Trial {
     s.reset = o_.reset ? reset_.data() : nullptr;
     flags_.assign(size_t(o_.directions) * o_.groups * ctas_ * kFlagStride, 0);
     s.flags = flags_.data();
+    s.error = o_.gives_up ? &error : nullptr;
     return s;
   }
 
@@ -218,6 +221,7 @@ class Trial {
     l.cluster = kShared ? ctas_ : 1;
     l.shared_bytes = shared_bytes;
     l.seed = o_.seed;
+    if (o_.gives_up) l.patience = 1000;
     const emu::Report r = emu::launch(l, kernel);
     if (!r.ok()) failure = std::string(what) + ": " + r.error;
     return r.ok();

@@ -61,4 +61,19 @@ TEST(a_dropped_cta_is_reported_as_a_deadlock) {
   CHECK(trial.failure.find("threads at mail") != std::string::npos);
 }
 
+template <template <class, class, int> class ExchangeOf>
+static void gives_up_instead_of_hanging() {
+  Options o = problem();
+  o.gives_up = true;
+  CHECK_EQ((Trial<Lstm, Bf16, SmallTile<Bf16>, ExchangeOf>(o).error), 0u);
+  o.dropped_ctas = 1;
+  const Trial<Lstm, Bf16, SmallTile<Bf16>, ExchangeOf> trial(o);
+  CHECK_EQ(trial.error, 1u);
+  CHECK(trial.failure.find("deadlock") == std::string::npos);
+}
+TEST(a_missing_cta_sets_the_error_word) {
+  gives_up_instead_of_hanging<Sentinel>();
+  gives_up_instead_of_hanging<Flags>();
+}
+
 int main(int argc, char** argv) { return check::run(argc, argv); }

@@ -50,11 +50,12 @@ class Backward {
 
   // After the last step one more matmul: what reaches the initial state.
   FASTRNN_DEVICE void run() {
-    for (int s = 0; s < p_.T; s++) {
+    for (int s = 0; s <= p_.T; s++) {
       phase<0>(s, w0_);
-      if constexpr (kLast) phase<1>(s, w1_);
+      if constexpr (kLast > 0) {
+        if (s < p_.T) phase<1>(s, w1_);
+      }
     }
-    phase<0>(p_.T, w0_);
     FASTRNN_UNROLL
     for (int i = 0; i < T::kPerThread; i++) end(i);
     exchange_.finish();

@@ -20,7 +20,7 @@ class Guard {
   // False: give up.
   FASTRNN_DEVICE bool again(const char* site) {
     prim::poll_failed(site);
-    if (++polls_ % kPollsBetweenLooks) return !gone_;
+    if (++polls_ % prim::kPollsBetweenLooks) return !gone_;
     if (!error_ || gone_) return !gone_;
     const uint64_t now = prim::nanoseconds();
     if (!since_) since_ = now;
@@ -31,7 +31,6 @@ class Guard {
   FASTRNN_DEVICE void arrived() { since_ = 0; }
 
  private:
-  static constexpr uint32_t kPollsBetweenLooks = 1u << 16;
   static constexpr uint64_t kPatience = 4000000000u;  // ns
   uint32_t* error_;
   uint32_t polls_ = 0;

@@ -67,6 +67,7 @@ FASTRNN_DEVICE void multiply(const Weights<M>& weights, Source& source,
       for (int x = 0; x < kRowTiles; x++)
         if (b * kBlock + i < M::kChunks) source.settle(v[b & 1][i][x], b * kBlock + i, x);
     }
+    prim::converge();
     if (b + 1 < kBlocks) issue(b + 1);
     FASTRNN_UNROLL
     for (int i = 0; i < kBlock; i++) {

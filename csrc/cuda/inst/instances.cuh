@@ -53,10 +53,10 @@ Kernel backward_entry() {
 #define FASTRNN_ENTRY_FP16(E, ...) FASTRNN_ENTRY(Fp16, E, __VA_ARGS__)
 #define FASTRNN_ENTRY_TF32(E, ...) FASTRNN_ENTRY(Tf32, E, __VA_ARGS__)
 #define FASTRNN_ENTRY_BF16X3(E, ...) FASTRNN_ENTRY(Bf16x3, E, __VA_ARGS__)
-#define FASTRNN_ENTRIES                                                           \
-  FASTRNN_TILES_16BIT(FASTRNN_ENTRY_BF16)                                         \
-  FASTRNN_TILES_16BIT(FASTRNN_ENTRY_FP16) FASTRNN_TILES_32BIT(FASTRNN_ENTRY_TF32) \
-      FASTRNN_TILES_32BIT(FASTRNN_ENTRY_BF16X3)
+#define FASTRNN_ENTRIES                   \
+  FASTRNN_TILES_16BIT(FASTRNN_ENTRY_BF16) \
+  FASTRNN_TILES_16BIT(FASTRNN_ENTRY_FP16) \
+  FASTRNN_TILES_32BIT(FASTRNN_ENTRY_TF32) FASTRNN_TILES_32BIT(FASTRNN_ENTRY_BF16X3)
 // Defines the list `name`; FASTRNN_ENTRY says which kernel of which cell.
 #define FASTRNN_KERNEL_LIST(name)                             \
   namespace fastrnn::cuda {                                   \

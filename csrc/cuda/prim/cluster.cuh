@@ -40,10 +40,14 @@ FASTRNN_DEVICE int cluster_rank() {
   return r;
 }
 FASTRNN_DEVICE void cluster_barrier(const char*) {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// The fence makes the barrier known to peers' asynchronous stores, once the cluster barrier has been passed.
 FASTRNN_DEVICE void mbarrier_init(const MBarriers& b, int i, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b.address(i)), "r"(count) : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(b.address(i)),
+      "r"(count)
+      : "memory");
 }
 // The release at cluster scope must be spelt out: without it the scope is the CTA.
 FASTRNN_DEVICE void mbarrier_arrive_expect(const MBarriers& b, int i, uint32_t bytes) {

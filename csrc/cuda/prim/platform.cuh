@@ -35,8 +35,10 @@ FASTRNN_DEVICE int grid_threads() { return emu::machine().config.grid * emu::mac
 FASTRNN_DEVICE void block_barrier(const char* site) { emu::block_barrier(site); }
 FASTRNN_DEVICE void warp_barrier(const char* site) { emu::warp_barrier(site); }
 FASTRNN_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return emu::shuffle_xor(v, mask); }
+FASTRNN_DEVICE void converge() {}  // collectives meet by themselves
+constexpr uint32_t kPollsBetweenLooks = 16;
 FASTRNN_DEVICE void poll_failed(const char* site) { emu::spin(site); }
-FASTRNN_DEVICE uint64_t nanoseconds() { return 0; }
+FASTRNN_DEVICE uint64_t nanoseconds() { return emu::machine().rounds * 100000000u; }
 #else
 FASTRNN_DEVICE int thread_index() { return threadIdx.x; }
 FASTRNN_DEVICE int block_index() { return blockIdx.x; }
@@ -44,6 +46,9 @@ FASTRNN_DEVICE int grid_threads() { return gridDim.x * blockDim.x; }
 FASTRNN_DEVICE void block_barrier(const char*) { __syncthreads(); }
 FASTRNN_DEVICE void warp_barrier(const char*) { __syncwarp(); }
 FASTRNN_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+// Lanes that waited for different lengths of time are together again: mma.sync needs all 32.
+FASTRNN_DEVICE void converge() { __syncwarp(); }
+constexpr uint32_t kPollsBetweenLooks = 1u << 16;
 FASTRNN_DEVICE void poll_failed(const char*) {}
 FASTRNN_DEVICE uint64_t nanoseconds() {
   uint64_t t;

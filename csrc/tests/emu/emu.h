@@ -103,6 +103,7 @@ Report launch(const Launch& config, Kernel kernel) {
   for (int idle = 0; left && m.error.empty();) {
     for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[m.random.below(i)]);
     const uint64_t before = m.events;
+    m.rounds++;
     bool progress = false;
     for (unsigned w : order) {
       const size_t first = size_t(w / warps) * config.block + size_t(w % warps) * kWarp;
@@ -113,7 +114,7 @@ Report launch(const Launch& config, Kernel kernel) {
     }
     idle = progress || m.events != before ? 0 : idle + 1;
     // In vain for several rounds: nothing on its way either, so nobody can go on.
-    if (idle > 8) {
+    if (idle > config.patience) {
       bool pending = !m.flying.empty();
       for (const Cta& cta : m.ctas) pending |= !cta.queue.empty();
       if (!pending) m.error = stuck(m);

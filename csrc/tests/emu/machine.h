@@ -106,6 +106,7 @@ struct Launch {
   size_t shared_bytes = 0;
   uint64_t seed = 1;
   bool weak_memory = true;
+  int patience = 8;  // rounds without progress that count as a deadlock
 };
 
 struct Report {
@@ -122,6 +123,7 @@ struct Machine {
   Thread* current = nullptr;
   std::function<void()> kernel;
   Random random{1};
+  uint64_t rounds = 0;  // of the scheduler: time
   uint64_t events = 0;  // stores that became visible: progress that a spinning thread may wait for
   std::string error;
   int mutation = 0;  // which planted error is switched on; see core/mutate.cuh
