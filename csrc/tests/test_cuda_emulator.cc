@@ -115,7 +115,7 @@ TEST(divergent_collectives_are_seen) {
 }
 
 // Message passing: data, then a flag. How often the reader sees the flag but not the data.
-static int stale_reads(bool release, bool barrier) {
+static int stale_reads(bool release, bool barrier, bool acquire) {
   int stale = 0;
   for (uint64_t seed = 1; seed <= 40; seed++) {
     uint32_t data[32] = {}, flag = 0;
@@ -128,7 +128,8 @@ static int stale_reads(bool release, bool barrier) {
             if (barrier) prim::warp_barrier("data");
             if (i == 0) release ? prim::store_release(&flag, 1) : prim::store_relaxed(&flag, 1);
           } else if (i == 0) {
-            while (!prim::load_acquire(&flag)) prim::poll_failed("flag");
+            while (!(acquire ? prim::load_acquire(&flag) : prim::load_relaxed(&flag)))
+              prim::poll_failed("flag");
             for (uint32_t& d : data) stale += !prim::load_relaxed(&d);
           }
         },
@@ -138,10 +139,11 @@ static int stale_reads(bool release, bool barrier) {
   return stale;
 }
 
-TEST(only_a_release_after_a_barrier_orders_the_data) {
-  CHECK_EQ(stale_reads(true, true), 0);
-  CHECK(stale_reads(false, true) > 0);
-  CHECK(stale_reads(true, false) > 0);  // the release orders its own thread's stores alone
+TEST(only_a_release_after_a_barrier_that_is_acquired_orders_the_data) {
+  CHECK_EQ(stale_reads(true, true, true), 0);
+  CHECK(stale_reads(false, true, true) > 0);
+  CHECK(stale_reads(true, true, false) > 0);
+  CHECK(stale_reads(true, false, true) > 0);  // the release orders its own thread's stores alone
 }
 
 TEST(one_word_keeps_the_order_of_its_stores) {

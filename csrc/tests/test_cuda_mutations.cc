@@ -39,6 +39,7 @@ TEST(synchronisation_mutations_are_caught) {
   CHECK(caught_by<Sentinel>(Mutation::dropped_barrier));
   CHECK(caught_by<Sentinel>(Mutation::single_reduction_tile));
   CHECK(caught_by<Flags>(Mutation::missing_release));
+  CHECK(caught_by<Flags>(Mutation::missing_acquire));
   CHECK(caught_by<Flags>(Mutation::barrier_after_release));
   CHECK(caught_by<Cluster>(Mutation::single_cluster_tile));
   CHECK(caught_by<Cluster>(Mutation::single_expectation));

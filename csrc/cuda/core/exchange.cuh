@@ -96,7 +96,7 @@ class Flags : public ThroughGlobal<D> {
   // Each lane watches some CTAs; the warp's barrier orders the lanes' loads after all of them.
   FASTRNN_DEVICE void wait(int e) {
     for (int c = prim::thread_index() % 32; c < ctas_; c += 32)
-      while (prim::load_acquire(group_ + c * kFlagStride) < static_cast<uint32_t>(e + 1))
+      while (read_flag(group_ + c * kFlagStride) < static_cast<uint32_t>(e + 1))
         if (!guard_.again("flag")) break;
     guard_.arrived();
     prim::warp_barrier("flags");
@@ -112,6 +112,9 @@ class Flags : public ThroughGlobal<D> {
   }
 
  private:
+  FASTRNN_DEVICE static uint32_t read_flag(const uint32_t* flag) {
+    return mutated(Mutation::missing_acquire) ? prim::load_relaxed(flag) : prim::load_acquire(flag);
+  }
   Guard guard_;
   const uint32_t* group_;
   uint32_t* mine_;

@@ -10,6 +10,7 @@ enum class Mutation : int {
   dropped_barrier,        // none between the partial sums and their reader
   single_reduction_tile,  // partial sums of consecutive steps in the same place
   missing_release,        // the flag is set by a relaxed store
+  missing_acquire,        // the flag is read by a relaxed load
   barrier_after_release,  // none between the data and the flag
   single_cluster_tile,    // one buffer for what the peers of a cluster push
   unit_tail,              // the last unit is not written

@@ -14,16 +14,16 @@ FASTRNN_DEVICE uint16_t load_constant(const uint16_t* p) { return *p; }
 FASTRNN_DEVICE uint8_t load_constant(const uint8_t* p) { return *p; }
 FASTRNN_DEVICE Vec4 load_relaxed(const Vec4* p) {
   uint32_t w[4];
-  emu::load(p, w, 4);
+  emu::load_relaxed(p, w, 4);
   return {w[0], w[1], w[2], w[3]};
 }
 FASTRNN_DEVICE uint32_t load_relaxed(const uint32_t* p) {
   uint32_t w;
-  emu::load(p, &w, 1);
+  emu::load_relaxed(p, &w, 1);
   return w;
 }
-FASTRNN_DEVICE uint32_t load_acquire(const uint32_t* p) { return load_relaxed(p); }
-FASTRNN_DEVICE void store_relaxed(uint32_t* p, uint32_t v) { emu::store_relaxed(p, v, 4); }
+FASTRNN_DEVICE uint32_t load_acquire(const uint32_t* p) { return emu::load_acquire(p); }
+FASTRNN_DEVICE void store_relaxed(uint32_t* p, uint32_t v) { emu::store_relaxed(p, v); }
 FASTRNN_DEVICE void store_release(uint32_t* p, uint32_t v) { emu::store_release(p, v); }
 template <class T>
 FASTRNN_DEVICE void store(T* p, T v) {

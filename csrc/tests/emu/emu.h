@@ -28,6 +28,7 @@ inline void prepare(Machine& m) {
   const unsigned warps = (c.block + kWarp - 1) / kWarp;
   m.error.clear();
   m.flying.clear();
+  m.changes.clear();
   m.random = Random{c.seed};
   m.ctas.assign(c.grid, Cta{});
   m.clusters.assign((c.grid + c.cluster - 1) / c.cluster, Cluster{});
@@ -60,7 +61,7 @@ inline bool run_warp(Machine& m, size_t first, size_t end, size_t* left) {
     again = false;
     for (size_t i = first; i < end; i++) {
       Thread& t = m.threads[i];
-      if (t.done || t.spins || (t.waits_for && *t.waits_for == t.seen)) continue;
+      if (t.done || t.spins || (t.waits_for && *t.waits_for == t.generation)) continue;
       m.current = &t;
       t.fiber.resume();
       if (t.done) --*left;
@@ -121,7 +122,7 @@ Report launch(const Launch& config, Kernel kernel) {
     }
   }
   for (Cta& cta : m.ctas)
-    while (!cta.queue.empty()) drain(cta.queue, 0);
+    while (!cta.queue.empty()) drain(cta, 0);
   return {m.error};
 }
 

@@ -1,11 +1,13 @@
 // The emulated device: threads, warps, CTAs and what they wait for. All CTAs are resident at once, as a cooperative
 // launch promises; a thread runs until it waits, so memory is interleaved at barriers, warp collectives and polls.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "fiber.h"
@@ -27,6 +29,7 @@ struct Random {  // SplitMix64
 struct Rendezvous {
   unsigned arrived = 0;
   uint64_t generation = 0;
+  uint64_t view = 0;  // the latest event that any of them has acquired
 };
 
 constexpr int kWarp = 32;
@@ -52,12 +55,17 @@ struct Shadow {  // of one 32-bit word of shared memory: who touched it last, an
   bool written = false;
 };
 
-struct PendingStore {  // of at most one 32-bit word of global memory
-  char* address;
+struct PendingStore {  // of one 32-bit word of global memory
+  uint32_t* address;
   uint32_t value;
-  int bytes;
   unsigned thread, warp;
   uint64_t block_epoch, warp_epoch;
+};
+
+struct Change {  // what a word was before it changed last, since when; when that was and whose store it was
+  uint32_t old;
+  uint64_t old_event, event;
+  unsigned cta;
 };
 
 struct TransactionBarrier {  // an mbarrier in shared memory
@@ -96,7 +104,9 @@ struct Thread {
   Warp* warp = nullptr;
   Cluster* cluster = nullptr;
   const uint64_t* waits_for = nullptr;  // a generation to change, or null
-  uint64_t seen = 0;
+  uint64_t generation = 0;
+  uint64_t acquired = 0;  // events up to here are seen by every load
+  std::unordered_map<const uint32_t*, uint64_t> seen_changes;
   bool done = false, spins = false;
   const char* site = "start";
 };
@@ -105,7 +115,6 @@ struct Launch {
   unsigned grid = 1, block = 32, cluster = 1;
   size_t shared_bytes = 0;
   uint64_t seed = 1;
-  bool weak_memory = true;
   int patience = 8;  // rounds without progress that count as a deadlock
 };
 
@@ -120,6 +129,7 @@ struct Machine {
   std::vector<Cta> ctas;
   std::vector<Cluster> clusters;
   std::vector<AsyncStore> flying;
+  std::unordered_map<const uint32_t*, Change> changes;
   Thread* current = nullptr;
   std::function<void()> kernel;
   Random random{1};
@@ -151,7 +161,7 @@ inline void wait_for(Rendezvous& r, uint64_t generation, const char* site) {
   me.site = site;
   while (r.generation == generation) {
     me.waits_for = &r.generation;
-    me.seen = generation;
+    me.generation = generation;
     yield();
   }
   me.waits_for = nullptr;
@@ -167,8 +177,13 @@ void meet(Rendezvous& r, unsigned needed, const char* site, Finish finish) {
   r.arrived = 0;
   ++r.generation;
 }
+
+// A barrier that orders memory: what one has acquired, all have.
 inline void meet(Rendezvous& r, unsigned needed, const char* site) {
+  Thread& me = self();
+  r.view = std::max(r.view, me.acquired);
   meet(r, needed, site, [] {});
+  me.acquired = std::max(me.acquired, r.view);
 }
 
 // One more poll has failed: others run first.
