@@ -135,8 +135,7 @@ Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) 
   return launch_with(kernel, params, stream);
 }
 
-size_t packed_bytes(const Kernel& kernel, int H) {
-  const int ctas = ceil_div(round_up(H, vector_elements(kernel.format)), kernel.tile.units);
+size_t packed_bytes(const Kernel& kernel, int ctas) {
   return static_cast<size_t>(ctas) * geometry_of(kernel).cta_vectors() * sizeof(Vec4);
 }
 
@@ -147,7 +146,7 @@ Status pack(const Kernel& kernel, const PackJob& job, void* stream) {
   p.geometry = geometry_of(kernel);
   p.H = job.H;
   p.H_padded = round_up(job.H, vector_elements(kernel.format));
-  p.ctas = ceil_div(p.H_padded, kernel.tile.units);
+  p.ctas = job.ctas;
   void* arguments[] = {&p};
   const int grid = ceil_div(p.ctas * p.geometry.cta_vectors(), 256);
   return status_of(cudaLaunchKernel(pack_function(kernel.format), dim3(grid), dim3(256), arguments, 0,

@@ -35,9 +35,9 @@ Status launch(const Kernel& kernel, const BackwardParams& params, void* stream);
 struct PackJob {
   const void* weights;  // W_hh (G * H, H) in the format's tensor type
   void* packed;         // packed_bytes()
-  int H;
+  int H, ctas;          // ctas: the plan's
 };
-size_t packed_bytes(const Kernel& kernel, int H);
+size_t packed_bytes(const Kernel& kernel, int ctas);
 Status pack(const Kernel& kernel, const PackJob& job, void* stream);
 
 }  // namespace fastrnn::cuda

@@ -124,6 +124,12 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
   const int padded = round_up(q.H, vector_elements(q.format));
   const int most = p.tile.warps * p.tile.chunks * chunk_elements(q.format);
   p.ctas = ceil_div(padded, p.tile.units);
+  // Cluster sizes that are powers of two are the ones in common use; a CTA may have no unit at all.
+  if (p.exchange == ExchangeKind::cluster) {
+    int size = 1;
+    while (size < p.ctas) size *= 2;
+    p.ctas = size;
+  }
   const Geometry g = geometry_of(cell_shape(q.cell), p.tile, q.backward);
   p.shared_bytes = shared_layout(g, q.format, mail_buffers(p.exchange)).bytes;
   if (padded > most) return refuse("its warps reduce over up to " + std::to_string(most) + " units");

@@ -62,7 +62,7 @@ using namespace fastrnn::cuda;
   FASTRNN_TRIALS(name, cell, bf16x3_cluster, Bf16x3, SmallTile<Bf16x3>, Cluster, false, 128) \
   FASTRNN_UNSANITIZED_TESTS(name, cell)
 
-// A sanitizer's build takes minutes for each kernel, and these reach no line that those above do not.
+// A sanitizer's build takes minutes for each file, and these differ from the others in format and tile alone.
 #if defined(__SANITIZE_ADDRESS__)
 #define FASTRNN_UNSANITIZED_TESTS(name, cell)
 #else

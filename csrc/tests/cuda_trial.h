@@ -117,6 +117,8 @@ class Trial {
   explicit Trial(const Options& o) : o_(o), random_(o.N * 1000 + o.H) {
     hp_ = round_up(o.H, D::kVec);
     ctas_ = ceil_div(hp_, T::kUnits);
+    // As plan.h: a cluster's size is a power of two, and some CTAs may have padding only.
+    while (ExchangeOf<D, T, 1>::kBuffers == 2 && ctas_ & (ctas_ - 1)) ctas_++;
     do make_problem();
     while (near_a_kink());
     emu::machine().mutation = static_cast<int>(o.mutation);

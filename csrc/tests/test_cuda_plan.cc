@@ -41,8 +41,10 @@ TEST(plans_fit_the_device_and_the_problem) {
         CHECK(p.shared_bytes <= device.shared_bytes);
         CHECK(p.groups >= 1 && p.launches * p.groups * p.tile.rows() >= q.N);
         CHECK((p.launches * p.groups - p.launches) * p.tile.rows() < q.N);  // no launch more than needed
-        CHECK(p.ctas * p.tile.units >= q.H &&
-              (p.ctas - 1) * p.tile.units < round_up(q.H, vector_elements(q.format)));
+        const bool rounded = p.exchange == ExchangeKind::cluster;
+        if (rounded) CHECK_EQ(p.ctas & (p.ctas - 1), 0);
+        CHECK(p.ctas * p.tile.units >= q.H);
+        CHECK(rounded || (p.ctas - 1) * p.tile.units < round_up(q.H, vector_elements(q.format)));
         CHECK(p.tile.warps * p.tile.chunks * chunk_elements(q.format) >= q.H);
         if (p.exchange == ExchangeKind::cluster) CHECK(p.ctas <= 8 && device.compute_capability >= 90);
         if (p.exchange == ExchangeKind::local) CHECK_EQ(p.ctas, 1);
