@@ -18,7 +18,7 @@
   X(Sentinel, 16, 1, 2, 2, 8) /* H to 256 */ \
   X(Sentinel, 16, 1, 4, 4, 8) /* H to 512 */ \
   X(Sentinel, 16, 2, 4, 4, 8)                \
-  X(Sentinel, 16, 1, 8, 5, 8) /* H to 1024 */
+  X(Sentinel, 16, 1, 8, 4, 8) /* H to 1024, half of it in shared memory */
 
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \
