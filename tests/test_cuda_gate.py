@@ -39,7 +39,8 @@ def test_a_clean_kernel_passes(gate):
 @pytest.mark.parametrize("wrong", [{"stack": 480}, {"stores": 4}, {"loads": 4}, {"registers": 256}])
 def test_local_memory_spills_and_registers_are_refused(gate, wrong):
     complaints, _ = gate.judge(said(**wrong))
-    assert len(complaints) == 1 and KERNEL in complaints[0]
+    assert len(complaints) == 1
+    assert KERNEL in complaints[0]
 
 
 def test_silence_is_no_proof(gate):
