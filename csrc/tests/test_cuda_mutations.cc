@@ -16,8 +16,7 @@ static bool caught(Options o, Mutation m) {
   for (o.seed = 1; o.seed <= 3; o.seed++) {
     const Trial<Cell, D, T, ExchangeOf> trial(o);
     if (trial.failure.empty()) continue;
-    if (std::getenv("FASTRNN_SHOW_ERRORS"))
-      std::printf("  %d: %s\n", static_cast<int>(m), trial.failure.c_str());
+    std::printf("  mutation %d: %s\n", static_cast<int>(m), trial.failure.c_str());
     return true;
   }
   return false;
