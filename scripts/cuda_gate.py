@@ -98,15 +98,18 @@ def products(name: str) -> int:
     return gates * units // 16 * chunks * row_tiles * of_a_chunk
 
 
-def inspect(cuobjdump: str, target: Path, arch: str) -> list[str]:
-    """Complaints about machine code: products missing, local memory, narrow loads, stray fences."""
-    complaints = []
+def inspect(cuobjdump: str, target: Path) -> tuple[list[str], int]:
+    """Complaints about machine code, and how many kernels are stubs: not for this architecture."""
+    complaints, stubs = [], 0
     dump = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True, check=True)
     for part in dump.stdout.split("Function : ")[1:]:
         name = short(part.split("\n", 1)[0])
         if name.startswith("pack"):
             continue
-        if "Cluster" in name and int(arch.rstrip("af")) < 90:  # stubs, never launched there
+        if (
+            "BPT.TRAP" in part and "HMMA" not in part
+        ):  # nothing but a trap: not for this architecture
+            stubs += 1
             continue
         found, expected = len(re.findall(r"\bHMMA\.", part)), products(name)
         if found == 0 or found % expected:
@@ -117,7 +120,7 @@ def inspect(cuobjdump: str, target: Path, arch: str) -> list[str]:
             complaints.append(f"{name}: no 16-byte exchange load")
         if "Sentinel" in name and "MEMBAR" in part:
             complaints.append(f"{name}: a fence, which this exchange does without")
-    return complaints
+    return complaints, stubs
 
 
 def link(nvcc: str, arch: str, out: Path) -> list[str]:
@@ -138,6 +141,7 @@ def gate(nvcc: str, cuobjdump: str | None, arch: str, only: str, jobs: int, out:
         return False
     complaints: list[str] = []
     registers: dict[str, int] = {}
+    stubs = 0
     start = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
         compiled = pool.map(lambda s: compile_one(nvcc, s, arch, out / arch), sources)
@@ -149,16 +153,18 @@ def gate(nvcc: str, cuobjdump: str | None, arch: str, only: str, jobs: int, out:
             complaints += [f"{target.stem}: {c}" for c in found]
             registers |= used
             if cuobjdump:
-                complaints += inspect(cuobjdump, target, arch)
+                found, more = inspect(cuobjdump, target)
+                complaints += found
+                stubs += more
     if not only:
         complaints += link(nvcc, arch, out / arch)
     for complaint in complaints:
         print(complaint)
     most = max(registers, key=registers.__getitem__)
     verdict = f"{len(complaints)} complaints" if complaints else "no spill, no local memory"
-    looked = (
-        "; machine code looked at" if cuobjdump else "; no cuobjdump, machine code not looked at"
-    )
+    looked = "; no cuobjdump, machine code not looked at"
+    if cuobjdump:
+        looked = f"; machine code looked at, {stubs} kernels not for this architecture"
     print(
         f"sm_{arch}: {len(registers)} kernels, {verdict}, at most {registers[most]} registers "
         f"({most}), {time.monotonic() - start:.0f} s{looked}"

@@ -26,6 +26,8 @@ class Backward {
  public:
   static constexpr Geometry kGeometry = Geo::kGeometry;
   static constexpr SharedLayout kLayout = shared_layout(kGeometry, D::kFormat, Exchange::kBuffers);
+  static constexpr bool kAvailable =
+      kLayout.bytes <= prim::kMostShared && (prim::kHasClusters || !Exchange::kIsCluster);
 
   FASTRNN_DEVICE Backward(const BackwardParams& p)
       : p_(p),
@@ -205,8 +207,13 @@ class Backward {
 template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
 FASTRNN_KERNEL(T::kThreads)
 backward_kernel(const FASTRNN_GRID_CONSTANT BackwardParams p) {
-  Backward<Cell, D, T, ExchangeOf, kLinear> layer(p);
-  layer.run();
+  using Layer = Backward<Cell, D, T, ExchangeOf, kLinear>;
+  if constexpr (Layer::kAvailable) {
+    Layer layer(p);
+    layer.run();
+  } else {
+    prim::unavailable();
+  }
 }
 
 }  // namespace fastrnn::cuda

@@ -43,6 +43,7 @@ template <class D>
 struct ThroughGlobal {
   using Elem = typename D::Elem;
   static constexpr bool kInShared = false;
+  static constexpr bool kIsCluster = false;
   static constexpr int kBuffers = 0;
   FASTRNN_DEVICE static const Vec4* vector_at(const Mail& m, int t, int n, int k) {
     return reinterpret_cast<const Vec4*>(static_cast<const Elem*>(m.data) + t * m.stride_t + n * m.stride_n +
@@ -125,6 +126,7 @@ class Flags : public ThroughGlobal<D> {
 // A cluster needs two: a peer may be a step ahead, not more.
 template <class D, class T, int Values, int Buffers>
 struct InShared {
+  static constexpr bool kIsCluster = Buffers == 2;
   static constexpr int kBuffers = Buffers;
   using Elem = typename D::Elem;
   static constexpr bool kInShared = true;

@@ -25,6 +25,8 @@ class Forward {
  public:
   static constexpr Geometry kGeometry = Geo::kGeometry;
   static constexpr SharedLayout kLayout = shared_layout(kGeometry, D::kFormat, Exchange::kBuffers);
+  static constexpr bool kAvailable =
+      kLayout.bytes <= prim::kMostShared && (prim::kHasClusters || !Exchange::kIsCluster);
 
   FASTRNN_DEVICE Forward(const ForwardParams& p)
       : p_(p),
@@ -174,8 +176,13 @@ class Forward {
 template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
 FASTRNN_KERNEL(T::kThreads)
 forward_kernel(const FASTRNN_GRID_CONSTANT ForwardParams p) {
-  Forward<Cell, D, T, ExchangeOf, kLinear> layer(p);
-  layer.run();
+  using Layer = Forward<Cell, D, T, ExchangeOf, kLinear>;
+  if constexpr (Layer::kAvailable) {
+    Layer layer(p);
+    layer.run();
+  } else {
+    prim::unavailable();
+  }
 }
 
 }  // namespace fastrnn::cuda

@@ -22,16 +22,6 @@ FASTRNN_DEVICE void store_async(uint32_t address, uint32_t value, const MBarrier
   emu::store_async(rank, address, value, i);
 }
 
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-
-// Never launched there: plan.h asks for clusters only where they exist.
-FASTRNN_DEVICE int cluster_rank() { return 0; }
-FASTRNN_DEVICE void cluster_barrier(const char*) { __trap(); }
-FASTRNN_DEVICE void mbarrier_init(const MBarriers&, int, int) {}
-FASTRNN_DEVICE void mbarrier_arrive_expect(const MBarriers&, int, uint32_t) {}
-FASTRNN_DEVICE bool mbarrier_passed(const MBarriers&, int, uint32_t) { return true; }
-FASTRNN_DEVICE void store_async(uint32_t, uint32_t, const MBarriers&, int, int) {}
-
 #else
 
 FASTRNN_DEVICE int cluster_rank() {

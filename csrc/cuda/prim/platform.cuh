@@ -27,7 +27,26 @@ struct alignas(16) Vec4 {
 
 namespace prim {
 
+// What the architecture that is compiled for has: shared memory of a CTA in bytes, and clusters.
+#if !defined(__CUDA_ARCH__)
+constexpr int kMostShared = 1 << 30;
+constexpr bool kHasClusters = true;
+#elif __CUDA_ARCH__ == 800
+constexpr int kMostShared = 166912;
+constexpr bool kHasClusters = false;
+#elif __CUDA_ARCH__ < 900
+constexpr int kMostShared = 101376;
+constexpr bool kHasClusters = false;
+#elif __CUDA_ARCH__ < 1200
+constexpr int kMostShared = 232448;
+constexpr bool kHasClusters = true;
+#else
+constexpr int kMostShared = 101376;
+constexpr bool kHasClusters = true;
+#endif
+
 #if defined(FASTRNN_EMU)
+FASTRNN_DEVICE void unavailable() {}
 FASTRNN_DEVICE int thread_index() { return emu::self().index; }
 FASTRNN_DEVICE int block_index() { return emu::self().cta->index; }
 FASTRNN_DEVICE int grid_threads() { return emu::machine().config.grid * emu::machine().config.block; }
@@ -40,6 +59,8 @@ constexpr uint32_t kPollsBetweenLooks = 16;
 FASTRNN_DEVICE void poll_failed(const char* site) { emu::spin(site); }
 FASTRNN_DEVICE uint64_t nanoseconds() { return emu::machine().rounds * 100000000u; }
 #else
+// The body of a kernel that this architecture cannot run; plan.h never asks for it there.
+FASTRNN_DEVICE void unavailable() { __trap(); }
 FASTRNN_DEVICE int thread_index() { return threadIdx.x; }
 FASTRNN_DEVICE int block_index() { return blockIdx.x; }
 FASTRNN_DEVICE int grid_threads() { return gridDim.x * blockDim.x; }
