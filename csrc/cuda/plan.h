@@ -19,8 +19,8 @@ namespace fastrnn::cuda {
 
 struct Device {
   int sms = 132;
-  int shared_bytes = 232448 - 1024;  // that a CTA may opt in to
-  int registers = 65536;             // of an SM
+  int shared_bytes = 232448;  // that a CTA may opt in to
+  int registers = 65536;      // of an SM
   int compute_capability = 90;
   int most_clusters = 15;  // of eight CTAs, resident at once; 0 where there are none
 };

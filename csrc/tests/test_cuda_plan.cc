@@ -8,7 +8,7 @@
 
 using namespace fastrnn::cuda;
 
-static const Device kH100{}, kA100{108, 166912 - 1024, 65536, 80, 0}, kSmall{24, 101376 - 1024, 65536, 86, 0};
+static const Device kH100{}, kA100{108, 166912, 65536, 80, 0}, kSmall{24, 101376, 65536, 86, 0};
 
 template <class Visit>
 static void each_problem(Visit visit) {
@@ -66,7 +66,7 @@ TEST(refusals_say_why) {
   CHECK(refused(q, kH100, ExchangeKind::local, "its warps reduce over up to 64 units"));
   CHECK(refused(q, kA100, ExchangeKind::cluster, "the device has no clusters"));
   q.H = 1024;
-  CHECK(refused(q, kSmall, ExchangeKind::sentinel, "a CTA has 98 KiB of shared memory"));
+  CHECK(refused(q, kSmall, ExchangeKind::sentinel, "a CTA has 99 KiB of shared memory"));
   CHECK(refused(q, kSmall, ExchangeKind::flags, "64 CTAs wait for each other, the device holds 24"));
   q.H = 2048, q.directions = 2;
   CHECK(refused(q, kH100, ExchangeKind::sentinel, "256 CTAs wait for each other, the device holds 132"));
