@@ -11,13 +11,14 @@ BUILD := build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_
 NATIVE := CMakeLists.txt setup.py fastrnn/_version.py $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.cc %.h %.cu %.cuh,$(NATIVE))
 HYPOTHESIS_CASES ?= 20000
+CUDA_ARCH ?= 90a
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test pytest cpp-test wheel wheel-test bench bench-full lint format fuzz sanitize clean
+.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full lint format fuzz sanitize clean
 
 help:
 	@echo "make test        C++ tests, pytest, then the wheel in an empty environment"
@@ -26,6 +27,7 @@ help:
 	@echo "make wheel       sdist and wheel under dist/"
 	@echo "make lint        ruff, clang-format, mypy        make format    ruff and clang-format in place"
 	@echo "make fuzz        $(HYPOTHESIS_CASES) random cases per hypothesis test"
+	@echo "make cuda        CUDA kernels through nvcc and ptxas for CUDA_ARCH=$(CUDA_ARCH)    make cuda-all    for all"
 	@echo "make sanitize    C++ tests under ASan + UBSan, then TSan"
 	@echo "make build       .venv with the library installed in place"
 
@@ -57,6 +59,13 @@ pytest: build
 
 wheel-test: wheel
 	FASTRNN_WHEEL="$$(ls dist/*.whl)" $(BIN)/python -m pytest -m wheel tests/packaging
+
+# No spill, no local memory, register bounds; needs nvcc, no GPU.
+cuda: $(VENV)/.tools
+	$(BIN)/python scripts/cuda_gate.py --arch $(CUDA_ARCH) $(ARGS)
+
+cuda-all: $(VENV)/.tools
+	$(BIN)/python scripts/cuda_gate.py $(ARGS)
 
 fuzz: build
 	FASTRNN_HYPOTHESIS_CASES=$(HYPOTHESIS_CASES) $(BIN)/python -m pytest tests/test_hypothesis.py $(ARGS)

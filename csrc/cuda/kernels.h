@@ -1,0 +1,39 @@
+// The compiled kernels as the host sees them.
+#pragma once
+#include "core/geometry.h"
+#include "core/params.h"
+
+namespace fastrnn::cuda {
+
+struct Kernel {
+  CellKind cell;
+  bool backward;
+  Format format;
+  ExchangeKind exchange;
+  TileShape tile;
+  int shared_bytes;
+  const void* function;  // takes ForwardParams or BackwardParams by value
+};
+
+struct KernelList {
+  const Kernel* data;
+  int count;
+};
+
+// One list for each file of inst/.
+KernelList lstm_forward();
+KernelList lstm_backward();
+KernelList lstm_flags();
+KernelList gru_forward();
+KernelList gru_backward();
+KernelList gru_reset_before_forward();
+KernelList gru_reset_before_backward();
+KernelList rnn_tanh_forward();
+KernelList rnn_tanh_backward();
+KernelList rnn_relu_forward();
+KernelList rnn_relu_backward();
+
+// The kernel that packs weights of a format; takes PackParams by value.
+const void* pack_function(Format format);
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,156 @@
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include "core/pack.cuh"
+
+namespace fastrnn::cuda {
+
+namespace {
+
+Status status_of(cudaError_t error) {
+  return {static_cast<int>(error), error ? cudaGetErrorString(error) : ""};
+}
+
+bool same(const TileShape& a, const TileShape& b) {
+  return a.units == b.units && a.row_tiles == b.row_tiles && a.chunks == b.chunks &&
+         a.resident == b.resident && a.warps == b.warps;
+}
+
+// Attributes live as long as the configuration that points at them.
+struct Configuration {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2] = {};
+  Configuration(const Kernel& kernel, int grid, int cluster, void* stream) {
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(32 * kernel.tile.warps);
+    config.dynamicSmemBytes = kernel.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = attributes;
+    // Cooperative: the driver refuses a grid that is not resident as a whole, instead of a deadlock.
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    config.numAttrs = 1;
+    if (kernel.exchange != ExchangeKind::cluster) return;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.numAttrs = 2;
+  }
+};
+
+cudaError_t allow_shared_memory(const Kernel& kernel) {
+  return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              kernel.shared_bytes);
+}
+
+template <class Params>
+Status launch_with(const Kernel& kernel, const Params& params, void* stream) {
+  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
+  const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, stream);
+  Params copy = params;
+  void* arguments[] = {&copy};
+  return status_of(cudaLaunchKernelExC(&c.config, kernel.function, arguments));
+}
+
+Geometry geometry_of(const Kernel& kernel) {
+  return geometry_of(cell_shape(kernel.cell), kernel.tile, kernel.backward);
+}
+
+}  // namespace
+
+const Kernel* find_kernel(const PlanProblem& problem, const Plan& plan) {
+  const KernelList lists[] = {lstm_forward(),
+                              lstm_backward(),
+                              lstm_flags(),
+                              gru_forward(),
+                              gru_backward(),
+                              gru_reset_before_forward(),
+                              gru_reset_before_backward(),
+                              rnn_tanh_forward(),
+                              rnn_tanh_backward(),
+                              rnn_relu_forward(),
+                              rnn_relu_backward()};
+  for (const KernelList& list : lists)
+    for (int i = 0; i < list.count; i++) {
+      const Kernel& k = list.data[i];
+      if (k.cell == problem.cell && k.backward == problem.backward && k.format == problem.format &&
+          k.exchange == plan.exchange && same(k.tile, plan.tile))
+        return &k;
+    }
+  return nullptr;
+}
+
+Status read_device(Device* device) {
+  int ordinal = 0, major = 0, minor = 0, cooperative = 0;
+  if (const cudaError_t error = cudaGetDevice(&ordinal)) return status_of(error);
+  const struct {
+    int* to;
+    cudaDeviceAttr which;
+  } wanted[] = {{&device->sms, cudaDevAttrMultiProcessorCount},
+                {&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                {&device->registers, cudaDevAttrMaxRegistersPerMultiprocessor},
+                {&major, cudaDevAttrComputeCapabilityMajor},
+                {&minor, cudaDevAttrComputeCapabilityMinor},
+                {&cooperative, cudaDevAttrCooperativeLaunch}};
+  for (const auto& w : wanted)
+    if (const cudaError_t error = cudaDeviceGetAttribute(w.to, w.which, ordinal)) return status_of(error);
+  device->compute_capability = 10 * major + minor;
+  // Eight-CTA clusters take whole groups of SMs; resident_ctas() has the driver's word on a given kernel.
+  device->most_clusters = major >= 9 ? device->sms / 9 : 0;
+  if (!cooperative) return status_of(cudaErrorNotSupported);
+  return {};
+}
+
+Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count) {
+  *count = 0;
+  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
+  if (kernel.exchange == ExchangeKind::cluster) {
+    const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, nullptr);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &c.config);
+    *count = clusters * ctas_of_a_cluster;
+    return status_of(error);
+  }
+  Device device;
+  if (const Status status = read_device(&device); !status.ok()) return status;
+  int of_sm = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &of_sm, kernel.function, 32 * kernel.tile.warps, kernel.shared_bytes);
+  *count = of_sm * device.sms;
+  return status_of(error);
+}
+
+Status prepare_mail(void* mail, size_t bytes, void* stream) {
+  return status_of(cudaMemsetAsync(mail, 0xff, bytes, static_cast<cudaStream_t>(stream)));
+}
+Status clear(void* words, size_t bytes, void* stream) {
+  return status_of(cudaMemsetAsync(words, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+Status launch(const Kernel& kernel, const ForwardParams& params, void* stream) {
+  return launch_with(kernel, params, stream);
+}
+Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) {
+  return launch_with(kernel, params, stream);
+}
+
+size_t packed_bytes(const Kernel& kernel, int ctas) {
+  return static_cast<size_t>(ctas) * geometry_of(kernel).cta_vectors() * sizeof(Vec4);
+}
+
+Status pack(const Kernel& kernel, const PackJob& job, void* stream) {
+  PackParams p;
+  p.weights = job.weights;
+  p.packed = static_cast<Vec4*>(job.packed);
+  p.geometry = geometry_of(kernel);
+  p.H = job.H;
+  p.H_padded = round_up(job.H, vector_elements(kernel.format));
+  p.ctas = job.ctas;
+  void* arguments[] = {&p};
+  const int grid = ceil_div(p.ctas * p.geometry.cta_vectors(), 256);
+  return status_of(cudaLaunchKernel(pack_function(kernel.format), dim3(grid), dim3(256), arguments, 0,
+                                    static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace fastrnn::cuda

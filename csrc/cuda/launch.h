@@ -1,0 +1,43 @@
+// The CUDA library's door for the host: which kernels there are, what the device holds, and launches on a given stream.
+// Framework-free: raw device pointers in, nothing allocated, nothing waited for.
+#pragma once
+#include <cstddef>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace fastrnn::cuda {
+
+// What went wrong; code 0 is success. The text lives as long as the program.
+struct Status {
+  int code = 0;
+  const char* text = "";
+  bool ok() const { return code == 0; }
+};
+
+// The compiled kernel of a plan, or null.
+const Kernel* find_kernel(const PlanProblem& problem, const Plan& plan);
+
+// Numbers of the device that is current.
+Status read_device(Device* device);
+
+// CTAs (or, for clusters, CTAs in whole clusters) of this kernel that the device holds at once, by the driver's own count.
+Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count);
+
+// Sets `bytes` of mail to the sentinel; before every launch, on the same stream.
+Status prepare_mail(void* mail, size_t bytes, void* stream);
+// Zeros `bytes` of flags and of the error word; before every launch, on the same stream.
+Status clear(void* words, size_t bytes, void* stream);
+
+Status launch(const Kernel& kernel, const ForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const BackwardParams& params, void* stream);
+
+struct PackJob {
+  const void* weights;  // W_hh (G * H, H) in the format's tensor type
+  void* packed;         // packed_bytes()
+  int H, ctas;          // ctas: the plan's
+};
+size_t packed_bytes(const Kernel& kernel, int ctas);
+Status pack(const Kernel& kernel, const PackJob& job, void* stream);
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,26 @@
+// The kernels that are compiled: exchange, tile (units, row tiles, chunks, resident, warps). The lists are short because
+// every entry is compiled for five cells, two directions and two formats; sizes in between are padded.
+#pragma once
+
+// K up to warps * chunks * 32. Weight registers a thread of an LSTM's forward: units / 4 * resident * 8.
+#define FASTRNN_TILES_16BIT(X)                                             \
+  X(Sentinel, 16, 1, 1, 1, 8) /* H to 256 */                               \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 512 */                               \
+  X(Sentinel, 16, 2, 2, 2, 8)                                              \
+  X(Sentinel, 16, 1, 4, 4, 8) /* H to 1024 */                              \
+  X(Sentinel, 16, 2, 4, 4, 8)                                              \
+  X(Sentinel, 16, 1, 8, 4, 8) /* H to 2048, half of it in shared memory */ \
+  X(Cluster, 16, 1, 1, 1, 4)  /* H to 128 in eight CTAs */                 \
+  X(Local, 64, 1, 1, 0, 2)    /* H to 64 in one CTA */
+
+// K up to warps * chunks * 16.
+#define FASTRNN_TILES_32BIT(X)               \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 256 */ \
+  X(Sentinel, 16, 1, 4, 4, 8) /* H to 512 */ \
+  X(Sentinel, 16, 2, 4, 4, 8)                \
+  X(Sentinel, 16, 1, 8, 4, 8) /* H to 1024, half of it in shared memory */
+
+// The other protocol, for LSTM in bfloat16 only: to compare with.
+#define FASTRNN_TILES_FLAGS(X) \
+  X(Flags, 16, 1, 2, 2, 8)     \
+  X(Flags, 16, 1, 4, 4, 8)

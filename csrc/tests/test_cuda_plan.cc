@@ -1,0 +1,165 @@
+// Plans: that what is promised fits, that what does not fit is refused with its reason, and that packed weights hold each
+// weight once, where the kernels look for it.
+#include "../cuda/core/backward.cuh"
+#include "../cuda/core/forward.cuh"
+#include "../cuda/core/pack.cuh"
+#include "../cuda/plan.h"
+#include "check.h"
+
+using namespace fastrnn::cuda;
+
+static const Device kH100{}, kA100{108, 166912, 65536, 80, 0}, kSmall{24, 101376, 65536, 86, 0};
+
+template <class Visit>
+static void each_problem(Visit visit) {
+  for (int cell = 0; cell < 5; cell++)
+    for (int format = 0; format < 4; format++)
+      for (int backward = 0; backward < 2; backward++)
+        for (int directions = 1; directions <= 2; directions++)
+          for (int H : {1,   7,   8,   33,   64,   65,   127,  200,  256,  257,
+                        500, 512, 700, 1000, 1024, 1025, 1536, 2000, 2048, 2049})
+            for (int N : {1, 8, 9, 30, 64, 257, 1000}) {
+              PlanProblem q;
+              q.cell = static_cast<CellKind>(cell), q.format = static_cast<Format>(format);
+              q.backward = backward, q.directions = directions, q.H = H, q.N = N;
+              visit(q);
+            }
+}
+
+TEST(plans_fit_the_device_and_the_problem) {
+  for (const Device& device : {kH100, kA100, kSmall})
+    each_problem([&](const PlanProblem& q) {
+      bool possible_before = true;
+      double before = 0;
+      for (const Plan& p : candidates(q, device)) {
+        CHECK(possible_before || !p.possible());
+        possible_before = p.possible();
+        if (!p.possible()) continue;
+        CHECK(p.step_us >= before);
+        before = p.step_us;
+        CHECK(q.directions * p.groups * p.ctas <= device.sms);
+        CHECK(p.shared_bytes <= device.shared_bytes);
+        CHECK(p.groups >= 1 && p.launches * p.groups * p.tile.rows() >= q.N);
+        CHECK((p.launches * p.groups - p.launches) * p.tile.rows() < q.N);  // no launch more than needed
+        const bool rounded = p.exchange == ExchangeKind::cluster;
+        if (rounded) CHECK_EQ(p.ctas & (p.ctas - 1), 0);
+        CHECK(p.ctas * p.tile.units >= q.H);
+        CHECK(rounded || (p.ctas - 1) * p.tile.units < round_up(q.H, vector_elements(q.format)));
+        CHECK(p.tile.warps * p.tile.chunks * chunk_elements(q.format) >= q.H);
+        if (p.exchange == ExchangeKind::cluster) CHECK(p.ctas <= 8 && device.compute_capability >= 90);
+        if (p.exchange == ExchangeKind::local) CHECK_EQ(p.ctas, 1);
+      }
+    });
+}
+
+TEST(refusals_say_why) {
+  const auto refused = [](const PlanProblem& q, const Device& device, ExchangeKind e, const char* why) {
+    for (const Plan& p : candidates(q, device))
+      if (p.exchange == e && p.refused == why) return true;
+    return false;
+  };
+  PlanProblem q;
+  q.H = 2049;
+  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  CHECK(refused(q, kH100, ExchangeKind::sentinel, "its warps reduce over up to 2048 units"));
+  q.H = 65;
+  CHECK(refused(q, kH100, ExchangeKind::local, "its warps reduce over up to 64 units"));
+  CHECK(refused(q, kA100, ExchangeKind::cluster, "the device has no clusters"));
+  q.H = 1024;
+  CHECK(refused(q, kSmall, ExchangeKind::sentinel, "a CTA has 99 KiB of shared memory"));
+  CHECK(refused(q, kSmall, ExchangeKind::flags, "64 CTAs wait for each other, the device holds 24"));
+  q.H = 2048, q.directions = 2;
+  CHECK(refused(q, kH100, ExchangeKind::sentinel, "256 CTAs wait for each other, the device holds 132"));
+}
+
+TEST(small_layers_stay_in_one_cluster_or_cta) {
+  PlanProblem q;
+  q.H = 64, q.N = 8;
+  CHECK(candidates(q, kH100).front().exchange == ExchangeKind::cluster);
+  CHECK(candidates(q, kA100).front().exchange != ExchangeKind::cluster);
+  q.N = 1000;
+  CHECK(candidates(q, kH100).front().exchange == ExchangeKind::local);
+  q.H = 1024;
+  CHECK(candidates(q, kH100).front().exchange == ExchangeKind::sentinel);
+}
+
+// The kernels' compile-time view of a tile is the plan's.
+template <class Cell, class D, class T, template <class, class, int> class E>
+static void agrees(ExchangeKind exchange) {
+  const auto expected = [&](bool backward) {
+    return shared_layout(geometry_of(cell_shape(Cell::kKind), T::kShape, backward), D::kFormat,
+                         mail_buffers(exchange));
+  };
+  CHECK_EQ((Forward<Cell, D, T, E>::kLayout.bytes), expected(false).bytes);
+  CHECK_EQ((Backward<Cell, D, T, E>::kLayout.bytes), expected(true).bytes);
+}
+TEST(shared_memory_is_what_the_plan_says) {
+  agrees<Lstm, Bf16, Tile<16, 1, 8, 5, 8>, Sentinel>(ExchangeKind::sentinel);
+  agrees<Gru<false>, Bf16, Tile<32, 1, 1, 1, 8>, Cluster>(ExchangeKind::cluster);
+  agrees<Gru<true>, Tf32, Tile<64, 1, 1, 0, 2>, Local>(ExchangeKind::local);
+  CHECK_EQ(static_cast<int>(Lstm::kTape), 4);
+}
+
+// A format whose packed words are the weights themselves, in TF32's order.
+struct Plain : Format32 {
+  static constexpr Format kFormat = Format::tf32;
+  template <class Weight>
+  static uint32_t weight_word(Weight weight, int q, int s, int high) {
+    return prim::float_bits(weight(4 * q + 2 * s + high));
+  }
+};
+
+// Weight number i + 1 at W_hh[i]: every one is found exactly once, between the units and gates that its place says.
+static void round_trip(CellKind cell, bool backward, const TileShape& tile, int H) {
+  const CellShape shape = cell_shape(cell);
+  const Geometry g = geometry_of(shape, tile, backward);
+  PackParams p;
+  p.geometry = g;
+  p.H = H, p.H_padded = round_up(H, 4), p.ctas = ceil_div(p.H_padded, tile.units);
+  std::vector<float> w(size_t(shape.gates) * H * H);
+  for (size_t i = 0; i < w.size(); i++) w[i] = float(i + 1);
+  p.weights = w.data();
+  std::vector<uint8_t> seen(w.size());
+  for (int64_t v = 0; v < int64_t{p.ctas} * g.cta_vectors(); v++) {
+    const Vec4 packed = packed_vector<Plain>(p, v);
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+    const int cta = v / g.cta_vectors(), warp = v % g.cta_vectors() / g.warp_vectors();
+    int at = v % g.warp_vectors();
+    const int phase = at >= g.phase[0].vectors();
+    const PhaseShape& ph = g.phase[phase];
+    at -= phase * g.phase[0].vectors();
+    const int lane = at % 32, s = at / 32 % 2, chunk = at / 64 % ph.chunks, m = at / 64 / ph.chunks;
+    for (int r = 0; r < 4; r++) {
+      const float number = prim::bits_float(words[r]);
+      // What the tensor core multiplies this word with, and where the product goes.
+      const int k = (((warp + cta) % tile.warps) * ph.chunks + chunk) * 16 + 4 * (lane % 4) + 2 * s + r / 2;
+      const int tile_row = m * 16 + lane / 4 + r % 2 * 8;
+      const int unit = cta * tile.units + tile_row % tile.units;
+      const int gate = ph.gates.first + (backward ? k / p.H_padded : tile_row / tile.units);
+      const int j = backward ? k % p.H_padded : k;
+      const bool exists = unit < H && j < H && gate < ph.gates.first + ph.gates.count;
+      if (number == 0) {
+        CHECK(!exists);
+        continue;
+      }
+      const size_t index = static_cast<size_t>(number) - 1;
+      const size_t expected =
+          backward ? (size_t(gate) * H + j) * H + unit : (size_t(gate) * H + unit) * H + j;
+      CHECK(exists);
+      CHECK_EQ(index, expected);
+      seen[index]++;
+    }
+  }
+  CHECK(std::all_of(seen.begin(), seen.end(), [](uint8_t n) { return n == 1; }));
+}
+
+TEST(packing_round_trips) {
+  for (int cell = 0; cell < 5; cell++)
+    for (bool backward : {false, true}) {
+      for (int H = 1; H <= 64; H += 3) round_trip(static_cast<CellKind>(cell), backward, {16, 1, 2, 1, 2}, H);
+      round_trip(static_cast<CellKind>(cell), backward, {16, 1, 4, 4, 8}, 300);
+      round_trip(static_cast<CellKind>(cell), backward, {32, 1, 1, 0, 2}, 31);
+    }
+}
+
+int main(int argc, char** argv) { return check::run(argc, argv); }
