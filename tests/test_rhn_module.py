@@ -385,6 +385,15 @@ def bad_calls() -> Iterator[tuple[str, Callable[[fastrnn.RHN, Tensor], Any], Any
     yield "both", lambda m, x: m(packed, lengths=[5, 4, 3]), ValueError, "PackedSequence"
 
 
+@pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout", "weight_dropout"])
+def test_regularisers_of_other_cells(name: str) -> None:
+    module = fastrnn.RHN(3, 4)
+    with pytest.raises(AttributeError, match=f"{name}: got 0.3, but an RHN has no {name}; its"):
+        setattr(module, name, 0.3)
+    assert getattr(module, name) == 0
+    assert fastrnn.explain(module, torch.zeros(2, 1, 3)).backend == "cpu"
+
+
 @pytest.mark.parametrize(("name", "call", "kind", "message"), list(bad_calls()))
 def test_call_errors_leave_everything_as_it_was(
     name: str, call: Callable[..., Any], kind: type[Exception], message: str

@@ -158,6 +158,13 @@ class RHN(Steppable):
                 self._all_weights.append(names)
         self.reset_parameters()
 
+    def _set_rates(self, first: int, *values: float) -> None:
+        name = ("recurrent_dropout", "zoneout", "zoneout", "weight_dropout")[first]
+        raise AttributeError(
+            f"{name}: got {values[0]!r}, but an RHN has no {name}; its regularisers are "
+            "variational_input and variational_state"
+        )
+
     @property
     def _gates(self) -> int:
         return 2 if self.couple_carry else 3
