@@ -174,17 +174,17 @@ struct Trial {
   std::vector<uint8_t> reset;
   std::vector<naive::Layer> want;
   Array x, y, cells, dy, dcells, dx, h0, c0, h_n, c_n, dh_n, dc_n, dh0, dc0;
-  std::array<std::array<Array, 5>, 2> weights, grads;
+  std::array<std::array<Array, 9>, 2> weights, grads;  // in the order of Weights
   int64_t stride_t = 0, stride_n = 0, x_width = 0, row_count = 0;
 
   Trial(const Options& options, unsigned seed)
-      : o(options), O(o.P ? o.P : o.H), G(naive::gate_count(o.cell)) {
+      : o(options), O(o.P ? o.P : o.H), G(naive::gate_count(naive_cell())) {
     Random random(seed);
     make_rows(random);
     const Type io = tensor_type(o.type), real = compute_type(o.type);
     const int64_t D = o.directions;
     naive::Layer layer;
-    layer.cell = o.cell;
+    layer.cell = naive_cell();
     layer.linear = o.linear;
     layer.projected = o.P > 0;
     layer.T = o.T;
@@ -208,11 +208,14 @@ struct Trial {
       layer.dy = random.values(o.type, o.T * o.N * O, 1);
       layer.dh_n = random.values(o.type, o.N * O, 1);
       layer.dc_n = random.values(o.type, o.N * o.H, 1);
-      layer.dcells = o.cells && o.cell == Cell::lstm ? random.values(o.type, o.T * o.N * o.H, 1)
-                                                     : Doubles(o.T * o.N * o.H, 0.0);
-      layer.run();
+      layer.dcells =
+          o.cells && is_lstm() ? random.values(o.type, o.T * o.N * o.H, 1) : Doubles(o.T * o.N * o.H, 0.0);
+      if (!normalises(o.cell)) layer.run();  // the scalar layer has no norms
       const Doubles* source[] = {&layer.w_ih, &layer.w_hh, &layer.b_ih, &layer.b_hh, &layer.w_hr};
       for (int i = 0; i < 5; ++i) weights[d][i] = Array(io, *source[i]);
+      const int64_t norms[] = {G * o.H, G * o.H, is_lstm() * o.H, is_lstm() * o.H};
+      for (int i = 0; i < 4 && normalises(o.cell); ++i)
+        weights[d][5 + i] = Array(io, random.values(o.type, norms[i], 1));
       want.push_back(layer);
     }
     x = Array(io, row_count * x_width);
@@ -247,7 +250,7 @@ struct Trial {
     dh0 = Array(io, D * o.N * O);
     dc0 = Array(io, D * o.N * o.H);
     for (int64_t d = 0; d < D; ++d)
-      for (int i = 0; i < 5; ++i) grads[d][i] = Array(io, weights[d][i].size());
+      for (int i = 0; i < 9; ++i) grads[d][i] = Array(io, weights[d][i].size());
   }
 
   // Number of row (t, n) in the buffers.
@@ -324,10 +327,12 @@ struct Trial {
 
   Weights weights_of(int d) {
     auto& w = weights[d];
-    return {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data()};
+    return {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data(),
+            w[5].data(), w[6].data(), w[7].data(), w[8].data()};
   }
 
-  bool is_lstm() const { return o.cell == Cell::lstm; }
+  bool is_lstm() const { return fastrnn::is_lstm(o.cell); }
+  Cell naive_cell() const { return !normalises(o.cell) ? o.cell : is_lstm() ? Cell::lstm : Cell::gru; }
 
   void forward(bool training, const Scratch* tape) {
     ForwardArgs a;
@@ -373,7 +378,8 @@ struct Trial {
     for (int d = 0; d < o.directions; ++d) {
       auto& g = grads[d];
       a.weights[d] = weights_of(d);
-      a.grads[d] = {g[0].data(), g[1].data(), g[2].data(), g[3].data(), g[4].data()};
+      a.grads[d] = {g[0].data(), g[1].data(), g[2].data(), g[3].data(), g[4].data(),
+                    g[5].data(), g[6].data(), g[7].data(), g[8].data()};
     }
     a.want_weights = true;
     a.gates = tape ? tape->data() : nullptr;
@@ -464,7 +470,7 @@ struct Trial {
     bool same = y.same_bits(b.y) && h_n.same_bits(b.h_n) && dx.same_bits(b.dx) && dh0.same_bits(b.dh0);
     if (is_lstm()) same = same && c_n.same_bits(b.c_n) && dc0.same_bits(b.dc0) && cells.same_bits(b.cells);
     for (int64_t d = 0; d < o.directions; ++d)
-      for (int i = 0; i < 5; ++i) same = same && grads[d][i].same_bits(b.grads[d][i]);
+      for (int i = 0; i < 9; ++i) same = same && grads[d][i].same_bits(b.grads[d][i]);
     return same;
   }
 };
