@@ -127,7 +127,8 @@ def candidates(
     numbers = _device(ordinal)
     if most_ctas:
         numbers = (most_ctas, *numbers[1:])
-    problem = (KINDS[cell].number, _format(dtype), backward, size, hidden, directions)
+    # An empty batch, which only explain asks about, has the plan of one row.
+    problem = (KINDS[cell].number, _format(dtype), backward, max(size, 1), hidden, directions)
     return [Plan(*fields) for fields in _cuda.plans(numbers, problem)]
 
 

@@ -170,7 +170,8 @@ def _by_plan(
     others = {word: _backend(module, name) for word, module in modules.items()}
 
     def call(*args: Any) -> Any:
-        return others.get(args[at].partition(",")[0], function)(*args)
+        plan = args[at]
+        return (others.get(plan.partition(",")[0], function) if plan else function)(*args)
 
     call.__name__ = name
     return call

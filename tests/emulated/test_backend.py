@@ -68,6 +68,8 @@ def test_explain() -> None:
         with torch.no_grad():
             plan = fastrnn.explain(rnn, x).plan
         wide = fastrnn.explain(fastrnn.LSTM(3, 64, dtype=torch.bfloat16), x).plan
+    with fastrnn.use_backend("cuda"), torch.no_grad():
+        assert fastrnn.explain(rnn, x[:, :0]).plan == fastrnn.explain(rnn, x[:, :1]).plan
     assert plan.startswith("bf16; forward: cluster, 16 units x 8 rows a CTA, 1 groups x 1 CTAs")
     assert "instead of: sentinel, 16 units" in plan
     assert "| local, 48 units x 8 rows" in plan
