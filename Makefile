@@ -54,7 +54,10 @@ cpp-test: build
 	$(BIN)/cmake --build $(BUILD) --target fastrnn_tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
+# With the CUDA kernels compiled for the SIMT emulator, so that their backend is tested without a GPU.
 pytest: build
+	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_BUILD_TESTS=ON > $(BUILD)/configure.log
+	$(BIN)/cmake --build $(BUILD) --target _cuda_emulated
 	$(BIN)/python -m pytest -m "not wheel and not slow" $(ARGS)
 
 wheel-test: wheel

@@ -23,12 +23,41 @@ class CMakeBuild(build_ext):
     """Builds each extension with the CMake target of the same name."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
+        # An optional extension may be absent, but not because its compilation failed.
+        try:
+            self._build(ext)
+        except SetupError as error:
+            hint = "; FASTRNN_CUDA=off leaves the CUDA module out" if ext.optional else ""
+            raise SystemExit(f"error: {error}{hint}") from None
 
-        cmake, ninja = _tool("cmake"), _tool("ninja")
+    def _build(self, ext: Extension) -> None:
+        cmake = _tool("cmake")
         # Not in setuptools' temporary folders: the next build recompiles only what changed.
         tree = ROOT / "build" / str(sys.implementation.cache_tag)
         target = ext.name.rpartition(".")[2]
+        if target == "_cpu":
+            self._configure(cmake, tree)
+        elif (tree / "cuda.txt").read_text().strip() != "ON":
+            # CMakeLists.txt decides, its summary says why; an earlier build may have had one.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            return
+        _run([cmake, "--build", str(tree), "--target", target])
+        destination = Path(self.get_ext_fullpath(ext.name))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        built = tree / "module" / destination.name
+        if not built.exists():
+            raise SetupError(f"CMake target {target} did not make {built}")
+        shutil.copy2(built, destination)
+        if target == "_cpu":
+            print((tree / "summary.txt").read_text().strip(), flush=True)
+
+    def get_outputs(self) -> list[str]:
+        """Without the module that was not to be built."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def _configure(self, cmake: str, tree: Path) -> None:
+        import pybind11
+
         _run(
             [
                 cmake,
@@ -38,19 +67,13 @@ class CMakeBuild(build_ext):
                 str(tree),
                 "-G",
                 "Ninja",
-                f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DFASTRNN_CUDA={os.environ.get('FASTRNN_CUDA') or 'auto'}",
+                f"-DFASTRNN_CUDA_ARCHS={os.environ.get('FASTRNN_CUDA_ARCHS', '')}",
             ]
         )
-        _run([cmake, "--build", str(tree), "--target", target])
-        destination = Path(self.get_ext_fullpath(ext.name))
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        built = tree / "module" / destination.name
-        if not built.exists():
-            raise SetupError(f"CMake target {target} did not make {built}")
-        shutil.copy2(built, destination)
-        print((tree / "summary.txt").read_text().strip(), flush=True)
 
 
 def _tool(name: str) -> str:
@@ -75,6 +98,10 @@ def _run(command: list[str]) -> None:
 
 
 setup(
-    ext_modules=[Extension("fastrnn._cpu", sources=[])],
+    # In this order: the first configures for both.
+    ext_modules=[
+        Extension("fastrnn._cpu", sources=[]),
+        Extension("fastrnn._cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

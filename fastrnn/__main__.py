@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
+from fastrnn.backends import cuda_missing
 
 # The layers that the self-check runs: an odd size, two layers, both directions.
 _LAYERS: dict[str, nn.RNNBase | fastrnn.BNLSTM] = {
@@ -51,6 +52,13 @@ def _native() -> Iterator[tuple[str, str]]:
         return
     yield "instructions", f"{_cpu.isa()} (available: {', '.join(_cpu.isas())})"
     yield "thread team", _cpu.team_kind()
+
+
+def _cuda() -> str:
+    why = cuda_missing()
+    if why:
+        return f"{why}; tensors on a GPU run on torch's own kernels"
+    return f"{torch.cuda.get_device_name()}; our kernels run there on request: use_backend('cuda')"
 
 
 def _run(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str | None) -> list[Tensor]:
@@ -89,7 +97,7 @@ def main() -> int:
         ("torch", torch.__version__),
         ("CPU", f"{_cpu_name()}, {torch.get_num_threads()} threads"),
         *_native(),
-        ("CUDA", "no CUDA library in this build; tensors on a GPU run on torch's own kernels"),
+        ("CUDA", _cuda()),
     ]
     for name, text in lines:
         print(f"{name:<13} {text}")

@@ -22,7 +22,7 @@ from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, SERVES, Problem, torch_nn, triton_plan
+from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, ON_REQUEST, PLANS, SERVES, Problem
 from fastrnn.handover import handed_over
 from fastrnn.kinds import KINDS
 from fastrnn.sequence import Batch, describe
@@ -171,8 +171,9 @@ def _candidates(p: Problem) -> list[tuple[str, str]]:
             faster = ("torch", f"torch's own kernel was measured faster here: {box.measured}")
             return [faster, native, last]
         return [native, torch_own, last]
-    own = ("torch", f"fastrnn has no kernels for {p.device} yet, torch's own serve this call")
-    return [("cuda", ""), own, last] if p.device == "cuda" else [own, last]
+    if p.device == "cuda":
+        return [("cuda", ""), ("torch", "torch's own kernels serve this call"), last]
+    return [("torch", f"fastrnn has no kernels for {p.device}, torch's own serve this call"), last]
 
 
 def decide(problem: Problem) -> Explanation:
@@ -194,7 +195,7 @@ def decide(problem: Problem) -> Explanation:
             )
         rejected.append((override.name, why))
     for name, reason in _candidates(problem):
-        why = SERVES[name](problem)
+        why = SERVES[name](problem) or ON_REQUEST.get(name, "")
         if not why:
             return Explanation(name, "", reason, rejected)
         if (name, why) not in rejected:
@@ -249,8 +250,8 @@ def choose(
         backend = settle(
             _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
         )
-    if backend == "triton":
-        return backend, "triton"
+    if backend in ("cuda", "triton"):
+        return backend, backend
     rounds = backend == "cpu" and not training and input.dtype == torch.float32
     rounds = rounds and cell in _BF16_CELLS
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
@@ -377,11 +378,9 @@ def explain_call(
 
 
 def _plan(backend: str, p: Problem) -> str:
-    if backend == "torch":
-        return torch_nn.plan(p.cell)
     noise = f", {p.regularisers}" if p.regularisers else ""
-    if backend == "triton":
-        return triton_plan(p) + noise
+    if backend in PLANS:
+        return PLANS[backend](p) + noise
     if backend != "cpu":
         return "a Python loop over the steps" + noise
     from fastrnn.backends import cpu

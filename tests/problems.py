@@ -340,17 +340,28 @@ def solve_ops(p: Problem) -> Result:
     return out
 
 
-def check(p: Problem, got: Result, linear: bool = False, note: str = "") -> None:
-    """Apply the tolerance rule to every entry of ``got``; entries that do not apply are empty."""
+def check(
+    p: Problem,
+    got: Result,
+    linear: bool = False,
+    note: str = "",
+    number_format: str = "",
+    rounded: Problem | None = None,
+) -> None:
+    """Apply the tolerance rule to every entry of ``got``; entries that do not apply are empty.
+
+    ``rounded`` is p in a ``number_format`` that torch has no dtype for (tests/formats.py).
+    """
     dtype = torch.bfloat16 if "bf16" in p.case.plan else p.case.dtype
+    at_dtype = p if rounded is None else rounded
     ref64 = solve_reference(p, torch.float64, linear)
-    same = solve_reference(p, dtype, linear)
+    same = solve_reference(at_dtype, dtype, linear)
     # The expectation of zoneout mixes new and old values: y does not show the branches.
     mixed = p.case.noise is not None and p.case.noise.mixes
     if p.case.cell == "rnn_relu" and not linear and "dx" in got and not mixed:
         # y is held to its own branches below, so branches can differ only where y is tiny.
-        for truth, at in ((ref64, torch.float64), (same, dtype)):
-            followed = solve_reference(p, at, linear, relu_as_in=got["y"])
+        for truth, of, at in ((ref64, p, torch.float64), (same, at_dtype, dtype)):
+            followed = solve_reference(of, at, linear, relu_as_in=got["y"])
             truth.update({k: v for k, v in followed.items() if k.startswith("d")})
     for name, value in got.items():
         label = f"{note}{name} of {p.case} (seed {p.case.seed})"
@@ -359,7 +370,7 @@ def check(p: Problem, got: Result, linear: bool = False, note: str = "") -> None
             continue
         expected = p.case.cell_dtype if name == "cells" else p.case.dtype
         assert value.dtype == expected, f"{label}: {value.dtype}, expected {expected}"
-        assert_close_by_rule(label, value, ref64[name], same[name])
+        assert_close_by_rule(label, value, ref64[name], same[name], None, number_format)
         if name in ("y", "cells", "dx") and p.op_lengths is not None:
             past = p.from_layout(value)[p.padding]
             assert not past.any(), f"{label}: not 0 past the end of a sequence"

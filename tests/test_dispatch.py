@@ -67,7 +67,7 @@ LACKING = [
     ("torch", "LSTM", {}, {"return_cells": True}, "torch.nn has no return_cells"),
     ("torch", "LSTM", {"recompute": True}, {}, "torch.nn has no recompute"),
     ("cpu", "GRU", {"dtype": torch.float16}, {}, "no torch.float16 kernels"),
-    ("cuda", "RNN", {}, {}, "no such kernels yet"),
+    ("cuda", "RNN", {}, {}, "the input is on cpu"),
     ("triton", "RNN", {}, {}, "only runs under its interpreter"),
 ]
 LACKING_IDS = [f"{backend}-{name}-{why}" for backend, name, _, _, why in LACKING]
@@ -248,11 +248,16 @@ def problem(**changes: object) -> dispatch.Problem:
     return usual._replace(**changes)
 
 
-def test_devices_without_kernels_of_ours() -> None:
+def test_devices_without_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.SERVES, "cuda", lambda p: "no GPU in this test")
+    found = dispatch.decide(problem())
+    assert (found.backend, found.rejected) == ("torch", [("cuda", "no GPU in this test")])
+    monkeypatch.setitem(backends.SERVES, "cuda", lambda p: "")
     found = dispatch.decide(problem())
     assert found.backend == "torch"
-    assert "no kernels for cuda yet" in found.reason
-    assert found.rejected == [("cuda", "this version of fastrnn has no such kernels yet")]
+    assert found.rejected == [("cuda", backends.ON_REQUEST["cuda"])]
+    with fastrnn.use_backend("cuda"):
+        assert dispatch.decide(problem()).backend == "cuda"
     assert dispatch.decide(problem(lengths=True)).backend == "reference"
     assert dispatch.decide(problem(device="mps")).backend == "torch"
     assert dispatch.decide(problem(device="meta")).backend == "cpu"

@@ -18,6 +18,9 @@ FLOOR, in units of eps(dtype) = the spacing of numbers at 1.
   intermediate of size 1 costs eps even when the result is far below 1; hence the 1 in ``scale``.
   float32 and bfloat16: 16 and 4, a handful of roundings. float64: 512, a hundred rounded steps
   on both sides, still 1e-13.
+Formats. The CUDA kernels multiply float32 in a format that torch has no dtype for: operands are
+  rounded and sums are not, as with 16 bits, so K and FLOOR are those of the 16-bit types and eps is
+  the format's; ``same`` is the float32 reference on rounded weights (tests/formats.py).
 """
 
 from __future__ import annotations
@@ -27,18 +30,26 @@ from torch import Tensor
 
 K = {torch.float64: 0.0, torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 FLOOR = {torch.float64: 512.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+FORMATS = {"tf32": 2.0**-10, "bf16x3": 2.0**-16}  # the spacing of numbers at 1
 
 
-def allowed_error(ref64: Tensor, same_dtype: Tensor, dtype: torch.dtype | None = None) -> float:
+def allowed_error(
+    ref64: Tensor, same_dtype: Tensor, dtype: torch.dtype | None = None, number_format: str = ""
+) -> float:
     """The right-hand side of the rule; ``dtype`` is the dtype under test (same_dtype's)."""
-    dtype = dtype or same_dtype.dtype
+    dtype = torch.bfloat16 if number_format else dtype or same_dtype.dtype
+    eps = FORMATS[number_format] if number_format else torch.finfo(dtype).eps
     scale = max(1.0, _largest(ref64))
-    floor = FLOOR[dtype] * torch.finfo(dtype).eps * scale
-    return K[dtype] * _largest(same_dtype.double() - ref64) + floor
+    return K[dtype] * _largest(same_dtype.double() - ref64) + FLOOR[dtype] * eps * scale
 
 
 def assert_close_by_rule(
-    name: str, got: Tensor, ref64: Tensor, same_dtype: Tensor, dtype: torch.dtype | None = None
+    name: str,
+    got: Tensor,
+    ref64: Tensor,
+    same_dtype: Tensor,
+    dtype: torch.dtype | None = None,
+    number_format: str = "",
 ) -> None:
     """Apply the rule to one tensor.
 
@@ -48,6 +59,7 @@ def assert_close_by_rule(
         ref64: ground truth, float64, the same shape.
         same_dtype: the reference at the dtype under test, the same shape.
         dtype: the dtype under test, where it is not that of ``same_dtype``.
+        number_format: of FORMATS, where one is under test.
 
     Raises:
         AssertionError: wrong shape, a value that is not finite, or an error beyond the rule.
@@ -60,7 +72,7 @@ def assert_close_by_rule(
     finite = torch.isfinite(got)
     assert finite.all(), f"{name}: {int((~finite).sum())} of {got.numel()} values are not finite"
     error = (got - ref64.detach()).abs()
-    allowed = allowed_error(ref64.detach(), same_dtype.detach(), dtype)
+    allowed = allowed_error(ref64.detach(), same_dtype.detach(), dtype, number_format)
     worst = _largest(error)
     where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert worst <= allowed, (

@@ -13,13 +13,13 @@ class Fields {
  public:
   explicit Fields(const pybind11::tuple& t) : tuple_(t.ptr()), size_(PyTuple_GET_SIZE(t.ptr())) {}
   int64_t integer() {
-    if (next_ >= size_) throw std::invalid_argument("fastrnn._cpu: too few fields in a tuple");
+    if (next_ >= size_) throw std::invalid_argument("fastrnn: too few fields in a tuple");
     const long long v = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple_, next_++));
     if (v == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return v;
   }
   double real() {
-    if (next_ >= size_) throw std::invalid_argument("fastrnn._cpu: too few fields in a tuple");
+    if (next_ >= size_) throw std::invalid_argument("fastrnn: too few fields in a tuple");
     const double v = PyFloat_AsDouble(PyTuple_GET_ITEM(tuple_, next_++));
     if (v == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return v;
@@ -33,7 +33,7 @@ class Fields {
     return g;
   }
   void end() const {
-    if (next_ != size_) throw std::invalid_argument("fastrnn._cpu: too many fields in a tuple");
+    if (next_ != size_) throw std::invalid_argument("fastrnn: too many fields in a tuple");
   }
 
  private:

@@ -2,7 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/pack.cuh"
+#include "table.h"
 
 namespace fastrnn::cuda {
 
@@ -10,11 +10,6 @@ namespace {
 
 Status status_of(cudaError_t error) {
   return {static_cast<int>(error), error ? cudaGetErrorString(error) : ""};
-}
-
-bool same(const TileShape& a, const TileShape& b) {
-  return a.units == b.units && a.row_tiles == b.row_tiles && a.chunks == b.chunks &&
-         a.resident == b.resident && a.warps == b.warps;
 }
 
 // Attributes live as long as the configuration that points at them.
@@ -53,33 +48,13 @@ Status launch_with(const Kernel& kernel, const Params& params, void* stream) {
   return status_of(cudaLaunchKernelExC(&c.config, kernel.function, arguments));
 }
 
-Geometry geometry_of(const Kernel& kernel) {
-  return geometry_of(cell_shape(kernel.cell), kernel.tile, kernel.backward);
-}
-
 }  // namespace
 
 const Kernel* find_kernel(const PlanProblem& problem, const Plan& plan) {
-  const KernelList lists[] = {lstm_forward(),
-                              lstm_backward(),
-                              lstm_flags(),
-                              gru_forward(),
-                              gru_backward(),
-                              gru_reset_before_forward(),
-                              gru_reset_before_backward(),
-                              rnn_tanh_forward(),
-                              rnn_tanh_backward(),
-                              rnn_relu_forward(),
-                              rnn_relu_backward()};
-  for (const KernelList& list : lists)
-    for (int i = 0; i < list.count; i++) {
-      const Kernel& k = list.data[i];
-      if (k.cell == problem.cell && k.backward == problem.backward && k.format == problem.format &&
-          k.exchange == plan.exchange && same(k.tile, plan.tile))
-        return &k;
-    }
-  return nullptr;
+  return find_in_table(problem, plan);
 }
+
+Status select_device(int ordinal) { return status_of(cudaSetDevice(ordinal)); }
 
 Status read_device(Device* device) {
   int ordinal = 0, major = 0, minor = 0, cooperative = 0;
@@ -135,18 +110,10 @@ Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) 
   return launch_with(kernel, params, stream);
 }
 
-size_t packed_bytes(const Kernel& kernel, int ctas) {
-  return static_cast<size_t>(ctas) * geometry_of(kernel).cta_vectors() * sizeof(Vec4);
-}
+size_t packed_bytes(const Kernel& kernel, int ctas) { return packed_size(kernel, ctas); }
 
 Status pack(const Kernel& kernel, const PackJob& job, void* stream) {
-  PackParams p;
-  p.weights = job.weights;
-  p.packed = static_cast<Vec4*>(job.packed);
-  p.geometry = geometry_of(kernel);
-  p.H = job.H;
-  p.H_padded = round_up(job.H, vector_elements(kernel.format));
-  p.ctas = job.ctas;
+  PackParams p = pack_params(kernel, job);
   void* arguments[] = {&p};
   const int grid = ceil_div(p.ctas * p.geometry.cta_vectors(), 256);
   return status_of(cudaLaunchKernel(pack_function(kernel.format), dim3(grid), dim3(256), arguments, 0,

@@ -18,7 +18,9 @@ struct Status {
 // The compiled kernel of a plan, or null.
 const Kernel* find_kernel(const PlanProblem& problem, const Plan& plan);
 
-// Numbers of the device that is current.
+// Makes a device of the process the thread's current one: all calls below are about that.
+Status select_device(int ordinal);
+// Numbers of the current device.
 Status read_device(Device* device);
 
 // CTAs (or, for clusters, CTAs in whole clusters) of this kernel that the device holds at once, by the driver's own count.

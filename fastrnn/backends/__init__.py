@@ -17,10 +17,21 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fastrnn.backends import torch_nn
 from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, choose, refusal
 from fastrnn.kinds import GATES
 
-__all__ = ["CPU_DTYPES", "CPU_MISSING", "NAMES", "SERVES", "Problem", "triton_plan"]
+__all__ = [
+    "CPU_DTYPES",
+    "CPU_MISSING",
+    "NAMES",
+    "ON_REQUEST",
+    "PLANS",
+    "SERVES",
+    "Problem",
+    "cuda_missing",
+    "triton_plan",
+]
 
 NAMES = ("cpu", "cuda", "triton", "torch", "reference")
 
@@ -121,7 +132,7 @@ def _serves_reference(p: Problem) -> str:
 
 
 _Answer = TypeVar("_Answer", str, int)
-_TRITON_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_GPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def _constant(function: Callable[[], _Answer]) -> Callable[[], _Answer]:
@@ -182,7 +193,7 @@ def _serves_triton(p: Problem) -> str:
     why = (_triton_gpu() if p.device == "cuda" else _triton_interprets()) or _triton_missing()
     if why:
         return why
-    if p.dtype not in _TRITON_DTYPES:
+    if p.dtype not in _GPU_DTYPES:
         return f"it has no {p.dtype} kernels, only float32, bfloat16 and float16"
     if p.process_group:
         return "its kernels see one process, statistics over a process group need collectives"
@@ -202,14 +213,83 @@ def triton_plan(p: Problem) -> str:
     return str(choose(p.cell, count[p.cell], *sizes, triton_shared_memory()))
 
 
-def _not_built(p: Problem) -> str:
-    return "this version of fastrnn has no such kernels yet"
+@_constant
+def cuda_missing() -> str:
+    """Why the native CUDA library cannot be called on this machine; empty if it can."""
+    from fastrnn.backends import cuda_native
+
+    return cuda_native.missing()
+
+
+@_constant
+def _cuda_on_cpu() -> str:
+    """Why the native CUDA library takes no tensor on the CPU; empty where it is the tests' own."""
+    module = sys.modules.get("fastrnn._cuda")
+    return "" if module is not None and module.emulated else "the input is on cpu"
+
+
+def _cuda_refusal(cell: str, dtype: torch.dtype, hidden: int, directions: int) -> str:
+    from fastrnn.backends import cuda_native
+
+    return cuda_native.refusal(cell, dtype, hidden, directions)
+
+
+# As _constant, for each of its arguments.
+_cuda_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _serves_cuda(p: Problem) -> str:
+    if p.device not in ("cpu", "cuda"):
+        return f"the input is on {p.device}"
+    why = (_cuda_on_cpu() if p.device == "cpu" else "") or cuda_missing()
+    if why:
+        return why
+    if p.dtype not in _GPU_DTYPES:
+        return f"it has no {p.dtype} kernels, only float32, bfloat16 and float16"
+    if p.transforms:
+        return "torch.func transforms need operations they can see into"
+    lacks = [
+        name
+        for name, used in (
+            ("Recurrent Highway Network", p.cell == "rhn"),
+            ("batch-normalised LSTM", p.cell == "bnlstm"),
+            ("layer_norm", p.cell.endswith("_layer_norm")),
+            ("proj_size", p.proj_size),
+            (p.regularisers, p.regularisers),
+        )
+        if used
+    ]
+    if lacks:
+        return f"it has no kernels with {', '.join(lacks)}"
+    if not p.hidden_size or not p.input_size:
+        return "it has no kernels for an input or hidden size of 0"
+    return _cuda_refusal(p.cell, p.dtype, p.hidden_size, p.directions)
+
+
+def cuda_plan(p: Problem) -> str:
+    """What the CUDA kernels will do, in words for ``explain``."""
+    from fastrnn.backends import cuda_native
+
+    sizes = (p.training, p.batch, p.hidden_size, p.directions)
+    return cuda_native.describe_plans(p.cell, p.dtype, *sizes)
 
 
 SERVES = {
     "cpu": _serves_cpu,
-    "cuda": _not_built,
+    "cuda": _serves_cuda,
     "triton": _serves_triton,
     "torch": _serves_torch,
     "reference": _serves_reference,
+}
+
+# What a backend will do with a call, in words; the native CPU library says it for each layer.
+PLANS: dict[str, Callable[[Problem], str]] = {
+    "cuda": cuda_plan,
+    "triton": triton_plan,
+    "torch": lambda p: torch_nn.plan(p.cell),
+}
+
+# Backends that could serve a call but that nothing is given to unasked.
+ON_REQUEST = {
+    "cuda": "it runs on request only, use_backend('cuda'): nothing of it was measured on a GPU yet"
 }

@@ -111,8 +111,13 @@ def _fake_layer_forward_train(
     hidden = h0.shape[2] if c0 is None else c0.shape[2]
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
     width = 0 if recompute else tape_slots(cell, noise) * hidden
+    dtype = state_dtype(x.dtype)
+    if width and plan.startswith("cuda"):
+        # Its kernels know no packed rows, and keep activated gates in the dtype of the output.
+        rows = rows if batch_sizes is None else batch_sizes.shape[0] * h0.shape[1]
+        dtype = x.dtype
     shape = (h0.shape[0], rows, width) if width else (0,)
-    gates = x.new_empty(shape, dtype=state_dtype(x.dtype))
+    gates = x.new_empty(shape, dtype=dtype)
     return (*_fake_outputs(x, h0, c0, True), gates)
 
 
@@ -153,18 +158,20 @@ def _fake_pack_weights(weights: list[Tensor], cell: str, plan: str) -> Tensor:
 
 
 def _by_plan(
-    function: Callable[..., Any], module: str, name: str, schema: str
+    function: Callable[..., Any], modules: Mapping[str, str], name: str, schema: str
 ) -> Callable[..., Any]:
-    """``function``, but that of the Triton backend where the plan says so.
+    """``function``, but that of another backend where the first word of the plan names it.
 
-    Triton's interpreter runs kernels on tensors that the dispatcher takes to the CPU's backend.
+    The dispatcher takes tensors to a backend by their device, on which several can run: Triton's
+    interpreter and the emulated CUDA library have their tensors on the CPU.
     """
     arguments = [arg.split() for arg in schema.split(")")[0].split(",")]
     at = arguments.index(["str", "plan"])
-    triton = _backend(module, name)
+    others = {word: _backend(module, name) for word, module in modules.items()}
 
     def call(*args: Any) -> Any:
-        return triton(*args) if args[at] == "triton" else function(*args)
+        plan = args[at]
+        return (others.get(plan.partition(",")[0], function) if plan else function)(*args)
 
     call.__name__ = name
     return call
@@ -203,18 +210,24 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register(
-    device: str, module: str, names: Iterable[str] = _SCHEMAS, interpreted: str = ""
+    device: str,
+    module: str,
+    names: Iterable[str] = _SCHEMAS,
+    interpreted: str = "",
+    cuda: str = "",
 ) -> dict[str, Callable[..., Any]]:
     """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module.
 
-    ``interpreted`` is the module for calls with the plan "triton"; ``names`` then are schemas.
+    ``interpreted`` is the module for calls with the plan "triton", ``cuda`` for those with the plan
+    "cuda"; with either, ``names`` are schemas.
     Returns the backend's functions, which may return None for an output that does not apply.
     """
     functions = {name: _backend(module, name) for name in names}
-    if interpreted:
+    modules = {word: at for word, at in (("triton", interpreted), ("cuda", cuda)) if at}
+    if modules:
         assert isinstance(names, Mapping)
         for name, schema in names.items():
-            functions[name] = _by_plan(functions[name], interpreted, name, schema)
+            functions[name] = _by_plan(functions[name], modules, name, schema)
     for name, function in functions.items():
         torch.library.impl(f"fastrnn::{name}", device, _filled(function))
     return functions
@@ -224,12 +237,13 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
 _TRITON = "fastrnn.backends.triton.layer"
+_CUDA = "fastrnn.backends.cuda"
 _PACK = "pack_weights"
 _LAYER = {name: schema for name, schema in _SCHEMAS.items() if name != _PACK}
 
-CPU = register("CPU", "fastrnn.backends.cpu", _LAYER, _TRITON)
+CPU = register("CPU", "fastrnn.backends.cpu", _LAYER, _TRITON, _CUDA)
 CPU |= register("CPU", "fastrnn.backends.cpu", [_PACK])
-register("CUDA", _TRITON, _LAYER)
+register("CUDA", _TRITON, _LAYER, cuda=_CUDA)
 torch.library.register_fake("fastrnn::layer_forward", _fake_layer_forward)
 torch.library.register_fake("fastrnn::layer_forward_train", _fake_layer_forward_train)
 torch.library.register_fake("fastrnn::layer_backward", _fake_layer_backward)

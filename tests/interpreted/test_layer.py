@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from tests.problems import CELLS, Case, Problem, backward, check, forward, forward_train, solve_ops
+from tests.problems import PLAIN, Case, Problem, backward, check, forward, forward_train, solve_ops
 from tests.test_kernels import LAYOUTS
 from tests.tolerances import assert_same_bits
 
@@ -34,7 +34,7 @@ def grid() -> list[Case]:
     """Every cell x layout x directions; all else drawn, from a fixed seed, per point."""
     choose = random.Random(2014)
     cases = []
-    for cell, layout in itertools.product(CELLS, LAYOUTS):
+    for cell, layout in itertools.product(PLAIN, LAYOUTS):
         name, lengths, reset = LAYOUTS[layout]
         hidden = choose.choice((1, 5, 16, 33))
         proj = choose.choice((0, 1, 3, 17)) if cell == "lstm" else 0
@@ -66,19 +66,19 @@ def test_layer(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_every_dtype(cell: str, dtype: torch.dtype) -> None:
     verify(Problem(Case(cell, dtype, T=3, N=3, H=5, directions=2, plan="triton")))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_projection_or_two_tiles_of_rows(cell: str) -> None:
     proj = 5 if cell == "lstm" else 0
     case = Case(cell, T=2, N=17, H=17, proj=proj, directions=2, lengths=True, plan="triton")
     verify(Problem(case))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_weights_read_in_each_step(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of layers whose weights do not stay on chip."""
     p = Problem(Case(cell, T=3, N=3, H=17, proj=3 if cell == "lstm" else 0, plan="triton"))
@@ -88,7 +88,7 @@ def test_weights_read_in_each_step(cell: str, monkeypatch: pytest.MonkeyPatch) -
         assert_same_bits(name, value, expected[name])
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_same_bits_twice(cell: str) -> None:
     p = Problem(Case(cell, T=3, N=17, H=5, directions=2, lengths=True, plan="triton"))
     expected = solve_ops(p)
@@ -117,7 +117,7 @@ def test_gradients_not_asked_for(need: int) -> None:
         assert got[name].numel() == 0, name
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_saturated_gates(cell: str) -> None:
     """Pre-activations far beyond the range of exp: no infinity or NaN comes of it."""
     for size in (100.0, 1e30):
@@ -128,7 +128,7 @@ def test_saturated_gates(cell: str) -> None:
         check(p, solve_ops(p))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_nan_stays_in_its_row(cell: str) -> None:
     p = Problem(Case(cell, T=3, N=4, H=5, plan="triton"))
     clean = forward(p)
@@ -141,7 +141,7 @@ def test_nan_stays_in_its_row(cell: str) -> None:
     assert got["h_n"][:, 2].isnan().all()
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", PLAIN)
 def test_strided_and_empty(cell: str) -> None:
     p = Problem(Case(cell, T=3, N=3, I=4, H=5, plan="triton"))
     expected = solve_ops(p)

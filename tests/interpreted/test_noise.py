@@ -15,7 +15,7 @@ from fastrnn.backends.triton.common import keep
 from fastrnn.noise import Noise
 from fastrnn.reference import philox
 from tests.interpreted.test_layer import verify
-from tests.problems import CELLS, Case, Problem
+from tests.problems import PLAIN, Case, Problem
 from tests.test_kernels import LAYOUTS
 from tests.test_regularisers_kernels import noises
 from tests.tolerances import assert_same_bits
@@ -48,7 +48,7 @@ def grid() -> list[Case]:
     """Every cell x noise; layout, dtype and sizes drawn, from a fixed seed, per point."""
     choose = random.Random(2016)
     cases = []
-    for cell in CELLS:
+    for cell in PLAIN:
         for noise in noises(cell).values():
             layout, lengths, reset = choose.choice(list(LAYOUTS.values()))
             # In 16 bits rounding would decide branches that y does not show there.

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends.rows import Rows, dense, describe
 from fastrnn.backends.triton.bnlstm_kernels import bnlstm_backward_kernel, bnlstm_forward_kernel
 from fastrnn.backends.triton.host import (
-    Rows,
-    dense,
-    describe,
     launch,
     precision,
     shared_memory,

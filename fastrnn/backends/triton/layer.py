@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends.rows import Rows, Weights, alone, dense, describe
 from fastrnn.backends.triton.gru import gru_backward_kernel, gru_forward_kernel
 from fastrnn.backends.triton.host import (
-    Rows,
-    dense,
-    describe,
     launch,
     noise_arguments,
     precision,
@@ -26,48 +24,28 @@ from fastrnn.backends.triton.host import (
 from fastrnn.backends.triton.lstm import lstm_backward_kernel, lstm_forward_kernel
 from fastrnn.backends.triton.plan import Plan, choose
 from fastrnn.backends.triton.rnn import rnn_backward_kernel, rnn_forward_kernel
-from fastrnn.kinds import GATES
 from fastrnn.noise import tape_slots
 
 __all__ = ["layer_backward", "layer_forward", "layer_forward_train"]
 
 
-class _Weights:
-    """The weights of a layer by kind, one tensor for each direction."""
-
-    def __init__(self, weights: Sequence[Tensor], cell: str, directions: int) -> None:
-        per = len(weights) // directions
-        self.gates = GATES[cell]
-        self.w_ih = [weights[d * per] for d in range(directions)]
-        self.w_hh = [weights[d * per + 1] for d in range(directions)]
-        biased = per >= 4
-        self.b_ih = [weights[d * per + 2] for d in range(directions) if biased]
-        self.b_hh = [weights[d * per + 3] for d in range(directions) if biased]
-        self.w_hr = [weights[d * per + per - 1] for d in range(directions) if per % 2]
-        self.hidden = self.w_hh[0].size(0) // self.gates
-        self.out = self.w_hh[0].size(1)
-        self.directions = directions
-
-    def inputs(self) -> Tensor:
-        """(D*G*H, I)."""
-        return self.w_ih[0] if self.directions == 1 else torch.cat(self.w_ih)
-
-    def bias(self, cell: str) -> Tensor | None:
-        """What the kernels add to the terms: (D, G*H) float32, (D, 4H) for a GRU."""
-        if not self.b_ih:
-            return None
-        b_ih, b_hh = torch.stack(self.b_ih).float(), torch.stack(self.b_hh).float()
-        if not cell.startswith("gru"):
-            return b_ih + b_hh
-        at = 2 * self.hidden
-        return torch.cat([b_ih[:, :at] + b_hh[:, :at], b_ih[:, at:], b_hh[:, at:]], 1)
-
-    def plan(self, cell: str, size: int, x: Tensor) -> Plan:
-        sizes = (self.hidden, self.out, x.element_size(), size, self.directions)
-        return choose(cell, self.gates, *sizes, shared_memory(x))
+def _bias(w: Weights, cell: str) -> Tensor | None:
+    """What the kernels add to the terms: (D, G*H) float32, (D, 4H) for a GRU."""
+    if not w.b_ih:
+        return None
+    b_ih, b_hh = torch.stack(w.b_ih).float(), torch.stack(w.b_hh).float()
+    if not cell.startswith("gru"):
+        return b_ih + b_hh
+    at = 2 * w.hidden
+    return torch.cat([b_ih[:, :at] + b_hh[:, :at], b_ih[:, at:], b_hh[:, at:]], 1)
 
 
-def _shape_arguments(w: _Weights, plan: Plan, cell: str, dtype: torch.dtype) -> dict[str, Any]:
+def _plan(w: Weights, cell: str, size: int, x: Tensor) -> Plan:
+    sizes = (w.hidden, w.out, x.element_size(), size, w.directions)
+    return choose(cell, w.gates, *sizes, shared_memory(x))
+
+
+def _shape_arguments(w: Weights, plan: Plan, cell: str, dtype: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {
         "H": w.hidden,
         "D": w.directions,
@@ -110,9 +88,9 @@ def _forward(
 ) -> _Forward:
     """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
     directions, size, out = h0.shape
-    w = _Weights(weights, cell, directions)
+    w = Weights(weights, cell, directions)
     rows = describe(x, size, batch_sizes, lengths, reset, batch_first)
-    plan = w.plan(cell, size, x)
+    plan = _plan(w, cell, size, x)
     h0 = h0.contiguous()
     y = x.new_empty((*x.shape[:-1], directions * out))
     h_n = torch.empty_like(h0)
@@ -136,7 +114,7 @@ def _forward(
             x,
             plan.warps,
             xg=torch.mm(rows.flat(x), w.inputs().t()),
-            bias=w.bias(cell),
+            bias=_bias(w, cell),
             h0=h0,
             y=y,
             gates=gates,
@@ -223,9 +201,9 @@ def layer_backward(
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dx = torch.empty_like(x) if need_dx else None
         return dx, torch.empty_like(h0) if need_dstate else None, dc0, dweights
-    w = _Weights(weights, cell, directions)
+    w = Weights(weights, cell, directions)
     rows = describe(x, size, batch_sizes, lengths, reset, batch_first)
-    cut = w.plan(cell, size, x)
+    cut = _plan(w, cell, size, x)
     if tape_slots(cell, noise) == 0:
         gates = None
     elif gates is None or gates.numel() == 0:
@@ -283,7 +261,7 @@ def layer_backward(
 def _products(
     x: Tensor,
     rows: Rows,
-    w: _Weights,
+    w: Weights,
     dz: Tensor,
     h_ins: Tensor,
     extra: dict[str, Tensor | None],
@@ -294,9 +272,9 @@ def _products(
     db = dz.sum(0).chunk(w.directions) if w.b_ih else ()
     h_parts = h_ins.chunk(w.directions, 1)
     for d, own in enumerate(dz.chunk(w.directions, 1)):
-        found += [_own(dw_ih[d]), torch.mm(own.t(), h_parts[d])]
+        found += [alone(dw_ih[d]), torch.mm(own.t(), h_parts[d])]
         if db:
-            found += [_own(db[d]), db[d].clone()]
+            found += [alone(db[d]), db[d].clone()]
         if w.w_hr:
             dh_out, outs = extra["dh_out"], extra["outs"]
             assert dh_out is not None
@@ -309,7 +287,7 @@ def _products(
 def _gru_products(
     x: Tensor,
     rows: Rows,
-    w: _Weights,
+    w: Weights,
     dz: Tensor,
     h_ins: Tensor,
     products: Tensor | None,
@@ -345,12 +323,3 @@ def _gru_products(
             db_ih = db[:three].roll(-hidden, 0)
             found += [db_ih, db[hidden:].clone() if products is None else db_ih.clone()]
     return dx, found
-
-
-def _own(part: Tensor) -> Tensor:
-    """A tensor that shares its memory with no other result."""
-    return (
-        part
-        if part.numel() * part.element_size() == part.untyped_storage().nbytes()
-        else part.clone()
-    )

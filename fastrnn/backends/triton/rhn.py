@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends.rows import Rows, dense, describe
 from fastrnn.backends.triton.host import (
-    Rows,
-    dense,
-    describe,
     launch,
     precision,
     shared_memory,

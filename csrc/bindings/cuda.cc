@@ -1,0 +1,194 @@
+// Python's door to the CUDA library: integers in (sizes, device addresses, a stream), nothing kept, the GIL released.
+// fastrnn/backends/cuda_native.py is the only caller; it owns every buffer and names the fields in this order.
+//
+// Compiled twice: over the CUDA runtime as fastrnn._cuda, and for the tests over the SIMT emulator.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../cuda/launch.h"
+#include "fields.h"
+
+namespace py = pybind11;
+using namespace fastrnn::cuda;
+using fastrnn::Fields;
+
+namespace {
+
+void check(const Status& status, const char* what) {
+  if (!status.ok())
+    throw std::runtime_error(std::string("fastrnn CUDA library: ") + what + ": " + status.text);
+}
+
+Device read_device_numbers(const py::tuple& numbers) {
+  Fields f(numbers);
+  Device d;
+  for (int* to : {&d.sms, &d.shared_bytes, &d.registers, &d.compute_capability, &d.most_clusters})
+    *to = static_cast<int>(f.integer());
+  f.end();
+  return d;
+}
+
+PlanProblem read_problem(Fields& f) {
+  PlanProblem q;
+  q.cell = static_cast<CellKind>(f.integer());
+  q.format = static_cast<Format>(f.integer());
+  q.backward = f.integer() != 0;
+  return q;
+}
+
+// What names a kernel: cell, format, backward, exchange, tile.
+const Kernel& read_kernel(const py::tuple& fields) {
+  Fields f(fields);
+  const PlanProblem q = read_problem(f);
+  Plan p;
+  p.exchange = static_cast<ExchangeKind>(f.integer());
+  for (int* to : {&p.tile.units, &p.tile.row_tiles, &p.tile.chunks, &p.tile.resident, &p.tile.warps})
+    *to = static_cast<int>(f.integer());
+  f.end();
+  const Kernel* kernel = find_kernel(q, p);
+  if (!kernel) throw std::invalid_argument("fastrnn CUDA library: a kernel that is not compiled in");
+  return *kernel;
+}
+
+py::tuple kernel_fields(const PlanProblem& q, const Plan& p) {
+  return py::make_tuple(static_cast<int>(q.cell), static_cast<int>(q.format), q.backward,
+                        static_cast<int>(p.exchange), p.tile.units, p.tile.row_tiles, p.tile.chunks,
+                        p.tile.resident, p.tile.warps);
+}
+
+// (text, refused, exchange, kernel, rows of a group, groups, ctas, launches), the best first.
+py::list plans(const py::tuple& device, const py::tuple& problem) {
+  Fields f(problem);
+  PlanProblem q = read_problem(f);
+  for (int* to : {&q.N, &q.H, &q.directions}) *to = static_cast<int>(f.integer());
+  f.end();
+  py::list out;
+  for (Plan& p : candidates(q, read_device_numbers(device))) {
+    if (p.possible() && !find_kernel(q, p)) p.refused = "it is not compiled in";
+    out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.tile.rows(),
+                              p.groups, p.ctas, p.launches));
+  }
+  return out;
+}
+
+void read_shape(const py::tuple& fields, const Kernel& kernel, Shape& s) {
+  Fields f(fields);
+  for (int* to : {&s.T, &s.N, &s.H, &s.directions, &s.groups, &s.ctas}) *to = static_cast<int>(f.integer());
+  s.H_padded = round_up(s.H, vector_elements(kernel.format));
+  s.lengths = static_cast<const int*>(f.address());
+  s.reset = static_cast<const uint8_t*>(f.address());
+  s.flags = static_cast<uint32_t*>(f.address());
+  s.error = static_cast<uint32_t*>(f.address());
+  f.end();
+  if (s.directions < 1 || s.directions > 2) throw std::invalid_argument("fastrnn CUDA library: directions");
+}
+
+// Address and strides of a tensor's rows, in elements.
+template <class To>
+void read_rows(Fields& f, To& r) {
+  r.data = f.address();
+  r.stride_t = f.integer();
+  r.stride_n = f.integer();
+}
+
+void forward(int ordinal, intptr_t stream, const py::tuple& name, const py::tuple& shape,
+             const py::tuple& directions) {
+  const Kernel& kernel = read_kernel(name);
+  ForwardParams p;
+  read_shape(shape, kernel, p);
+  Fields f(directions);
+  for (int i = 0; i < p.directions; i++) {
+    ForwardDirection& d = p.dir[i];
+    d.reverse = i == 1;
+    d.weights = static_cast<const Vec4*>(f.address());
+    d.bias_n = static_cast<const float*>(f.address());
+    d.h0 = f.address();
+    d.c0 = f.address();
+    d.h_n = f.address();
+    d.c_n = f.address();
+    for (Rows* rows : {&d.wx, &d.y, &d.tape, &d.cells}) read_rows(f, *rows);
+    for (Mail& mail : d.mail) read_rows(f, mail);
+  }
+  f.end();
+  py::gil_scoped_release release;
+  check(select_device(ordinal), "selecting the device");
+  check(launch(kernel, p, reinterpret_cast<void*>(stream)), "launching a forward kernel");
+}
+
+void backward(int ordinal, intptr_t stream, const py::tuple& name, const py::tuple& shape,
+              const py::tuple& directions) {
+  const Kernel& kernel = read_kernel(name);
+  BackwardParams p;
+  read_shape(shape, kernel, p);
+  Fields f(directions);
+  for (int i = 0; i < p.directions; i++) {
+    BackwardDirection& d = p.dir[i];
+    d.reverse = i == 1;
+    d.mail_is_gradient = f.integer() != 0;
+    d.weights = static_cast<const Vec4*>(f.address());
+    d.h0 = f.address();
+    d.c0 = f.address();
+    d.dh_n = f.address();
+    d.dc_n = f.address();
+    d.dh0 = f.address();
+    d.dc0 = f.address();
+    for (Rows* rows : {&d.dy, &d.dcells, &d.y, &d.tape, &d.cells, &d.dgates, &d.dgates_h})
+      read_rows(f, *rows);
+    for (Mail& mail : d.mail) read_rows(f, mail);
+  }
+  f.end();
+  py::gil_scoped_release release;
+  check(select_device(ordinal), "selecting the device");
+  check(launch(kernel, p, reinterpret_cast<void*>(stream)), "launching a backward kernel");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FASTRNN_MODULE, m) {
+  m.doc() = "fastrnn's CUDA kernels; see fastrnn/backends/cuda_native.py";
+  m.attr("version") = FASTRNN_VERSION;
+#if defined(FASTRNN_EMU)
+  m.attr("emulated") = true;
+#else
+  m.attr("emulated") = false;
+#endif
+  m.attr("flag_bytes") = kFlagStride * sizeof(uint32_t);  // of a CTA
+  m.def("device", [](int ordinal) {
+    Device d;
+    check(select_device(ordinal), "selecting the device");
+    check(read_device(&d), "reading the device's numbers");
+    return py::make_tuple(d.sms, d.shared_bytes, d.registers, d.compute_capability, d.most_clusters);
+  });
+  m.def("plans", &plans);
+  m.def("resident_ctas", [](int ordinal, const py::tuple& name, int ctas_of_a_cluster) {
+    int count = 0;
+    check(select_device(ordinal), "selecting the device");
+    check(resident_ctas(read_kernel(name), ctas_of_a_cluster, &count), "counting resident CTAs");
+    return count;
+  });
+  m.def("packed_bytes",
+        [](const py::tuple& name, int ctas) { return packed_bytes(read_kernel(name), ctas); });
+  m.def("pack", [](int ordinal, intptr_t stream, const py::tuple& name, intptr_t weights, intptr_t packed,
+                   int H, int ctas) {
+    const Kernel& kernel = read_kernel(name);
+    const PackJob job{reinterpret_cast<const void*>(weights), reinterpret_cast<void*>(packed), H, ctas};
+    py::gil_scoped_release release;
+    check(select_device(ordinal), "selecting the device");
+    check(pack(kernel, job, reinterpret_cast<void*>(stream)), "packing weights");
+  });
+  m.def("prepare_mail", [](int ordinal, intptr_t stream, intptr_t mail, size_t bytes) {
+    py::gil_scoped_release release;
+    check(select_device(ordinal), "selecting the device");
+    check(prepare_mail(reinterpret_cast<void*>(mail), bytes, reinterpret_cast<void*>(stream)),
+          "filling mail");
+  });
+  m.def("clear", [](int ordinal, intptr_t stream, intptr_t words, size_t bytes) {
+    py::gil_scoped_release release;
+    check(select_device(ordinal), "selecting the device");
+    check(clear(reinterpret_cast<void*>(words), bytes, reinterpret_cast<void*>(stream)), "clearing flags");
+  });
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+}

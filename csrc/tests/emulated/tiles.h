@@ -1,0 +1,16 @@
+// The tiles of the emulated Python module: small ones of every exchange, so that it compiles in a minute or two.
+#pragma once
+#include "../../cuda/tiles.h"
+
+#undef FASTRNN_TILES_16BIT
+#undef FASTRNN_TILES_32BIT
+#undef FASTRNN_TILES_FLAGS
+
+// K up to 64.
+#define FASTRNN_TILES_16BIT(X) \
+  X(Sentinel, 16, 1, 1, 1, 2)  \
+  X(Sentinel, 16, 2, 1, 1, 2)  \
+  X(Cluster, 16, 1, 1, 1, 2)   \
+  X(Local, 48, 1, 1, 0, 2)
+#define FASTRNN_TILES_32BIT(X) X(Sentinel, 16, 1, 2, 2, 2)
+#define FASTRNN_TILES_FLAGS(X) X(Flags, 16, 1, 1, 1, 2)

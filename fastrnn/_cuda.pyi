@@ -1,0 +1,37 @@
+"""Types of the native CUDA module, csrc/bindings/cuda.cc: sizes, addresses, streams."""
+
+version: str
+emulated: bool
+flag_bytes: int
+
+def device(ordinal: int) -> tuple[int, ...]: ...
+def plans(
+    device: tuple[int, ...], problem: tuple[int, ...]
+) -> list[tuple[str, str, str, tuple[int, ...], int, int, int, int]]: ...
+def resident_ctas(ordinal: int, kernel: tuple[int, ...], ctas_of_a_cluster: int) -> int: ...
+def packed_bytes(kernel: tuple[int, ...], ctas: int) -> int: ...
+def pack(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    weights: int,
+    packed: int,
+    H: int,
+    ctas: int,
+) -> None: ...
+def prepare_mail(ordinal: int, stream: int, mail: int, bytes: int) -> None: ...
+def clear(ordinal: int, stream: int, words: int, bytes: int) -> None: ...
+def forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+) -> None: ...
+def backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+) -> None: ...

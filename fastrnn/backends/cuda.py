@@ -1,0 +1,345 @@
+"""LSTM, GRU and RNN layers on the native CUDA library: the operators of ``fastrnn.ops.layer``.
+
+The time loop is one launch for both directions (several where the batch does not fit on the device
+at once). Products over all steps at once (input terms, gradients of input and weights) are torch's,
+before and after it. The tape holds activated gates in the layer's own dtype. Weights are packed in
+each call: their order depends on the kernel, which depends on the batch.
+
+The plan is "cuda", or "cuda,<exchange>" for kernels of one exchange only (docs/cuda-kernels.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends.cuda_grid import Grid, states_before
+from fastrnn.backends.cuda_native import (
+    CELLS,
+    Launcher,
+    choose,
+    missing,
+    padded,
+    raise_if_failed,
+)
+from fastrnn.backends.rows import Weights, alone, dense
+from fastrnn.kinds import KINDS
+from fastrnn.noise import Noise
+
+__all__ = ["layer_backward", "layer_forward", "layer_forward_train"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+# Gates whose gradients the phases of a step publish in backward: first, count (core/geometry.h).
+_PUBLISHED = {"gru_reset_before": ((2, 1), (0, 2))}
+
+
+def _launcher(w: Weights, x: Tensor, cell: str, backward: bool, size: int, plan: str) -> Launcher:
+    why = missing()
+    if why:
+        raise RuntimeError(why)
+    ordinal = x.device.index if x.is_cuda else 0
+    raise_if_failed(ordinal)
+    exchange = plan.partition(",")[2]
+    sizes = (size, w.hidden, w.directions)
+    found = choose(cell, x.dtype, backward, *sizes, ordinal, exchange)
+    return Launcher(x, found, w.hidden, w.directions)
+
+
+def _check(cell: str, w: Weights, noise: str) -> None:
+    """What modules never ask for: ``fastrnn.backends`` has told them the reason before."""
+    if cell not in CELLS or w.w_hr:
+        what = "projection" if w.w_hr else cell
+        raise ValueError(f"cell: the CUDA kernels have no {what}")
+    drawn = Noise.parse(noise)
+    if drawn.mode or drawn.zoneout_h or drawn.zoneout_c:
+        raise ValueError(f"noise: got {noise!r}, the CUDA kernels have no regularisers")
+
+
+def _input_terms(x: Tensor, grid: Grid, w: Weights, cell: str) -> tuple[Tensor, list[Tensor]]:
+    """W_ih x and the biases added to it, (rows, D*G*H), and b_hn of each direction of a GRU."""
+    flat = grid.rows.flat(x)
+    if not w.b_ih:
+        return grid.spread(torch.mm(flat, w.inputs().t())), []
+    b_ih, b_hh = torch.stack(w.b_ih).float(), torch.stack(w.b_hh).float()
+    inner: list[Tensor] = []
+    if cell == "gru":
+        at = 2 * w.hidden
+        inner = [b[at:].clone() for b in b_hh]
+        b_hh = torch.cat([b_hh[:, :at], torch.zeros_like(b_hh[:, at:])], 1)
+    bias = (b_ih + b_hh).to(x.dtype).flatten()
+    return grid.spread(torch.addmm(bias, flat, w.inputs().t())), inner
+
+
+def _forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    want_cells: bool,
+    want_gates: bool,
+    plan: str,
+    noise: str,
+) -> _Forward:
+    """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
+    directions, size, _ = h0.shape
+    w = Weights(weights, cell, directions)
+    _check(cell, w, noise)
+    grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
+    hidden, slots = w.hidden, KINDS[cell].tape if want_gates else 0
+    h0, c0 = h0.contiguous(), dense(c0)
+    y = x.new_empty((grid.count, directions * hidden))
+    h_n = torch.empty_like(h0)
+    c_n = None if c0 is None else torch.empty_like(c0)
+    cells = gates = None
+    if c0 is not None and want_cells:
+        cells = x.new_empty((grid.count, directions * hidden), dtype=torch.float32)
+    if slots:
+        gates = x.new_empty((directions, grid.count, slots * hidden))
+    if size:
+        launcher = _launcher(w, x, cell, False, size, plan)
+        wx, inner = _input_terms(x, grid, w, cell)
+        addresses = launcher.pack([m.contiguous() for m in w.w_hh])
+        phases = 2 if cell == "gru_reset_before" else 1
+        wide = padded(hidden, x.dtype)
+        # The mail of the last phase is the output itself, where its rows are whole vectors.
+        shared = launcher.plan.through_memory and wide == hidden
+        private = []
+        if launcher.plan.through_memory:
+            private = [
+                x.new_empty((grid.count, directions * wide)) for _ in range(phases - int(shared))
+            ]
+            for mail in (*private, *([y] if shared else [])):
+                launcher.prepare_mail(mail)
+        for first, end in launcher.parts(size):
+            fields: list[int] = []
+            for d in range(directions):
+                fields += [addresses[d], inner[d].data_ptr() if inner else 0]
+                fields += [grid.state(t, d, first) for t in (h0, c0, h_n, c_n)]
+                fields += grid.at(wx, d * w.gates * hidden, first)
+                fields += grid.at(y, d * hidden, first)
+                fields += grid.at(None if gates is None else gates[d], 0, first)
+                fields += grid.at(cells, d * hidden, first)
+                mails = [grid.at(mail, d * wide, first) for mail in private]
+                mails += [grid.at(y, d * hidden, first)] * shared
+                fields += [field for mail in (mails + [[0, 0, 0]] * 2)[:2] for field in mail]
+            clear = grid.reset_of(first, end)
+            launcher(grid.steps, end - first, grid.lengths_at(first), clear, tuple(fields))
+    y = grid.gather(y).view(*x.shape[:-1], directions * hidden)
+    if cells is not None:
+        cells = grid.gather(cells).view(y.shape)
+    return y, h_n, c_n, cells, gates
+
+
+def _on_its_device(function: _Function) -> _Function:
+    """The library makes the device of a call the current one: torch is told, and puts it back."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return function(*args)
+
+    return cast("_Function", call)
+
+
+@_on_its_device
+def layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    packed: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    return_cells: bool,
+    plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return _forward(
+        x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, return_cells, False,
+        plan, noise,
+    )[:4]  # fmt: skip
+
+
+@_on_its_device
+def layer_forward_train(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    recompute: bool,
+    plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
+) -> _Forward:
+    return _forward(
+        x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, True, not recompute,
+        plan, noise,
+    )  # fmt: skip
+
+
+@_on_its_device
+def layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    cells: Tensor | None,
+    gates: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    need_dx: bool,
+    need_dstate: bool,
+    need_dw: bool,
+    plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
+    directions, size, _ = h0.shape
+    w = Weights(weights, cell, directions)
+    _check(cell, w, noise)
+    if not size:
+        zeros = [torch.zeros_like(t) for t in weights] if need_dw else []
+        dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
+        dx = torch.empty_like(x) if need_dx else None
+        return dx, torch.empty_like(h0) if need_dstate else None, dc0, zeros
+    if not KINDS[cell].tape:
+        gates = None
+    elif gates is None or not gates.numel():
+        gates = _forward(
+            x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, False, True,
+            plan, noise,
+        )[4]  # fmt: skip
+    grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
+    h0, c0 = h0.contiguous(), dense(c0)
+    states = grid.spread(grid.rows.flat(y).contiguous())
+    dgates, recurrent, dh0, dc0 = _gate_gradients(
+        grid, w, cell, plan, x, states, h0, c0,
+        None if c0 is None or cells is None else grid.spread(grid.rows.flat(cells).contiguous()),
+        gates,
+        None if dy is None else grid.spread(grid.rows.flat(dy.to(x.dtype)).contiguous()),
+        None if dcells is None else grid.spread(grid.rows.flat(dcells.float()).contiguous()),
+        dense(dh_n),
+        dense(dc_n),
+    )  # fmt: skip
+    # In the rows of x: packed data have fewer.
+    own = grid.gather(dgates)
+    dx = torch.mm(own, w.inputs()).view(x.shape) if need_dx else None
+    dweights: list[Tensor] = []
+    if need_dw:
+        dw_ih = torch.mm(own.t(), grid.rows.without_padding(x)).chunk(directions)
+        dw_hh = _recurrent_products(grid, w, cell, recurrent, states, h0, gates)
+        db_ih = dgates.sum(0).chunk(directions)
+        db_hh = recurrent.sum(0).chunk(directions)
+        for d in range(directions):
+            dweights += [alone(dw_ih[d]), dw_hh[d]]
+            dweights += [alone(db_ih[d]), alone(db_hh[d])] if w.b_ih else []
+    if not need_dstate:
+        return dx, None, None, dweights
+    return dx, dh0, dc0, dweights
+
+
+def _gate_gradients(
+    grid: Grid,
+    w: Weights,
+    cell: str,
+    plan: str,
+    x: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    cells: Tensor | None,
+    gates: Tensor | None,
+    dy: Tensor | None,
+    dcells: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the gates' input terms and of their recurrent ones, (rows, D*G*H), which differ
+    for a GRU only; and of the initial states."""
+    directions, hidden, twofold = w.directions, w.hidden, cell == "gru"
+    dgates = x.new_empty((grid.count, directions * w.gates * hidden))
+    recurrent = torch.empty_like(dgates) if twofold else dgates
+    dh0 = torch.empty_like(h0)
+    dc0 = None if c0 is None else torch.empty_like(c0)
+    launcher = _launcher(w, x, cell, True, grid.size, plan)
+    addresses = launcher.pack([m.contiguous() for m in w.w_hh])
+    published = _PUBLISHED.get(cell, ((0, w.gates),))
+    wide = padded(hidden, x.dtype)
+    shared = launcher.plan.through_memory and wide == hidden
+    private = []
+    if launcher.plan.through_memory and not shared:
+        private = [x.new_empty((grid.count, directions * n * wide)) for _, n in published]
+    for mail in [recurrent] * shared or private:
+        launcher.prepare_mail(mail)
+    for first, end in launcher.parts(grid.size):
+        fields: list[int] = []
+        for d in range(directions):
+            column = d * w.gates * hidden
+            fields += [int(shared), addresses[d]]
+            fields += [grid.state(t, d, first) for t in (h0, c0, dh_n, dc_n, dh0, dc0)]
+            fields += grid.at(dy, d * hidden, first) + grid.at(dcells, d * hidden, first)
+            fields += grid.at(y, d * hidden, first)
+            fields += grid.at(None if gates is None else gates[d], 0, first)
+            fields += grid.at(cells, d * hidden, first)
+            fields += grid.at(dgates, column, first)
+            fields += grid.at(recurrent if twofold else None, column, first)
+            mails = [grid.at(recurrent, column + k * hidden, first) for k, _ in published] * shared
+            for mail, (_, n) in zip(private, published, strict=False):
+                mails.append(grid.at(mail, d * n * wide, first))
+            fields += [field for mail in (mails + [[0, 0, 0]] * 2)[:2] for field in mail]
+        clear = grid.reset_of(first, end)
+        launcher(grid.steps, end - first, grid.lengths_at(first), clear, tuple(fields))
+    return dgates, recurrent, dh0, dc0
+
+
+def _recurrent_products(
+    grid: Grid,
+    w: Weights,
+    cell: str,
+    recurrent: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    gates: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of W_hh of each direction."""
+    found = []
+    hidden = w.hidden
+    for d, own in enumerate(recurrent.chunk(w.directions, 1)):
+        before = states_before(grid, y[:, d * hidden : (d + 1) * hidden], h0[d], d == 1)
+        if cell != "gru_reset_before":
+            found.append(torch.mm(own.t(), before))
+            continue
+        # The candidate's matrix multiplies r * h; no tape was written past a sequence's end.
+        assert gates is not None
+        factor = grid.without_padding(gates[d][:, :hidden])
+        gated = torch.mm(own[:, : 2 * hidden].t(), before)
+        found.append(torch.cat([gated, torch.mm(own[:, 2 * hidden :].t(), factor * before)]))
+    return found

@@ -1,0 +1,33 @@
+"""float32 layers whose recurrent products are made in a narrower format: TF32, or two bfloat16.
+
+The tolerance rule asks for the reference at the format under test. torch has no such dtype, so it
+is the float32 reference on recurrent weights that were rounded to the format.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from tests.problems import Problem, Result, check
+
+__all__ = ["check_in_format", "rounded"]
+
+
+def rounded(weight: Tensor, name: str) -> Tensor:
+    """The nearest values that a format has: "tf32" (10 bits of mantissa) or "bf16x3" (16)."""
+    if name == "tf32":
+        words = weight.contiguous().view(torch.int32)
+        return ((words + 0x1000) & ~0x1FFF).view(torch.float32)
+    head = weight.bfloat16().float()
+    return head + (weight - head).bfloat16().float()
+
+
+def check_in_format(p: Problem, got: Result, name: str) -> None:
+    """The rule, for a float32 problem computed in a format."""
+    same = copy.copy(p)
+    per = len(p.weights) // p.case.directions
+    same.weights = [rounded(w, name) if i % per == 1 else w for i, w in enumerate(p.weights)]
+    check(p, got, note=f"{name}: ", number_format=name, rounded=same)
