@@ -3,7 +3,8 @@
 // As backward.h, with a step in two halves: the matmul that makes dh_t, and then row by row everything up to the
 // gradients of the two raw terms. The tape holds the raw terms; statistics and gates are computed from them
 // again, which costs less than their way through memory. Gains and biases are summed for each batch row apart,
-// step after step, and over the rows at the end, so that no sum depends on the threads.
+// over the steps of a chunk, over the chunks, and over the rows at the end, so that no sum depends on the threads and
+// none is one long chain.
 #pragma once
 #include "backward.h"
 #include "norm_cells_backward.h"
@@ -40,7 +41,7 @@ class NormBackward : Backward<E, C> {
     T* product;          // dh of a step's rows, then with a projection that of o * tanh(.)
     T* hidden;           // the latter
     T* dx;               // gradients of the chunk's raw input terms, G * H a row
-    T* sums;             // NormSums of each batch row
+    T *sums, *totals;    // NormSums of each batch row, of this chunk and of those before
     T* again = nullptr;  // recomputed terms of the chunk: two rows of width_ each
   };
   const Stage<E>& stage_;
@@ -60,6 +61,7 @@ class NormBackward : Backward<E, C> {
       t.hidden = args.projected ? arena.take<T>(N * H) : nullptr;
       t.dx = arena.take<T>(M * G_);
       t.sums = arena.take<T>(N * C::Sums::size(H));
+      t.totals = arena.take<T>(N * C::Sums::size(H));
       if (recompute_) t.again = arena.take<T>(2 * M * width_);
     }
     scratch_ = arena.take<T>(plan_.threads * scratch_size());
@@ -85,7 +87,10 @@ class NormBackward : Backward<E, C> {
     const int64_t N = args_.N, size = C::Sums::size(args_.H);
     const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
     Base::begin(d, lane, {0, args_.H, 0, args_.O}, i0, i1);
-    std::memset(terms_[d].sums + i0 * size, 0, (i1 - i0) * size * sizeof(T));
+    T *sums = terms_[d].sums + i0 * size, *totals = terms_[d].totals + i0 * size;
+    const int64_t own = (i1 - i0) * size;
+    std::memset(sums, 0, own * sizeof(T));
+    std::memset(totals, 0, own * sizeof(T));
     dir.barrier.wait(share.count);
 
     bool add = false;
@@ -100,6 +105,8 @@ class NormBackward : Backward<E, C> {
       }
       for (int64_t i = steps; i-- > 0;) step(d, share, lane, begin, i, scratch);
       dir.barrier.wait(share.count);
+      for (int64_t u = 0; u < own; u++) totals[u] += sums[u];
+      std::memset(sums, 0, own * sizeof(T));
       Base::keep_boundary(dir, share, lane);
       if (args_.dx.data) Base::input_grad(d, share, lane, terms_[d].dx, G_);
       if (args_.want_weights) weight_grads(d, share, lane, add);
@@ -198,7 +205,7 @@ class NormBackward : Backward<E, C> {
   void finish_vectors(int d) {
     const auto& out = args_.grads[d];
     const int64_t H = args_.H, size = C::Sums::size(H);
-    T* total = terms_[d].sums;
+    T* total = terms_[d].totals;
     for (int64_t n = 1; n < args_.N; n++)
       for (int64_t u = 0; u < size; u++) total[u] += total[n * size + u];
     const typename C::Sums sums(total, H);
