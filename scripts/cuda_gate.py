@@ -31,7 +31,9 @@ ENTRY = re.compile(
 WORDS = re.compile(
     r"(Lstm|GruILb[01]|RnnILb[01]|Bf16x3|Bf16|Fp16|Tf32|Sentinel|Flags|Local|Cluster)"
 )
-WANTED = re.compile(r"(forward|backward)_kernelINS0_(.*)EEv|(pack)_kernel")
+WANTED = re.compile(r"(forward|backward)_kernelINS0_(.*?)EEv|(pack|mask_state)_kernel")
+# The last template argument: the kernel has regularisers.
+REGULARISED = "ELb0ELb1E"
 
 
 def find_nvcc() -> str | None:
@@ -45,9 +47,11 @@ def short(name: str) -> str:
     if not found:
         return name
     if found[3]:
-        return "pack " + name.split("INS0_")[-1].split("EE")[0].lstrip("0123456789")
+        return f"{found[3]} " + name.split("INS0_")[-1].split("EE")[0].lstrip("0123456789")
     numbers = re.findall(r"Li(\d+)E", found[2].split("TileI")[-1])
-    return f"{found[1]} {' '.join(WORDS.findall(found[2]))} <{','.join(numbers)}>"
+    words = " ".join(WORDS.findall(found[2]))
+    kind = " regularised" if found[2].endswith(REGULARISED) else ""
+    return f"{found[1]} {words} <{','.join(numbers)}>{kind}"
 
 
 def compile_one(nvcc: str, source: Path, arch: str, out: Path) -> tuple[Path, str, str]:
@@ -104,7 +108,7 @@ def inspect(cuobjdump: str, target: Path) -> tuple[list[str], int]:
     dump = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True, check=True)
     for part in dump.stdout.split("Function : ")[1:]:
         name = short(part.split("\n", 1)[0])
-        if name.startswith("pack"):
+        if name.startswith(("pack", "mask_state")):
             continue
         if (
             "BPT.TRAP" in part and "HMMA" not in part

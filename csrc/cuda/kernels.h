@@ -12,7 +12,8 @@ struct Kernel {
   ExchangeKind exchange;
   TileShape tile;
   int shared_bytes;
-  const void* function;  // takes ForwardParams or BackwardParams by value
+  const void* function;  // takes ForwardParams or BackwardParams by value, or the regularised ones
+  bool regularised = false;
 };
 
 struct KernelList {
@@ -32,8 +33,15 @@ KernelList rnn_tanh_forward();
 KernelList rnn_tanh_backward();
 KernelList rnn_relu_forward();
 KernelList rnn_relu_backward();
+KernelList lstm_regularised();
+KernelList gru_regularised();
+KernelList gru_reset_before_regularised();
+KernelList rnn_tanh_regularised();
+KernelList rnn_relu_regularised();
 
 // The kernel that packs weights of a format; takes PackParams by value.
 const void* pack_function(Format format);
+// The kernel that masks initial states for recurrent dropout of the state; takes MaskStateParams by value.
+const void* mask_state_function(Format format);
 
 }  // namespace fastrnn::cuda

@@ -45,7 +45,8 @@ cudaError_t allow_shared_memory(const Kernel& kernel) {
 }
 
 template <class Params>
-Status launch_with(const Kernel& kernel, const Params& params, void* stream) {
+Status launch_with(const Kernel& kernel, const Params& params, bool regularised, void* stream) {
+  if (kernel.regularised != regularised) return status_of(cudaErrorInvalidValue);
   if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
   const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, stream);
   Params copy = params;
@@ -70,12 +71,17 @@ const Kernel* find_kernel(const PlanProblem& problem, const Plan& plan) {
                               rnn_tanh_forward(),
                               rnn_tanh_backward(),
                               rnn_relu_forward(),
-                              rnn_relu_backward()};
+                              rnn_relu_backward(),
+                              lstm_regularised(),
+                              gru_regularised(),
+                              gru_reset_before_regularised(),
+                              rnn_tanh_regularised(),
+                              rnn_relu_regularised()};
   for (const KernelList& list : lists)
     for (int i = 0; i < list.count; i++) {
       const Kernel& k = list.data[i];
       if (k.cell == problem.cell && k.backward == problem.backward && k.format == problem.format &&
-          k.exchange == plan.exchange && same(k.tile, plan.tile))
+          k.regularised == problem.regularised && k.exchange == plan.exchange && same(k.tile, plan.tile))
         return &k;
     }
   return nullptr;
@@ -129,10 +135,24 @@ Status clear(void* words, size_t bytes, void* stream) {
 }
 
 Status launch(const Kernel& kernel, const ForwardParams& params, void* stream) {
-  return launch_with(kernel, params, stream);
+  return launch_with(kernel, params, false, stream);
 }
 Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) {
-  return launch_with(kernel, params, stream);
+  return launch_with(kernel, params, false, stream);
+}
+Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void* stream) {
+  return launch_with(kernel, params, true, stream);
+}
+Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, true, stream);
+}
+
+Status mask_state(Format format, const MaskStateParams& params, void* stream) {
+  MaskStateParams copy = params;
+  void* arguments[] = {&copy};
+  const int grid = ceil_div(params.N * params.H, 256);
+  return status_of(cudaLaunchKernel(mask_state_function(format), dim3(grid), dim3(256), arguments, 0,
+                                    static_cast<cudaStream_t>(stream)));
 }
 
 size_t packed_bytes(const Kernel& kernel, int ctas) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 
+#include "core/noise.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -31,6 +32,11 @@ Status clear(void* words, size_t bytes, void* stream);
 
 Status launch(const Kernel& kernel, const ForwardParams& params, void* stream);
 Status launch(const Kernel& kernel, const BackwardParams& params, void* stream);
+// For kernels with regularisers, and for no others.
+Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, void* stream);
+// Masked initial states of one direction; before its forward launch, on the same stream.
+Status mask_state(Format format, const MaskStateParams& params, void* stream);
 
 struct PackJob {
   const void* weights;  // W_hh (G * H, H) in the format's tensor type

@@ -30,6 +30,7 @@ struct PlanProblem {
   Format format = Format::bf16;
   bool backward = false;
   int N = 1, H = 1, directions = 1;
+  bool regularised = false;  // recurrent dropout or zoneout inside the kernel
 };
 
 struct Plan {
@@ -97,16 +98,21 @@ struct Compiled {
   TileShape tile;
 };
 
-inline std::vector<Compiled> compiled_tiles(Format format, CellKind cell) {
+inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
 #define FASTRNN_LISTED(exchange, ...) {kind_##exchange, {__VA_ARGS__}},
   constexpr ExchangeKind kind_Sentinel = ExchangeKind::sentinel, kind_Cluster = ExchangeKind::cluster;
   constexpr ExchangeKind kind_Local = ExchangeKind::local, kind_Flags = ExchangeKind::flags;
   std::vector<Compiled> all;
-  if (element_bytes(format) == 2)
+  const bool narrow = element_bytes(q.format) == 2;
+  if (q.regularised) {
+    if (narrow) return {FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_LISTED)};
+  }
+  if (narrow)
     all = {FASTRNN_TILES_16BIT(FASTRNN_LISTED)};
   else
     all = {FASTRNN_TILES_32BIT(FASTRNN_LISTED)};
-  if (format == Format::bf16 && cell == CellKind::lstm)
+  if (q.format == Format::bf16 && q.cell == CellKind::lstm)
     for (const Compiled& c : std::vector<Compiled>{FASTRNN_TILES_FLAGS(FASTRNN_LISTED)}) all.push_back(c);
 #undef FASTRNN_LISTED
   return all;
@@ -159,7 +165,7 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
 // All kernels, the possible ones first, fastest first; the others carry the reason.
 inline std::vector<Plan> candidates(const PlanProblem& q, const Device& device) {
   std::vector<Plan> all;
-  for (const Compiled& c : compiled_tiles(q.format, q.cell)) all.push_back(plan_with(q, device, c));
+  for (const Compiled& c : compiled_tiles(q)) all.push_back(plan_with(q, device, c));
   std::stable_sort(all.begin(), all.end(), [](const Plan& a, const Plan& b) {
     if (a.possible() != b.possible()) return a.possible();
     return a.possible() && a.step_us < b.step_us;

@@ -20,6 +20,14 @@
   X(Sentinel, 16, 2, 4, 4, 8)                \
   X(Sentinel, 16, 1, 8, 4, 8) /* H to 1024, half of it in shared memory */
 
+// With regularisers, for every cell and both directions: few, since the masks cost more than a tile that fits better gains.
+#define FASTRNN_TILES_16BIT_REGULARISED(X) \
+  X(Sentinel, 16, 1, 2, 2, 8)              \
+  X(Sentinel, 16, 1, 4, 4, 8)
+#define FASTRNN_TILES_32BIT_REGULARISED(X) \
+  X(Sentinel, 16, 1, 2, 2, 8)              \
+  X(Sentinel, 16, 1, 4, 4, 8)
+
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \
   X(Flags, 16, 1, 2, 2, 8)     \

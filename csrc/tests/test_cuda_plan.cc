@@ -72,6 +72,19 @@ TEST(refusals_say_why) {
   CHECK(refused(q, kH100, ExchangeKind::sentinel, "256 CTAs wait for each other, the device holds 132"));
 }
 
+TEST(regularised_layers_have_tiles_of_their_own) {
+  PlanProblem q;
+  q.regularised = true;
+  for (const Format format : {Format::bf16, Format::fp16, Format::tf32, Format::bf16x3}) {
+    q.format = format;
+    q.H = element_bytes(format) == 2 ? 1024 : 512;
+    CHECK(candidates(q, kH100).front().possible());
+    CHECK(candidates(q, kA100).front().possible());
+    q.H++;
+    for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  }
+}
+
 TEST(small_layers_stay_in_one_cluster_or_cta) {
   PlanProblem q;
   q.H = 64, q.N = 8;

@@ -18,6 +18,7 @@ enum class Mutation : int {
   k_permutation,          // the weights' columns are in their natural order
   reset_ignored,          // the exchange does not zero a state that is reset
   single_expectation,     // the cluster's mbarrier expects a word too few
+  other_step_mask,        // the masked state of one step is given another step's mask
   count
 };
 

@@ -26,7 +26,7 @@ struct KindOf<Cluster> {
   static constexpr ExchangeKind value = ExchangeKind::cluster;
 };
 
-template <class Cell, class D, class T, template <class, class, int> class E>
+template <class Cell, class D, class T, template <class, class, int> class E, bool kNoisy = false>
 Kernel forward_entry() {
   return {Cell::kKind,
           false,
@@ -34,9 +34,10 @@ Kernel forward_entry() {
           KindOf<E>::value,
           T::kShape,
           Forward<Cell, D, T, E>::kLayout.bytes,
-          reinterpret_cast<const void*>(&forward_kernel<Cell, D, T, E>)};
+          reinterpret_cast<const void*>(&forward_kernel<Cell, D, T, E, false, kNoisy>),
+          kNoisy};
 }
-template <class Cell, class D, class T, template <class, class, int> class E>
+template <class Cell, class D, class T, template <class, class, int> class E, bool kNoisy = false>
 Kernel backward_entry() {
   return {Cell::kKind,
           true,
@@ -44,7 +45,8 @@ Kernel backward_entry() {
           KindOf<E>::value,
           T::kShape,
           Backward<Cell, D, T, E>::kLayout.bytes,
-          reinterpret_cast<const void*>(&backward_kernel<Cell, D, T, E>)};
+          reinterpret_cast<const void*>(&backward_kernel<Cell, D, T, E, false, kNoisy>),
+          kNoisy};
 }
 
 }  // namespace fastrnn::cuda
@@ -64,4 +66,23 @@ Kernel backward_entry() {
     static const Kernel all[] = {FASTRNN_ENTRIES};            \
     return {all, static_cast<int>(sizeof all / sizeof *all)}; \
   }                                                           \
+  }
+// Both directions of a cell with regularisers.
+#define FASTRNN_REGULARISED(D, E, ...)                             \
+  forward_entry<RegularisedCell, D, Tile<__VA_ARGS__>, E, true>(), \
+      backward_entry<RegularisedCell, D, Tile<__VA_ARGS__>, E, true>(),
+#define FASTRNN_REGULARISED_BF16(E, ...) FASTRNN_REGULARISED(Bf16, E, __VA_ARGS__)
+#define FASTRNN_REGULARISED_FP16(E, ...) FASTRNN_REGULARISED(Fp16, E, __VA_ARGS__)
+#define FASTRNN_REGULARISED_TF32(E, ...) FASTRNN_REGULARISED(Tf32, E, __VA_ARGS__)
+#define FASTRNN_REGULARISED_BF16X3(E, ...) FASTRNN_REGULARISED(Bf16x3, E, __VA_ARGS__)
+#define FASTRNN_REGULARISED_LIST(name, cell)                                                               \
+  namespace fastrnn::cuda {                                                                                \
+  KernelList name() {                                                                                      \
+    using RegularisedCell = cell;                                                                          \
+    static const Kernel all[] = {FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_REGULARISED_BF16)                 \
+                                     FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_REGULARISED_FP16)             \
+                                         FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_REGULARISED_TF32)         \
+                                             FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_REGULARISED_BF16X3)}; \
+    return {all, static_cast<int>(sizeof all / sizeof *all)};                                              \
+  }                                                                                                        \
   }

@@ -1,0 +1,3 @@
+#include "instances.cuh"
+
+FASTRNN_REGULARISED_LIST(lstm_regularised, Lstm)
