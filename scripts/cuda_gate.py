@@ -29,7 +29,7 @@ ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads\n.*?Used (?P<registers>\d+) registers"
 )
 WORDS = re.compile(
-    r"(Lstm|GruILb[01]|RnnILb[01]|Bf16x3|Bf16|Fp16|Tf32|Sentinel|Flags|Local|Cluster)"
+    r"(Lstm|GruILb[01]|RnnILb[01]|RhnILb[01]|Bf16x3|Bf16|Fp16|Tf32|Sentinel|Flags|Local|Cluster)"
 )
 WANTED = re.compile(r"(forward|backward)_kernelINS0_(.*?)EEv|(pack|mask_state)_kernel")
 # The last template argument: the kernel has regularisers.
@@ -97,7 +97,8 @@ def products(name: str) -> int:
     """Tensor core instructions of a kernel whose loops over its tile are unrolled."""
     cell, number_format = name.split()[1:3]
     units, row_tiles, chunks = map(int, name.split("<")[1].rstrip(">").split(",")[:3])
-    gates = 4 if cell == "Lstm" else 3 if cell.startswith("Gru") else 1
+    three = cell.startswith("Gru") or cell == "RhnILb0"
+    gates = 4 if cell == "Lstm" else 3 if three else 2 if cell == "RhnILb1" else 1
     of_a_chunk = 3 if number_format == "Bf16x3" else 2
     return gates * units // 16 * chunks * row_tiles * of_a_chunk
 

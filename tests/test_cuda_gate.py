@@ -59,6 +59,8 @@ def test_silence_is_no_proof(gate):
     [
         (KERNEL, 32),
         (f"{KERNEL} regularised", 32),
+        ("backward RhnILb1 Tf32 Sentinel <16,1,4,0,8>", 16),
+        ("forward RhnILb0 Bf16 Sentinel <16,2,4,0,8>", 48),
         ("backward Lstm Bf16x3 Sentinel <16,2,4,4,8>", 96),
         ("forward GruILb0 Tf32 Sentinel <16,1,8,4,8>", 48),
         ("forward RnnILb1 Fp16 Local <64,1,1,0,2>", 8),

@@ -11,8 +11,9 @@ struct Kernel {
   Format format;
   ExchangeKind exchange;
   TileShape tile;
-  int shared_bytes;
-  const void* function;  // takes ForwardParams or BackwardParams by value, or the regularised ones
+  int shared_bytes;  // of a highway layer of depth 1
+  const void*
+      function;  // takes ForwardParams or BackwardParams by value, the regularised or a highway layer's ones
   bool regularised = false;
 };
 
@@ -38,6 +39,8 @@ KernelList gru_regularised();
 KernelList gru_reset_before_regularised();
 KernelList rnn_tanh_regularised();
 KernelList rnn_relu_regularised();
+KernelList rhn_forward();
+KernelList rhn_backward();
 
 // The kernel that packs weights of a format; takes PackParams by value.
 const void* pack_function(Format format);

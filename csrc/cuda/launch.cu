@@ -17,14 +17,22 @@ bool same(const TileShape& a, const TileShape& b) {
          a.resident == b.resident && a.warps == b.warps;
 }
 
+Geometry geometry_of(const Kernel& kernel) {
+  return geometry_of(cell_shape(kernel.cell), kernel.tile, kernel.backward);
+}
+
+int shared_bytes(const Kernel& kernel, int depth) {
+  return shared_layout(geometry_of(kernel), kernel.format, mail_buffers(kernel.exchange), depth).bytes;
+}
+
 // Attributes live as long as the configuration that points at them.
 struct Configuration {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[2] = {};
-  Configuration(const Kernel& kernel, int grid, int cluster, void* stream) {
+  Configuration(const Kernel& kernel, int grid, int cluster, int depth, void* stream) {
     config.gridDim = dim3(grid);
     config.blockDim = dim3(32 * kernel.tile.warps);
-    config.dynamicSmemBytes = kernel.shared_bytes;
+    config.dynamicSmemBytes = shared_bytes(kernel, depth);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
     // Cooperative: the driver refuses a grid that is not resident as a whole, instead of a deadlock.
@@ -39,23 +47,20 @@ struct Configuration {
   }
 };
 
-cudaError_t allow_shared_memory(const Kernel& kernel) {
+cudaError_t allow_shared_memory(const Kernel& kernel, int depth) {
   return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kernel.shared_bytes);
+                              shared_bytes(kernel, depth));
 }
 
 template <class Params>
-Status launch_with(const Kernel& kernel, const Params& params, bool regularised, void* stream) {
-  if (kernel.regularised != regularised) return status_of(cudaErrorInvalidValue);
-  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
-  const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, stream);
+Status launch_with(const Kernel& kernel, const Params& params, bool takes_these, void* stream,
+                   int depth = 1) {
+  if (!takes_these) return status_of(cudaErrorInvalidValue);
+  if (const cudaError_t error = allow_shared_memory(kernel, depth)) return status_of(error);
+  const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, depth, stream);
   Params copy = params;
   void* arguments[] = {&copy};
   return status_of(cudaLaunchKernelExC(&c.config, kernel.function, arguments));
-}
-
-Geometry geometry_of(const Kernel& kernel) {
-  return geometry_of(cell_shape(kernel.cell), kernel.tile, kernel.backward);
 }
 
 }  // namespace
@@ -76,7 +81,9 @@ const Kernel* find_kernel(const PlanProblem& problem, const Plan& plan) {
                               gru_regularised(),
                               gru_reset_before_regularised(),
                               rnn_tanh_regularised(),
-                              rnn_relu_regularised()};
+                              rnn_relu_regularised(),
+                              rhn_forward(),
+                              rhn_backward()};
   for (const KernelList& list : lists)
     for (int i = 0; i < list.count; i++) {
       const Kernel& k = list.data[i];
@@ -108,11 +115,11 @@ Status read_device(Device* device) {
   return {};
 }
 
-Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count) {
+Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int depth) {
   *count = 0;
-  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
+  if (const cudaError_t error = allow_shared_memory(kernel, depth)) return status_of(error);
   if (kernel.exchange == ExchangeKind::cluster) {
-    const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, nullptr);
+    const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, depth, nullptr);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &c.config);
     *count = clusters * ctas_of_a_cluster;
@@ -122,7 +129,7 @@ Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count) {
   if (const Status status = read_device(&device); !status.ok()) return status;
   int of_sm = 0;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &of_sm, kernel.function, 32 * kernel.tile.warps, kernel.shared_bytes);
+      &of_sm, kernel.function, 32 * kernel.tile.warps, shared_bytes(kernel, depth));
   *count = of_sm * device.sms;
   return status_of(error);
 }
@@ -135,16 +142,23 @@ Status clear(void* words, size_t bytes, void* stream) {
 }
 
 Status launch(const Kernel& kernel, const ForwardParams& params, void* stream) {
-  return launch_with(kernel, params, false, stream);
+  return launch_with(kernel, params, !kernel.regularised && !is_rhn(kernel.cell), stream);
 }
 Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) {
-  return launch_with(kernel, params, false, stream);
+  return launch_with(kernel, params, !kernel.regularised && !is_rhn(kernel.cell), stream);
 }
 Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void* stream) {
-  return launch_with(kernel, params, true, stream);
+  return launch_with(kernel, params, kernel.regularised, stream);
 }
 Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, void* stream) {
-  return launch_with(kernel, params, true, stream);
+  return launch_with(kernel, params, kernel.regularised, stream);
+}
+
+Status launch(const Kernel& kernel, const RhnForwardParams& params, void* stream) {
+  return launch_with(kernel, params, is_rhn(kernel.cell) && !kernel.backward, stream, params.depth);
+}
+Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, is_rhn(kernel.cell) && kernel.backward, stream, params.depth);
 }
 
 Status mask_state(Format format, const MaskStateParams& params, void* stream) {

@@ -30,6 +30,7 @@ struct PlanProblem {
   Format format = Format::bf16;
   bool backward = false;
   int N = 1, H = 1, directions = 1;
+  int depth = 1;             // micro-steps of a highway layer
   bool regularised = false;  // recurrent dropout or zoneout inside the kernel
 };
 
@@ -90,7 +91,7 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
     cycles += m.hop[static_cast<int>(p.exchange)] + std::max(read, multiply) +
               0.25 * std::min(read, multiply) + sums + m.epilogue + m.epilogue_element * p.tile.units * rows;
   }
-  return cycles / m.mhz;
+  return q.depth * cycles / m.mhz;
 }
 
 struct Compiled {
@@ -104,6 +105,10 @@ inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
   constexpr ExchangeKind kind_Local = ExchangeKind::local, kind_Flags = ExchangeKind::flags;
   std::vector<Compiled> all;
   const bool narrow = element_bytes(q.format) == 2;
+  if (is_rhn(q.cell)) {
+    if (narrow) return {FASTRNN_TILES_16BIT_RHN(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_RHN(FASTRNN_LISTED)};
+  }
   if (q.regularised) {
     if (narrow) return {FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_LISTED)};
     return {FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_LISTED)};
@@ -137,7 +142,7 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
     p.ctas = size;
   }
   const Geometry g = geometry_of(cell_shape(q.cell), p.tile, q.backward);
-  p.shared_bytes = shared_layout(g, q.format, mail_buffers(p.exchange)).bytes;
+  p.shared_bytes = shared_layout(g, q.format, mail_buffers(p.exchange), q.depth).bytes;
   if (padded > most) return refuse("its warps reduce over up to " + std::to_string(most) + " units");
   if (p.shared_bytes > device.shared_bytes)
     return refuse("a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory");

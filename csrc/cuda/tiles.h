@@ -28,6 +28,16 @@
   X(Sentinel, 16, 1, 2, 2, 8)              \
   X(Sentinel, 16, 1, 4, 4, 8)
 
+// Highway layers, both carries: every slab in shared memory, so `resident` is 0 and the depth is limited by its size.
+#define FASTRNN_TILES_16BIT_RHN(X)            \
+  X(Sentinel, 16, 1, 1, 0, 8) /* H to 256 */  \
+  X(Sentinel, 16, 1, 2, 0, 8) /* H to 512 */  \
+  X(Sentinel, 16, 1, 4, 0, 8) /* H to 1024 */ \
+  X(Sentinel, 16, 2, 4, 0, 8)
+#define FASTRNN_TILES_32BIT_RHN(X)           \
+  X(Sentinel, 16, 1, 2, 0, 8) /* H to 256 */ \
+  X(Sentinel, 16, 1, 4, 0, 8) /* H to 512 */
+
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \
   X(Flags, 16, 1, 2, 2, 8)     \

@@ -19,6 +19,8 @@ enum class Mutation : int {
   reset_ignored,          // the exchange does not zero a state that is reset
   single_expectation,     // the cluster's mbarrier expects a word too few
   other_step_mask,        // the masked state of one step is given another step's mask
+  masked_carry,           // a highway layer's carry sees the masked state
+  one_slab,               // every micro-step uses the first one's weights
   count
 };
 

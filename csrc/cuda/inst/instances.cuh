@@ -67,22 +67,17 @@ Kernel backward_entry() {
     return {all, static_cast<int>(sizeof all / sizeof *all)}; \
   }                                                           \
   }
-// Both directions of a cell with regularisers.
-#define FASTRNN_REGULARISED(D, E, ...)                             \
-  forward_entry<RegularisedCell, D, Tile<__VA_ARGS__>, E, true>(), \
-      backward_entry<RegularisedCell, D, Tile<__VA_ARGS__>, E, true>(),
-#define FASTRNN_REGULARISED_BF16(E, ...) FASTRNN_REGULARISED(Bf16, E, __VA_ARGS__)
-#define FASTRNN_REGULARISED_FP16(E, ...) FASTRNN_REGULARISED(Fp16, E, __VA_ARGS__)
-#define FASTRNN_REGULARISED_TF32(E, ...) FASTRNN_REGULARISED(Tf32, E, __VA_ARGS__)
-#define FASTRNN_REGULARISED_BF16X3(E, ...) FASTRNN_REGULARISED(Bf16x3, E, __VA_ARGS__)
-#define FASTRNN_REGULARISED_LIST(name, cell)                                                               \
-  namespace fastrnn::cuda {                                                                                \
-  KernelList name() {                                                                                      \
-    using RegularisedCell = cell;                                                                          \
-    static const Kernel all[] = {FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_REGULARISED_BF16)                 \
-                                     FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_REGULARISED_FP16)             \
-                                         FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_REGULARISED_TF32)         \
-                                             FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_REGULARISED_BF16X3)}; \
-    return {all, static_cast<int>(sizeof all / sizeof *all)};                                              \
-  }                                                                                                        \
+// The same with the tiles of some kernels only; FASTRNN_ENTRY may make several of one.
+#define FASTRNN_FEW_ENTRIES(kind)                                                               \
+  FASTRNN_TILES_16BIT_##kind(FASTRNN_ENTRY_BF16) FASTRNN_TILES_16BIT_##kind(FASTRNN_ENTRY_FP16) \
+      FASTRNN_TILES_32BIT_##kind(FASTRNN_ENTRY_TF32) FASTRNN_TILES_32BIT_##kind(FASTRNN_ENTRY_BF16X3)
+#define FASTRNN_SHORT_KERNEL_LIST(name, kind)                 \
+  namespace fastrnn::cuda {                                   \
+  KernelList name() {                                         \
+    static const Kernel all[] = {FASTRNN_FEW_ENTRIES(kind)};  \
+    return {all, static_cast<int>(sizeof all / sizeof *all)}; \
+  }                                                           \
   }
+// Both directions of a cell with regularisers.
+#define FASTRNN_REGULARISED(cell, D, E, ...) \
+  forward_entry<cell, D, Tile<__VA_ARGS__>, E, true>(), backward_entry<cell, D, Tile<__VA_ARGS__>, E, true>(),
