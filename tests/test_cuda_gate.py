@@ -50,6 +50,14 @@ def test_kernels_with_regularisers_are_told_apart(gate):
     assert gate.short(name.replace("Lb1E", "Lb0E")) == KERNEL
 
 
+def test_batch_normalised_kernels_are_named(gate):
+    name = NAME.replace("14forward", "21bnlstm_forward").replace(
+        "INS0_4LstmENS0_4Bf16", "INS0_4Bf16"
+    )
+    assert gate.short(name) == KERNEL.replace("Lstm", "BnLstm")
+    assert gate.products(gate.short(name)) == 32
+
+
 def test_silence_is_no_proof(gate):
     assert gate.judge("") == (["ptxas named no kernel"], {})
 

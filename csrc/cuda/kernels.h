@@ -41,6 +41,8 @@ KernelList rnn_tanh_regularised();
 KernelList rnn_relu_regularised();
 KernelList rhn_forward();
 KernelList rhn_backward();
+KernelList bnlstm_forward();
+KernelList bnlstm_backward();
 
 // The kernel that packs weights of a format; takes PackParams by value.
 const void* pack_function(Format format);

@@ -21,8 +21,10 @@ Geometry geometry_of(const Kernel& kernel) {
   return geometry_of(cell_shape(kernel.cell), kernel.tile, kernel.backward);
 }
 
+bool is_plain(const Kernel& k) { return !k.regularised && !is_rhn(k.cell) && k.cell != CellKind::bnlstm; }
+
 int shared_bytes(const Kernel& kernel, int depth) {
-  return shared_layout(geometry_of(kernel), kernel.format, mail_buffers(kernel.exchange), depth).bytes;
+  return shared_bytes(kernel.cell, kernel.tile, kernel.backward, kernel.format, kernel.exchange, depth);
 }
 
 // Attributes live as long as the configuration that points at them.
@@ -83,7 +85,9 @@ const Kernel* find_kernel(const PlanProblem& problem, const Plan& plan) {
                               rnn_tanh_regularised(),
                               rnn_relu_regularised(),
                               rhn_forward(),
-                              rhn_backward()};
+                              rhn_backward(),
+                              bnlstm_forward(),
+                              bnlstm_backward()};
   for (const KernelList& list : lists)
     for (int i = 0; i < list.count; i++) {
       const Kernel& k = list.data[i];
@@ -142,10 +146,10 @@ Status clear(void* words, size_t bytes, void* stream) {
 }
 
 Status launch(const Kernel& kernel, const ForwardParams& params, void* stream) {
-  return launch_with(kernel, params, !kernel.regularised && !is_rhn(kernel.cell), stream);
+  return launch_with(kernel, params, is_plain(kernel), stream);
 }
 Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) {
-  return launch_with(kernel, params, !kernel.regularised && !is_rhn(kernel.cell), stream);
+  return launch_with(kernel, params, is_plain(kernel), stream);
 }
 Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void* stream) {
   return launch_with(kernel, params, kernel.regularised, stream);
@@ -159,6 +163,13 @@ Status launch(const Kernel& kernel, const RhnForwardParams& params, void* stream
 }
 Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* stream) {
   return launch_with(kernel, params, is_rhn(kernel.cell) && kernel.backward, stream, params.depth);
+}
+
+Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.cell == CellKind::bnlstm && !kernel.backward, stream);
+}
+Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.cell == CellKind::bnlstm && kernel.backward, stream);
 }
 
 Status mask_state(Format format, const MaskStateParams& params, void* stream) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 
+#include "core/bnlstm.h"
 #include "core/noise.h"
 #include "core/rhn.h"
 #include "kernels.h"
@@ -40,6 +41,8 @@ Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, voi
 // For highway layers, whose weights are packed slab after slab.
 Status launch(const Kernel& kernel, const RhnForwardParams& params, void* stream);
 Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream);
 // Masked initial states of one direction; before its forward launch, on the same stream.
 Status mask_state(Format format, const MaskStateParams& params, void* stream);
 

@@ -105,6 +105,10 @@ inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
   constexpr ExchangeKind kind_Local = ExchangeKind::local, kind_Flags = ExchangeKind::flags;
   std::vector<Compiled> all;
   const bool narrow = element_bytes(q.format) == 2;
+  if (q.cell == CellKind::bnlstm) {
+    if (narrow) return {FASTRNN_TILES_16BIT_BNLSTM(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_BNLSTM(FASTRNN_LISTED)};
+  }
   if (is_rhn(q.cell)) {
     if (narrow) return {FASTRNN_TILES_16BIT_RHN(FASTRNN_LISTED)};
     return {FASTRNN_TILES_32BIT_RHN(FASTRNN_LISTED)};
@@ -141,8 +145,7 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
     while (size < p.ctas) size *= 2;
     p.ctas = size;
   }
-  const Geometry g = geometry_of(cell_shape(q.cell), p.tile, q.backward);
-  p.shared_bytes = shared_layout(g, q.format, mail_buffers(p.exchange), q.depth).bytes;
+  p.shared_bytes = shared_bytes(q.cell, p.tile, q.backward, q.format, p.exchange, q.depth);
   if (padded > most) return refuse("its warps reduce over up to " + std::to_string(most) + " units");
   if (p.shared_bytes > device.shared_bytes)
     return refuse("a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory");
@@ -150,6 +153,9 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
   // A kernel may use 255 registers a thread.
   const int resident = device.registers / (256 * 32 * p.tile.warps) > 0 ? 1 : 0;
   if (!resident) return refuse("an SM has " + std::to_string(device.registers) + " registers");
+  if (q.cell == CellKind::bnlstm && q.N > p.tile.rows())
+    return refuse("statistics are over the whole batch, of which a CTA has " + std::to_string(p.tile.rows()) +
+                  " rows");
   int room = device.sms;
   if (p.exchange == ExchangeKind::cluster) {
     if (device.compute_capability < 90 || !device.most_clusters) return refuse("the device has no clusters");

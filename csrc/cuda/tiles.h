@@ -38,6 +38,14 @@
   X(Sentinel, 16, 1, 2, 0, 8) /* H to 256 */ \
   X(Sentinel, 16, 1, 4, 0, 8) /* H to 512 */
 
+// Batch-normalised LSTM: all rows of the batch in every CTA.
+#define FASTRNN_TILES_16BIT_BNLSTM(X)                \
+  X(Sentinel, 16, 1, 2, 2, 8) /* 8 rows, H to 512 */ \
+  X(Sentinel, 16, 2, 2, 2, 8) /* 16 rows */
+#define FASTRNN_TILES_32BIT_BNLSTM(X)                \
+  X(Sentinel, 16, 1, 2, 2, 8) /* 8 rows, H to 256 */ \
+  X(Sentinel, 16, 2, 2, 2, 8) /* 16 rows */
+
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \
   X(Flags, 16, 1, 2, 2, 8)     \

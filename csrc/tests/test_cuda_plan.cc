@@ -103,6 +103,27 @@ TEST(highway_layers_are_as_deep_as_shared_memory_allows) {
   for (const Plan& p : candidates(q, kSmall)) CHECK(!p.possible());
 }
 
+TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
+  PlanProblem q;
+  q.cell = CellKind::bnlstm;
+  for (const bool backward : {false, true})
+    for (const Format format : {Format::bf16, Format::tf32}) {
+      q.backward = backward, q.format = format;
+      q.H = element_bytes(format) == 2 ? 512 : 256;
+      for (const int N : {1, 8, 9, 16}) {
+        q.N = N;
+        const Plan p = candidates(q, kH100).front();
+        CHECK(p.possible());
+        CHECK_EQ(p.groups, 1);
+        CHECK_EQ(p.launches, 1);
+        CHECK_EQ(p.tile.rows(), N > 8 ? 16 : 8);
+      }
+      q.N = 17;
+      for (const Plan& p : candidates(q, kH100))
+        CHECK(p.refused.find("statistics are over the whole batch") != std::string::npos);
+    }
+}
+
 TEST(small_layers_stay_in_one_cluster_or_cta) {
   PlanProblem q;
   q.H = 64, q.N = 8;

@@ -17,7 +17,8 @@ enum class CellKind : int32_t {
   rnn_tanh = 3,
   rnn_relu = 4,
   rhn = 5,
-  rhn_uncoupled = 6
+  rhn_uncoupled = 6,
+  bnlstm = 7
 };
 FASTRNN_CONSTEXPR bool is_rhn(CellKind c) { return c == CellKind::rhn || c == CellKind::rhn_uncoupled; }
 enum class Format : int32_t { bf16 = 0, fp16 = 1, tf32 = 2, bf16x3 = 3 };
@@ -59,6 +60,12 @@ FASTRNN_CONSTEXPR CellShape cell_shape(CellKind cell) {
     s.gates = cell == CellKind::rhn ? 2 : 3;
     s.tape = s.gates + 1;
     s.sums[0] = s.published[0] = {0, s.gates};
+    return s;
+  }
+  if (cell == CellKind::bnlstm) {
+    s.gates = 4;
+    s.tape = 8;
+    s.sums[0] = s.published[0] = {0, 4};
     return s;
   }
   s.gates = cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
@@ -143,6 +150,20 @@ FASTRNN_CONSTEXPR SharedLayout shared_layout(const Geometry& g, Format format, i
   s.weights = round_up(s.sums + 2 * g.tile.warps * g.sum_rows() * (g.tile.rows() + kSumPadding) * 4, 16);
   s.bytes = s.weights + depth * g.tile.warps * g.warp_shared_vectors() * 16;
   return s;
+}
+
+// After the layout, where a CTA takes statistics of its columns (columns.cuh): two values of each element of four gates, and
+// two results.
+FASTRNN_CONSTEXPR int column_bytes(const TileShape& t) {
+  return 4 * 2 * 4 * t.units * (t.rows() + kSumPadding + 1);
+}
+
+// Shared memory of a CTA of any kernel.
+FASTRNN_CONSTEXPR int shared_bytes(CellKind cell, const TileShape& tile, bool backward, Format format,
+                                   ExchangeKind exchange, int depth) {
+  const Geometry g = geometry_of(cell_shape(cell), tile, backward);
+  return shared_layout(g, format, mail_buffers(exchange), depth).bytes +
+         (cell == CellKind::bnlstm ? column_bytes(tile) : 0);
 }
 
 }  // namespace fastrnn::cuda
