@@ -29,9 +29,11 @@ ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads\n.*?Used (?P<registers>\d+) registers"
 )
 WORDS = re.compile(
-    r"(Lstm|GruILb[01]|RnnILb[01]|Bf16x3|Bf16|Fp16|Tf32|Sentinel|Flags|Local|Cluster)"
+    r"(Lstm|GruILb[01]|RnnILb[01]|RhnILb[01]|Bf16x3|Bf16|Fp16|Tf32|Sentinel|Flags|Local|Cluster)"
 )
-WANTED = re.compile(r"(forward|backward)_kernelINS0_(.*)EEv|(pack)_kernel")
+WANTED = re.compile(r"(bnlstm_)?(forward|backward)_kernelINS0_(.*?)EEv|(pack|mask_state)_kernel")
+# The last template argument: the kernel has regularisers.
+REGULARISED = "ELb0ELb1E"
 
 
 def find_nvcc() -> str | None:
@@ -44,10 +46,13 @@ def short(name: str) -> str:
     found = WANTED.search(name)
     if not found:
         return name
-    if found[3]:
-        return "pack " + name.split("INS0_")[-1].split("EE")[0].lstrip("0123456789")
-    numbers = re.findall(r"Li(\d+)E", found[2].split("TileI")[-1])
-    return f"{found[1]} {' '.join(WORDS.findall(found[2]))} <{','.join(numbers)}>"
+    batch, direction, arguments, other = found.groups()
+    if other:
+        return f"{other} " + name.split("INS0_")[-1].split("EE")[0].lstrip("0123456789")
+    numbers = re.findall(r"Li(\d+)E", arguments.split("TileI")[-1])
+    words = ["BnLstm"] * bool(batch) + WORDS.findall(arguments)
+    kind = " regularised" if arguments.endswith(REGULARISED) else ""
+    return f"{direction} {' '.join(words)} <{','.join(numbers)}>{kind}"
 
 
 def compile_one(nvcc: str, source: Path, arch: str, out: Path) -> tuple[Path, str, str]:
@@ -93,7 +98,8 @@ def products(name: str) -> int:
     """Tensor core instructions of a kernel whose loops over its tile are unrolled."""
     cell, number_format = name.split()[1:3]
     units, row_tiles, chunks = map(int, name.split("<")[1].rstrip(">").split(",")[:3])
-    gates = 4 if cell == "Lstm" else 3 if cell.startswith("Gru") else 1
+    three = cell.startswith("Gru") or cell == "RhnILb0"
+    gates = 4 if cell.endswith("Lstm") else 3 if three else 2 if cell == "RhnILb1" else 1
     of_a_chunk = 3 if number_format == "Bf16x3" else 2
     return gates * units // 16 * chunks * row_tiles * of_a_chunk
 
@@ -104,7 +110,7 @@ def inspect(cuobjdump: str, target: Path) -> tuple[list[str], int]:
     dump = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True, check=True)
     for part in dump.stdout.split("Function : ")[1:]:
         name = short(part.split("\n", 1)[0])
-        if name.startswith("pack"):
+        if name.startswith(("pack", "mask_state")):
             continue
         if (
             "BPT.TRAP" in part and "HMMA" not in part

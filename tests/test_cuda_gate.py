@@ -43,6 +43,21 @@ def test_local_memory_spills_and_registers_are_refused(gate, wrong):
     assert KERNEL in complaints[0]
 
 
+def test_kernels_with_regularisers_are_told_apart(gate):
+    name = NAME.replace("SentinelELb0E", "SentinelELb0ELb1E")
+    assert gate.short(NAME) == KERNEL
+    assert gate.short(name) == f"{KERNEL} regularised"
+    assert gate.short(name.replace("Lb1E", "Lb0E")) == KERNEL
+
+
+def test_batch_normalised_kernels_are_named(gate):
+    name = NAME.replace("14forward", "21bnlstm_forward").replace(
+        "INS0_4LstmENS0_4Bf16", "INS0_4Bf16"
+    )
+    assert gate.short(name) == KERNEL.replace("Lstm", "BnLstm")
+    assert gate.products(gate.short(name)) == 32
+
+
 def test_silence_is_no_proof(gate):
     assert gate.judge("") == (["ptxas named no kernel"], {})
 
@@ -51,6 +66,9 @@ def test_silence_is_no_proof(gate):
     ("name", "count"),
     [
         (KERNEL, 32),
+        (f"{KERNEL} regularised", 32),
+        ("backward RhnILb1 Tf32 Sentinel <16,1,4,0,8>", 16),
+        ("forward RhnILb0 Bf16 Sentinel <16,2,4,0,8>", 48),
         ("backward Lstm Bf16x3 Sentinel <16,2,4,4,8>", 96),
         ("forward GruILb0 Tf32 Sentinel <16,1,8,4,8>", 48),
         ("forward RnnILb1 Fp16 Local <64,1,1,0,2>", 8),

@@ -41,7 +41,9 @@ FASTRNN_CELL uint32_t random_word(uint64_t seed, uint32_t stream, int64_t t, int
   uint32_t c[4] = {static_cast<uint32_t>(u / kUnitsPerDraw * kCountersPerDraw + u % kCountersPerDraw),
                    static_cast<uint32_t>(n), static_cast<uint32_t>(t), stream};
   philox4x32(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  return c[u / kCountersPerDraw % 4];
+  const int word = static_cast<int>(u / kCountersPerDraw % 4);
+  // No index that is unknown to the compiler: on a GPU it would put the words into local memory.
+  return word < 2 ? (word ? c[1] : c[0]) : word == 2 ? c[2] : c[3];
 }
 
 // A value is kept where its word is at least this; 0 keeps all and 2^32 none, so p = 0 and p = 1 are exact.

@@ -11,8 +11,10 @@ struct Kernel {
   Format format;
   ExchangeKind exchange;
   TileShape tile;
-  int shared_bytes;
-  const void* function;  // takes ForwardParams or BackwardParams by value
+  int shared_bytes;  // of a highway layer of depth 1
+  const void*
+      function;  // takes ForwardParams or BackwardParams by value, the regularised or a highway layer's ones
+  bool regularised = false;
 };
 
 struct KernelList {
@@ -32,8 +34,19 @@ KernelList rnn_tanh_forward();
 KernelList rnn_tanh_backward();
 KernelList rnn_relu_forward();
 KernelList rnn_relu_backward();
+KernelList lstm_regularised();
+KernelList gru_regularised();
+KernelList gru_reset_before_regularised();
+KernelList rnn_tanh_regularised();
+KernelList rnn_relu_regularised();
+KernelList rhn_forward();
+KernelList rhn_backward();
+KernelList bnlstm_forward();
+KernelList bnlstm_backward();
 
 // The kernel that packs weights of a format; takes PackParams by value.
 const void* pack_function(Format format);
+// The kernel that masks initial states for recurrent dropout of the state; takes MaskStateParams by value.
+const void* mask_state_function(Format format);
 
 }  // namespace fastrnn::cuda

@@ -12,14 +12,20 @@ Status status_of(cudaError_t error) {
   return {static_cast<int>(error), error ? cudaGetErrorString(error) : ""};
 }
 
+bool is_plain(const Kernel& k) { return !k.regularised && !is_rhn(k.cell) && k.cell != CellKind::bnlstm; }
+
+int shared_bytes(const Kernel& kernel, int depth) {
+  return shared_bytes(kernel.cell, kernel.tile, kernel.backward, kernel.format, kernel.exchange, depth);
+}
+
 // Attributes live as long as the configuration that points at them.
 struct Configuration {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[2] = {};
-  Configuration(const Kernel& kernel, int grid, int cluster, void* stream) {
+  Configuration(const Kernel& kernel, int grid, int cluster, int depth, void* stream) {
     config.gridDim = dim3(grid);
     config.blockDim = dim3(32 * kernel.tile.warps);
-    config.dynamicSmemBytes = kernel.shared_bytes;
+    config.dynamicSmemBytes = shared_bytes(kernel, depth);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
     // Cooperative: the driver refuses a grid that is not resident as a whole, instead of a deadlock.
@@ -34,15 +40,17 @@ struct Configuration {
   }
 };
 
-cudaError_t allow_shared_memory(const Kernel& kernel) {
+cudaError_t allow_shared_memory(const Kernel& kernel, int depth) {
   return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kernel.shared_bytes);
+                              shared_bytes(kernel, depth));
 }
 
 template <class Params>
-Status launch_with(const Kernel& kernel, const Params& params, void* stream) {
-  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
-  const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, stream);
+Status launch_with(const Kernel& kernel, const Params& params, bool takes_these, void* stream,
+                   int depth = 1) {
+  if (!takes_these) return status_of(cudaErrorInvalidValue);
+  if (const cudaError_t error = allow_shared_memory(kernel, depth)) return status_of(error);
+  const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, depth, stream);
   Params copy = params;
   void* arguments[] = {&copy};
   return status_of(cudaLaunchKernelExC(&c.config, kernel.function, arguments));
@@ -77,11 +85,11 @@ Status read_device(Device* device) {
   return {};
 }
 
-Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count) {
+Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int depth) {
   *count = 0;
-  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
+  if (const cudaError_t error = allow_shared_memory(kernel, depth)) return status_of(error);
   if (kernel.exchange == ExchangeKind::cluster) {
-    const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, nullptr);
+    const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, depth, nullptr);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &c.config);
     *count = clusters * ctas_of_a_cluster;
@@ -91,7 +99,7 @@ Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count) {
   if (const Status status = read_device(&device); !status.ok()) return status;
   int of_sm = 0;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &of_sm, kernel.function, 32 * kernel.tile.warps, kernel.shared_bytes);
+      &of_sm, kernel.function, 32 * kernel.tile.warps, shared_bytes(kernel, depth));
   *count = of_sm * device.sms;
   return status_of(error);
 }
@@ -104,10 +112,38 @@ Status clear(void* words, size_t bytes, void* stream) {
 }
 
 Status launch(const Kernel& kernel, const ForwardParams& params, void* stream) {
-  return launch_with(kernel, params, stream);
+  return launch_with(kernel, params, is_plain(kernel), stream);
 }
 Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) {
-  return launch_with(kernel, params, stream);
+  return launch_with(kernel, params, is_plain(kernel), stream);
+}
+Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.regularised, stream);
+}
+Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.regularised, stream);
+}
+
+Status launch(const Kernel& kernel, const RhnForwardParams& params, void* stream) {
+  return launch_with(kernel, params, is_rhn(kernel.cell) && !kernel.backward, stream, params.depth);
+}
+Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, is_rhn(kernel.cell) && kernel.backward, stream, params.depth);
+}
+
+Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.cell == CellKind::bnlstm && !kernel.backward, stream);
+}
+Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.cell == CellKind::bnlstm && kernel.backward, stream);
+}
+
+Status mask_state(Format format, const MaskStateParams& params, void* stream) {
+  MaskStateParams copy = params;
+  void* arguments[] = {&copy};
+  const int grid = ceil_div(params.N * params.H, 256);
+  return status_of(cudaLaunchKernel(mask_state_function(format), dim3(grid), dim3(256), arguments, 0,
+                                    static_cast<cudaStream_t>(stream)));
 }
 
 size_t packed_bytes(const Kernel& kernel, int ctas) { return packed_size(kernel, ctas); }

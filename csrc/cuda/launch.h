@@ -3,6 +3,9 @@
 #pragma once
 #include <cstddef>
 
+#include "core/bnlstm.h"
+#include "core/noise.h"
+#include "core/rhn.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -24,7 +27,8 @@ Status select_device(int ordinal);
 Status read_device(Device* device);
 
 // CTAs (or, for clusters, CTAs in whole clusters) of this kernel that the device holds at once, by the driver's own count.
-Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count);
+// depth: of a highway layer.
+Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int depth = 1);
 
 // Sets `bytes` of mail to the sentinel; before every launch, on the same stream.
 Status prepare_mail(void* mail, size_t bytes, void* stream);
@@ -33,6 +37,16 @@ Status clear(void* words, size_t bytes, void* stream);
 
 Status launch(const Kernel& kernel, const ForwardParams& params, void* stream);
 Status launch(const Kernel& kernel, const BackwardParams& params, void* stream);
+// For kernels with regularisers, and for no others.
+Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, void* stream);
+// For highway layers, whose weights are packed slab after slab.
+Status launch(const Kernel& kernel, const RhnForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream);
+// Masked initial states of one direction; before its forward launch, on the same stream.
+Status mask_state(Format format, const MaskStateParams& params, void* stream);
 
 struct PackJob {
   const void* weights;  // W_hh (G * H, H) in the format's tensor type

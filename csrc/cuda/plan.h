@@ -30,6 +30,8 @@ struct PlanProblem {
   Format format = Format::bf16;
   bool backward = false;
   int N = 1, H = 1, directions = 1;
+  int depth = 1;             // micro-steps of a highway layer
+  bool regularised = false;  // recurrent dropout or zoneout inside the kernel
 };
 
 struct Plan {
@@ -89,7 +91,7 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
     cycles += m.hop[static_cast<int>(p.exchange)] + std::max(read, multiply) +
               0.25 * std::min(read, multiply) + sums + m.epilogue + m.epilogue_element * p.tile.units * rows;
   }
-  return cycles / m.mhz;
+  return q.depth * cycles / m.mhz;
 }
 
 struct Compiled {
@@ -97,16 +99,29 @@ struct Compiled {
   TileShape tile;
 };
 
-inline std::vector<Compiled> compiled_tiles(Format format, CellKind cell) {
+inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
 #define FASTRNN_LISTED(exchange, ...) {kind_##exchange, {__VA_ARGS__}},
   constexpr ExchangeKind kind_Sentinel = ExchangeKind::sentinel, kind_Cluster = ExchangeKind::cluster;
   constexpr ExchangeKind kind_Local = ExchangeKind::local, kind_Flags = ExchangeKind::flags;
   std::vector<Compiled> all;
-  if (element_bytes(format) == 2)
+  const bool narrow = element_bytes(q.format) == 2;
+  if (q.cell == CellKind::bnlstm) {
+    if (narrow) return {FASTRNN_TILES_16BIT_BNLSTM(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_BNLSTM(FASTRNN_LISTED)};
+  }
+  if (is_rhn(q.cell)) {
+    if (narrow) return {FASTRNN_TILES_16BIT_RHN(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_RHN(FASTRNN_LISTED)};
+  }
+  if (q.regularised) {
+    if (narrow) return {FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_LISTED)};
+  }
+  if (narrow)
     all = {FASTRNN_TILES_16BIT(FASTRNN_LISTED)};
   else
     all = {FASTRNN_TILES_32BIT(FASTRNN_LISTED)};
-  if (format == Format::bf16 && cell == CellKind::lstm)
+  if (q.format == Format::bf16 && q.cell == CellKind::lstm)
     for (const Compiled& c : std::vector<Compiled>{FASTRNN_TILES_FLAGS(FASTRNN_LISTED)}) all.push_back(c);
 #undef FASTRNN_LISTED
   return all;
@@ -130,8 +145,7 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
     while (size < p.ctas) size *= 2;
     p.ctas = size;
   }
-  const Geometry g = geometry_of(cell_shape(q.cell), p.tile, q.backward);
-  p.shared_bytes = shared_layout(g, q.format, mail_buffers(p.exchange)).bytes;
+  p.shared_bytes = shared_bytes(q.cell, p.tile, q.backward, q.format, p.exchange, q.depth);
   if (padded > most) return refuse("its warps reduce over up to " + std::to_string(most) + " units");
   if (p.shared_bytes > device.shared_bytes)
     return refuse("a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory");
@@ -139,6 +153,9 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
   // A kernel may use 255 registers a thread.
   const int resident = device.registers / (256 * 32 * p.tile.warps) > 0 ? 1 : 0;
   if (!resident) return refuse("an SM has " + std::to_string(device.registers) + " registers");
+  if (q.cell == CellKind::bnlstm && q.N > p.tile.rows())
+    return refuse("statistics are over the whole batch, of which a CTA has " + std::to_string(p.tile.rows()) +
+                  " rows");
   int room = device.sms;
   if (p.exchange == ExchangeKind::cluster) {
     if (device.compute_capability < 90 || !device.most_clusters) return refuse("the device has no clusters");
@@ -159,7 +176,7 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
 // All kernels, the possible ones first, fastest first; the others carry the reason.
 inline std::vector<Plan> candidates(const PlanProblem& q, const Device& device) {
   std::vector<Plan> all;
-  for (const Compiled& c : compiled_tiles(q.format, q.cell)) all.push_back(plan_with(q, device, c));
+  for (const Compiled& c : compiled_tiles(q)) all.push_back(plan_with(q, device, c));
   std::stable_sort(all.begin(), all.end(), [](const Plan& a, const Plan& b) {
     if (a.possible() != b.possible()) return a.possible();
     return a.possible() && a.step_us < b.step_us;

@@ -15,22 +15,35 @@ inline Geometry geometry_of(const Kernel& kernel) {
 }
 
 inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan) {
-  const KernelList lists[] = {lstm_forward(),
-                              lstm_backward(),
-                              lstm_flags(),
-                              gru_forward(),
-                              gru_backward(),
-                              gru_reset_before_forward(),
-                              gru_reset_before_backward(),
-                              rnn_tanh_forward(),
-                              rnn_tanh_backward(),
-                              rnn_relu_forward(),
-                              rnn_relu_backward()};
+  const KernelList lists[] = {
+      lstm_forward(),
+      lstm_backward(),
+      lstm_flags(),
+      gru_forward(),
+      gru_backward(),
+      gru_reset_before_forward(),
+      gru_reset_before_backward(),
+      rnn_tanh_forward(),
+      rnn_tanh_backward(),
+      rnn_relu_forward(),
+      rnn_relu_backward(),
+#ifndef FASTRNN_EMU  // the emulated module, which tests the Python side, has the plain kernels that Python reaches
+      lstm_regularised(),
+      gru_regularised(),
+      gru_reset_before_regularised(),
+      rnn_tanh_regularised(),
+      rnn_relu_regularised(),
+      rhn_forward(),
+      rhn_backward(),
+      bnlstm_forward(),
+      bnlstm_backward(),
+#endif
+  };
   for (const KernelList& list : lists)
     for (int i = 0; i < list.count; i++) {
       const Kernel& k = list.data[i];
       if (k.cell == problem.cell && k.backward == problem.backward && k.format == problem.format &&
-          k.exchange == plan.exchange && same(k.tile, plan.tile))
+          k.regularised == problem.regularised && k.exchange == plan.exchange && same(k.tile, plan.tile))
         return &k;
     }
   return nullptr;

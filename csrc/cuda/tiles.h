@@ -20,6 +20,32 @@
   X(Sentinel, 16, 2, 4, 4, 8)                \
   X(Sentinel, 16, 1, 8, 4, 8) /* H to 1024, half of it in shared memory */
 
+// With regularisers, for every cell and both directions: few, since the masks cost more than a tile that fits better gains.
+#define FASTRNN_TILES_16BIT_REGULARISED(X) \
+  X(Sentinel, 16, 1, 2, 2, 8)              \
+  X(Sentinel, 16, 1, 4, 4, 8)
+#define FASTRNN_TILES_32BIT_REGULARISED(X) \
+  X(Sentinel, 16, 1, 2, 2, 8)              \
+  X(Sentinel, 16, 1, 4, 4, 8)
+
+// Highway layers, both carries: every slab in shared memory, so `resident` is 0 and the depth is limited by its size.
+#define FASTRNN_TILES_16BIT_RHN(X)            \
+  X(Sentinel, 16, 1, 1, 0, 8) /* H to 256 */  \
+  X(Sentinel, 16, 1, 2, 0, 8) /* H to 512 */  \
+  X(Sentinel, 16, 1, 4, 0, 8) /* H to 1024 */ \
+  X(Sentinel, 16, 2, 4, 0, 8)
+#define FASTRNN_TILES_32BIT_RHN(X)           \
+  X(Sentinel, 16, 1, 2, 0, 8) /* H to 256 */ \
+  X(Sentinel, 16, 1, 4, 0, 8) /* H to 512 */
+
+// Batch-normalised LSTM: all rows of the batch in every CTA.
+#define FASTRNN_TILES_16BIT_BNLSTM(X)                \
+  X(Sentinel, 16, 1, 2, 2, 8) /* 8 rows, H to 512 */ \
+  X(Sentinel, 16, 2, 2, 2, 8) /* 16 rows */
+#define FASTRNN_TILES_32BIT_BNLSTM(X)                \
+  X(Sentinel, 16, 1, 2, 2, 8) /* 8 rows, H to 256 */ \
+  X(Sentinel, 16, 2, 2, 2, 8) /* 16 rows */
+
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \
   X(Flags, 16, 1, 2, 2, 8)     \

@@ -26,11 +26,15 @@ struct Options {
   int dropped_ctas = 0;
   bool gives_up = false;  // with an error word, and the patience to see it set
   Mutation mutation = Mutation::none;
+  fastrnn::Noise noise;  // its seed is the trial's
   std::string text() const {
-    char s[160];
+    char s[240];
     std::snprintf(s, sizeof s,
-                  "T=%d N=%d H=%d D=%d groups=%d reverse=%d lengths=%d reset=%d initial=%d seed=%d", T, N, H,
-                  directions, groups, reverse, lengths, reset, initial, static_cast<int>(seed));
+                  "T=%d N=%d H=%d D=%d groups=%d reverse=%d lengths=%d reset=%d initial=%d seed=%d "
+                  "drop=%d %g per_sequence=%d zoneout=%g,%g training=%d",
+                  T, N, H, directions, groups, reverse, lengths, reset, initial, static_cast<int>(seed),
+                  static_cast<int>(noise.mode), noise.drop, noise.per_sequence, noise.zoneout_h,
+                  noise.zoneout_c, noise.training);
     return s;
   }
 };
@@ -99,13 +103,16 @@ void round_all(Doubles& v) {
   v = Tensor<D>(v).doubles();
 }
 
+constexpr uint64_t kNoiseSeed = 0x123456789abcdef1;
+
 // Runs forward and backward; `failure` is empty when everything is as it should be.
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false,
+          bool kNoisy = false>
 class Trial {
   using Elem = typename D::Elem;
-  using ForwardLayer = Forward<Cell, D, T, ExchangeOf, kLinear>;
-  using BackwardLayer = Backward<Cell, D, T, ExchangeOf, kLinear>;
-  static constexpr int G = Cell::kGates;
+  using ForwardLayer = Forward<Cell, D, T, ExchangeOf, kLinear, kNoisy>;
+  using BackwardLayer = Backward<Cell, D, T, ExchangeOf, kLinear, kNoisy>;
+  static constexpr int G = Cell::kGates, kTape = kTapeOf<Cell, kNoisy>;
   static constexpr bool kShared = ExchangeOf<D, T, 1>::kInShared;
 
  public:
@@ -115,6 +122,7 @@ class Trial {
   std::vector<Tensor<D>> results;  // for comparison to the bit
 
   explicit Trial(const Options& o) : o_(o), random_(o.N * 1000 + o.H) {
+    o_.noise.seed = &kNoiseSeed;
     hp_ = round_up(o.H, D::kVec);
     ctas_ = ceil_div(hp_, T::kUnits);
     // As plan.h: a cluster's size is a power of two, and some CTAs may have padding only.
@@ -142,7 +150,7 @@ class Trial {
       const Doubles wx = input_part(l);
       for (int i = 0; i < o_.T * o_.N; i++) {
         if (i / o_.N >= lengths_[i % o_.N]) continue;
-        const Doubles h = state_before(l, l.y, i / o_.N, i % o_.N);
+        const Doubles h = l.masked(state_before(l, l.y, i / o_.N, i % o_.N), i / o_.N, i % o_.N);
         for (int r = 0; r < o_.H; r++) {
           double z = wx[i * o_.H + r];
           for (int j = 0; j < o_.H; j++) z += l.w_hh[r * o_.H + j] * h[j];
@@ -178,6 +186,7 @@ class Trial {
       naive::Layer l;
       l.cell = kind_of<Cell>();
       l.linear = kLinear;
+      l.noise = o_.noise;
       l.reverse = o_.directions == 2 ? d == 1 : o_.reverse;
       l.T = o_.T, l.N = o_.N, l.I = 3, l.H = l.O = H;
       l.lengths.assign(lengths_.begin(), lengths_.end());
@@ -240,6 +249,23 @@ class Trial {
     return packed;
   }
 
+  fastrnn::cuda::Noise noise() const {
+    const fastrnn::Noise& n = o_.noise;
+    return noise_of(static_cast<DropKind>(n.mode), n.drop, n.zoneout_h, n.zoneout_c, n.per_sequence,
+                    static_cast<int>(n.layer), n.training ? n.seed : nullptr);
+  }
+  bool masks_state() const { return o_.noise.training && o_.noise.mode == fastrnn::Drop::state; }
+  // Through the kernel that masks initial states on a GPU.
+  const void* mask_first(const RegularisedForwardParams& p, int d) {
+    Elem* out = tensor(size_t(o_.N) * o_.H).data();
+    const MaskStateParams m{p.dir[d].h0, out, o_.T, o_.N, o_.H, p.lengths, p.dir[d].reverse, p.noise};
+    emu::Launch l;
+    l.grid = 2, l.block = 256;
+    const emu::Report r = emu::launch(l, [&] { mask_state_kernel<D>(m); });
+    if (!r.ok()) failure = r.error;
+    return out;
+  }
+
   Tensor<D>& tensor(const Doubles& v) { return *kept_.emplace_back(new Tensor<D>(v)); }
   Tensor<D>& tensor(size_t n) { return *kept_.emplace_back(new Tensor<D>(n)); }
   // (T, N, width), or direction d of a tensor that holds all directions side by side.
@@ -253,7 +279,7 @@ class Trial {
 
   void run_forward() {
     const int H = o_.H, TN = o_.T * o_.N, ND = o_.directions;
-    ForwardParams p;
+    ForwardParamsOf<kNoisy> p;
     static_cast<Shape&>(p) = shape();
     p.wx_is_float = o_.wx_is_float || D::kPerWord == 1;
     y_ = &tensor(size_t(TN) * H * ND);
@@ -274,16 +300,21 @@ class Trial {
       h_n.push_back(&tensor(o_.N * H)), c_n.push_back(&tensor(o_.N * H));
       f.h_n = h_n[d]->data(), f.c_n = c_n[d]->data();
       f.y = rows(y_->data() + d * H, H, ND);
-      tape_.push_back(&tensor(size_t(TN) * H * std::max(Cell::kTape, 1)));
-      f.tape = rows(Cell::kTape ? tape_[d]->data() : nullptr, Cell::kTape * H);
+      tape_.push_back(&tensor(size_t(TN) * H * std::max(kTape, 1)));
+      f.tape = rows(kTape ? tape_[d]->data() : nullptr, kTape * H);
       cells_.emplace_back(Cell::kHasCell ? TN * H : 0, NAN);
       f.cells = rows(Cell::kHasCell ? cells_[d].data() : nullptr, H);
       for (Mail& m : f.mail) m = private_mail(hp_);
-      if (H == hp_ && !o_.separate_mail) f.mail[Cell::kPhases - 1] = {f.y.data, f.y.stride_t, f.y.stride_n};
+      if (H == hp_ && !o_.separate_mail && !masks_state())
+        f.mail[Cell::kPhases - 1] = {f.y.data, f.y.stride_t, f.y.stride_n};
       f.reverse = l.reverse;
+      if constexpr (kNoisy) {
+        p.noise = noise();
+        if (o_.initial && masks_state()) p.h0_masked[d] = mask_first(p, d);
+      }
     }
     if (!launch("forward", ForwardLayer::kLayout.bytes,
-                [&] { forward_kernel<Cell, D, T, ExchangeOf, kLinear>(p); }))
+                [&] { forward_kernel<Cell, D, T, ExchangeOf, kLinear, kNoisy>(p); }))
       return;
     for (int d = 0; d < ND; d++) {
       const naive::Layer& l = layers_[d];
@@ -323,7 +354,8 @@ class Trial {
 
   void run_backward() {
     const int H = o_.H, TN = o_.T * o_.N, ND = o_.directions;
-    BackwardParams p;
+    BackwardParamsOf<kNoisy> p;
+    if constexpr (kNoisy) p.noise = noise();
     static_cast<Shape&>(p) = shape();
     std::vector<std::vector<Vec4>> packed(ND);
     std::vector<std::vector<float>> dcells(ND);
@@ -340,7 +372,7 @@ class Trial {
       dh0.push_back(&tensor(o_.N * H)), dc0.push_back(&tensor(o_.N * H));
       b.dh0 = dh0[d]->data(), b.dc0 = dc0[d]->data();
       b.y = rows(y_->data() + d * H, H, ND);
-      b.tape = rows(tape_[d]->data(), Cell::kTape * H);
+      b.tape = rows(tape_[d]->data(), kTape * H);
       b.cells = rows(cells_[d].data(), H);
       if (o_.initial) b.h0 = tensor(l.h0).data(), b.c0 = tensor(l.c0).data();
       dgates.push_back(&tensor(size_t(TN) * G * H)), dgates_h.push_back(&tensor(size_t(TN) * G * H));
@@ -356,7 +388,7 @@ class Trial {
       b.reverse = l.reverse;
     }
     if (!launch("backward", BackwardLayer::kLayout.bytes,
-                [&] { backward_kernel<Cell, D, T, ExchangeOf, kLinear>(p); }))
+                [&] { backward_kernel<Cell, D, T, ExchangeOf, kLinear, kNoisy>(p); }))
       return;
     for (int d = 0; d < ND; d++) {
       const naive::Layer& l = layers_[d];
@@ -377,7 +409,7 @@ class Trial {
     for (int t = 0; t < o_.T; t++)
       for (int n = 0; n < N; n++) {
         const int at = t * N + n;
-        const Doubles h = state_before(l, y, t, n);
+        const Doubles h = l.masked(state_before(l, y, t, n), t, n);
         for (int r = 0; r < GH; r++) {
           const double x = da[size_t(at) * GH + r], rec = da_h[size_t(at) * GH + r];
           db_ih[r] += x;
@@ -390,7 +422,7 @@ class Trial {
           const bool reads_reset = Cell::kPhases == 2 && r >= 2 * H;
           for (int j = 0; j < H; j++)
             dw_hh[size_t(r) * H + j] +=
-                rec * h[j] * (reads_reset ? (*tape_[d])[size_t(at) * Cell::kTape * H + j] : 1);
+                rec * h[j] * (reads_reset ? (*tape_[d])[size_t(at) * kTape * H + j] : 1);
         }
       }
     expect("dx", dx, l.dx);
@@ -400,7 +432,7 @@ class Trial {
     expect("db_hh", db_hh, l.db_hh);
   }
 
-  const Options o_;
+  Options o_;
   std::mt19937_64 random_;
   int hp_, ctas_;
   std::vector<int> lengths_;

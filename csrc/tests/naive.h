@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../cells/philox.h"
 #include "../cpu/layer.h"
 
 namespace naive {
@@ -21,6 +22,7 @@ inline int gate_count(Cell cell) {
 // Inputs (T, N, I) and so on as in layer.h, always dense; row n has lengths[n] steps.
 struct Layer {
   Cell cell = Cell::lstm;
+  fastrnn::Noise noise;
   bool linear = false, reverse = false, projected = false;
   int64_t T = 0, N = 0, I = 0, H = 0, O = 0;
   std::vector<int64_t> lengths;
@@ -31,6 +33,27 @@ struct Layer {
   Doubles dy, dcells, dh_n, dc_n;  // what arrives
   Doubles dx, dh0, dc0;            // backward's results
   Doubles dw_ih, dw_hh, db_ih, db_hh, dw_hr;
+
+  // The factor of what is kept or dropped, by its definition in docs/maths.md.
+  double random(fastrnn::Mask kind, double p, double kept, int64_t t, int64_t n, int64_t u) const {
+    const uint32_t stream = fastrnn::random_stream(noise.layer, reverse, kind);
+    return fastrnn::random_word(*noise.seed, stream, t, n, u) >= p * 4294967296.0 ? kept : 0;
+  }
+  double drop(fastrnn::Drop mode, int64_t t, int64_t n, int64_t u) const {
+    if (noise.mode != mode) return 1;
+    const bool inverted = mode == fastrnn::Drop::state;
+    if (!noise.training) return inverted ? 1 : 1 - noise.drop;
+    return random(fastrnn::Mask::recurrent, noise.drop, inverted ? 1 / (1 - noise.drop) : 1,
+                  noise.per_sequence ? 0 : t, n, u);
+  }
+  double zoneout(fastrnn::Mask kind, double p, int64_t t, int64_t n, int64_t u) const {
+    return noise.training ? random(kind, p, 1, t, n, u) : 1 - p;
+  }
+  // The state h before step t as W_hh meets it.
+  Doubles masked(Doubles h, int64_t t, int64_t n) const {
+    for (int64_t j = 0; j < O; ++j) h[j] *= drop(fastrnn::Drop::state, t, n, j);
+    return h;
+  }
 
   void run() {
     const int64_t gates = gate_count(cell);
@@ -112,6 +135,10 @@ struct Layer {
       rnn(s, at, h);
     else
       gru(s, at, h);
+    for (int64_t j = 0; noise.zoneout_h > 0 && j < O; ++j)
+      h[j] += (1 - zoneout(fastrnn::Mask::zoneout_h, noise.zoneout_h, t, n, j)) * (s.h[j] - h[j]);
+    for (int64_t j = 0; noise.zoneout_c > 0 && j < H; ++j)
+      c[j] += (1 - zoneout(fastrnn::Mask::zoneout_c, noise.zoneout_c, t, n, j)) * (s.c[j] - c[j]);
     for (int64_t j = 0; j < O; ++j) y[at * O + j] = h[j];
     for (int64_t j = 0; j < H; ++j) cells[at * H + j] = c[j];
     return s;
@@ -121,12 +148,15 @@ struct Layer {
     s.a.resize(4 * H);
     s.m.resize(H);
     s.tanh_c.resize(H);
+    const Doubles read = masked(s.h, s.t, at % N);
     for (int64_t r = 0; r < 4 * H; ++r) {
-      const double v = input_part(r, at) + state_part(r, s.h);
+      const double v = input_part(r, at) + state_part(r, read);
       s.a[r] = r / H == 2 ? tanh_(v) : sigmoid(v);
     }
     for (int64_t j = 0; j < H; ++j) {
-      c[j] = s.a[H + j] * s.c[j] + s.a[j] * s.a[2 * H + j];
+      const double update = drop(fastrnn::Drop::update, s.t, at % N, j);
+      c[j] = (s.a[H + j] * s.c[j] + s.a[j] * s.a[2 * H + j] * update) *
+             drop(fastrnn::Drop::cell, s.t, at % N, j);
       s.tanh_c[j] = tanh_(c[j]);
       s.m[j] = s.a[3 * H + j] * s.tanh_c[j];
     }
@@ -143,8 +173,8 @@ struct Layer {
   void gru(Step& s, int64_t at, Doubles& h) {
     s.a.resize(3 * H);
     s.un.resize(H);
-    for (int64_t r = 0; r < 2 * H; ++r) s.a[r] = sigmoid(input_part(r, at) + state_part(r, s.h));
-    Doubles read = s.h;
+    Doubles read = masked(s.h, s.t, at % N);
+    for (int64_t r = 0; r < 2 * H; ++r) s.a[r] = sigmoid(input_part(r, at) + state_part(r, read));
     if (cell == Cell::gru_reset_before)
       for (int64_t j = 0; j < H; ++j) read[j] *= s.a[j];
     for (int64_t j = 0; j < H; ++j) {
@@ -152,11 +182,15 @@ struct Layer {
       const double gate = cell == Cell::gru ? s.a[j] : 1;
       s.a[2 * H + j] = tanh_(input_part(2 * H + j, at) + gate * s.un[j]);
     }
-    for (int64_t j = 0; j < H; ++j) h[j] = (1 - s.a[H + j]) * s.a[2 * H + j] + s.a[H + j] * s.h[j];
+    for (int64_t j = 0; j < H; ++j) {
+      const double n = s.a[2 * H + j] * drop(fastrnn::Drop::update, s.t, at % N, j);
+      h[j] = (1 - s.a[H + j]) * n + s.a[H + j] * s.h[j];
+    }
   }
 
   void rnn(Step& s, int64_t at, Doubles& h) {
-    for (int64_t j = 0; j < H; ++j) h[j] = hidden(input_part(j, at) + state_part(j, s.h));
+    const Doubles read = masked(s.h, s.t, at % N);
+    for (int64_t j = 0; j < H; ++j) h[j] = hidden(input_part(j, at) + state_part(j, read));
     s.a = h;
   }
 
@@ -183,19 +217,27 @@ struct Layer {
   void step_back(const Step& s, int64_t n, Doubles& dh, Doubles& dc) {
     const int64_t at = s.t * N + n;
     for (int64_t j = 0; j < O; ++j) dh[j] += dy[at * O + j];
+    Doubles old_h(O, 0.0), old_c(H, 0.0);  // what zoneout sends straight to the state before
+    for (int64_t j = 0; noise.zoneout_h > 0 && j < O; ++j) {
+      const double w = zoneout(fastrnn::Mask::zoneout_h, noise.zoneout_h, s.t, n, j);
+      old_h[j] = (1 - w) * dh[j];
+      dh[j] *= w;
+    }
     if (cell == Cell::lstm)
-      lstm_back(s, at, dh, dc);
+      lstm_back(s, at, dh, dc, old_c);
     else if (cell == Cell::rnn_tanh || cell == Cell::rnn_relu)
       rnn_back(s, at, dh);
     else
       gru_back(s, at, dh);
+    for (int64_t j = 0; j < O; ++j) dh[j] += old_h[j];
+    for (int64_t j = 0; j < H; ++j) dc[j] += old_c[j];
     if (s.cleared) {
       dh.assign(O, 0);
       dc.assign(H, 0);
     }
   }
 
-  void lstm_back(const Step& s, int64_t at, Doubles& dh, Doubles& dc) {
+  void lstm_back(const Step& s, int64_t at, Doubles& dh, Doubles& dc, Doubles& old_c) {
     Doubles dm = dh;
     if (projected) {
       dm.assign(H, 0);
@@ -208,24 +250,36 @@ struct Layer {
     Doubles da(4 * H);
     for (int64_t j = 0; j < H; ++j) {
       const double i = s.a[j], f = s.a[H + j], g = s.a[2 * H + j], o = s.a[3 * H + j];
-      const double d = dc[j] + dcells[at * H + j] + dm[j] * o * tanh_slope(s.tanh_c[j]);
-      da[j] = d * g * sigmoid_slope(i);
+      double reaches = dc[j] + dcells[at * H + j];
+      if (noise.zoneout_c > 0) {
+        const double w = zoneout(fastrnn::Mask::zoneout_c, noise.zoneout_c, s.t, at % N, j);
+        old_c[j] = (1 - w) * reaches;
+        reaches *= w;
+      }
+      const double update = drop(fastrnn::Drop::update, s.t, at % N, j);
+      const double d =
+          (reaches + dm[j] * o * tanh_slope(s.tanh_c[j])) * drop(fastrnn::Drop::cell, s.t, at % N, j);
+      da[j] = d * update * g * sigmoid_slope(i);
       da[H + j] = d * s.c[j] * sigmoid_slope(f);
-      da[2 * H + j] = d * i * tanh_slope(g);
+      da[2 * H + j] = d * update * i * tanh_slope(g);
       da[3 * H + j] = dm[j] * s.tanh_c[j] * sigmoid_slope(o);
       dc[j] = d * f;
     }
     dh.assign(O, 0);
-    accumulate(0, 4 * H, da.data(), da.data(), at, s.h, dh);
+    accumulate(0, 4 * H, da.data(), da.data(), at, masked(s.h, s.t, at % N), dh);
+    dh = masked(dh, s.t, at % N);
   }
 
   void gru_back(const Step& s, int64_t at, Doubles& dh) {
     const bool after = cell == Cell::gru;
-    Doubles da(3 * H), dn_h(H), dread(O, 0.0), read = s.h, before(O);
+    Doubles da(3 * H), dn_h(H), dread(O, 0.0), before(O), sum(O, 0.0);
+    const Doubles operand = masked(s.h, s.t, at % N);
+    Doubles read = operand;
     for (int64_t j = 0; j < H; ++j) {
       const double z = s.a[H + j], cand = s.a[2 * H + j];
-      da[2 * H + j] = dh[j] * (1 - z) * tanh_slope(cand);
-      da[H + j] = dh[j] * (s.h[j] - cand) * sigmoid_slope(z);
+      const double update = drop(fastrnn::Drop::update, s.t, at % N, j);
+      da[2 * H + j] = dh[j] * (1 - z) * update * tanh_slope(cand);
+      da[H + j] = dh[j] * (s.h[j] - cand * update) * sigmoid_slope(z);
       before[j] = dh[j] * z;
       dn_h[j] = da[2 * H + j] * (after ? s.a[j] : 1);
       if (!after) read[j] *= s.a[j];
@@ -233,18 +287,20 @@ struct Layer {
     accumulate(2 * H, H, da.data() + 2 * H, dn_h.data(), at, read, dread);
     for (int64_t j = 0; j < H; ++j) {
       const double r = s.a[j];
-      da[j] = (after ? da[2 * H + j] * s.un[j] : dread[j] * s.h[j]) * sigmoid_slope(r);
-      before[j] += dread[j] * (after ? 1 : r);
+      da[j] = (after ? da[2 * H + j] * s.un[j] : dread[j] * operand[j]) * sigmoid_slope(r);
+      sum[j] = dread[j] * (after ? 1 : r);
     }
-    accumulate(0, 2 * H, da.data(), da.data(), at, s.h, before);
-    dh = before;
+    accumulate(0, 2 * H, da.data(), da.data(), at, operand, sum);
+    sum = masked(sum, s.t, at % N);
+    for (int64_t j = 0; j < H; ++j) dh[j] = before[j] + sum[j];
   }
 
   void rnn_back(const Step& s, int64_t at, Doubles& dh) {
     Doubles da(H);
     for (int64_t j = 0; j < H; ++j) da[j] = dh[j] * hidden_slope(s.a[j]);
     dh.assign(O, 0);
-    accumulate(0, H, da.data(), da.data(), at, s.h, dh);
+    accumulate(0, H, da.data(), da.data(), at, masked(s.h, s.t, at % N), dh);
+    dh = masked(dh, s.t, at % N);
   }
 };
 

@@ -10,11 +10,11 @@ static Options problem() {
 }
 
 // Some trial of the three schedules fails, in forward or backward.
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kNoisy = false>
 static bool caught(Options o, Mutation m) {
   o.mutation = m;
   for (o.seed = 1; o.seed <= 3; o.seed++) {
-    const Trial<Cell, D, T, ExchangeOf> trial(o);
+    const Trial<Cell, D, T, ExchangeOf, false, kNoisy> trial(o);
     if (trial.failure.empty()) continue;
     std::printf("  mutation %d: %s\n", static_cast<int>(m), trial.failure.c_str());
     return true;
@@ -51,6 +51,13 @@ TEST(indexing_mutations_are_caught) {
   CHECK(caught_by<Sentinel>(Mutation::reset_ignored));
   CHECK((caught<Lstm, Tf32, SmallTile<Tf32>, Sentinel>(problem(), Mutation::k_permutation)));
   CHECK((caught<Lstm, Bf16x3, SmallTile<Bf16x3>, Sentinel>(problem(), Mutation::k_permutation)));
+}
+
+TEST(mask_mutations_are_caught) {
+  Options o = problem();
+  o.noise.mode = fastrnn::Drop::state, o.noise.training = true, o.noise.drop = 0.3;
+  CHECK(!(caught<Gru<true>, Bf16, SmallTile<Bf16>, Sentinel, true>(o, Mutation::none)));
+  CHECK((caught<Gru<true>, Bf16, SmallTile<Bf16>, Sentinel, true>(o, Mutation::other_step_mask)));
 }
 
 TEST(a_dropped_cta_is_reported_as_a_deadlock) {

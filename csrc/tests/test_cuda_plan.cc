@@ -12,7 +12,7 @@ static const Device kH100{}, kA100{108, 166912, 65536, 80, 0}, kSmall{24, 101376
 
 template <class Visit>
 static void each_problem(Visit visit) {
-  for (int cell = 0; cell < 5; cell++)
+  for (int cell = 0; cell < 7; cell++)
     for (int format = 0; format < 4; format++)
       for (int backward = 0; backward < 2; backward++)
         for (int directions = 1; directions <= 2; directions++)
@@ -70,6 +70,58 @@ TEST(refusals_say_why) {
   CHECK(refused(q, kSmall, ExchangeKind::flags, "64 CTAs wait for each other, the device holds 24"));
   q.H = 2048, q.directions = 2;
   CHECK(refused(q, kH100, ExchangeKind::sentinel, "256 CTAs wait for each other, the device holds 132"));
+}
+
+TEST(regularised_layers_have_tiles_of_their_own) {
+  PlanProblem q;
+  q.regularised = true;
+  for (const Format format : {Format::bf16, Format::fp16, Format::tf32, Format::bf16x3}) {
+    q.format = format;
+    q.H = element_bytes(format) == 2 ? 1024 : 512;
+    CHECK(candidates(q, kH100).front().possible());
+    CHECK(candidates(q, kA100).front().possible());
+    q.H++;
+    for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  }
+}
+
+TEST(highway_layers_are_as_deep_as_shared_memory_allows) {
+  PlanProblem q;
+  q.cell = CellKind::rhn;
+  q.H = 512, q.depth = 6;
+  const Plan six = candidates(q, kH100).front();
+  CHECK(six.possible());
+  CHECK(six.shared_bytes > 6 * 32 * 1024);  // of a CTA: two gates of 16 units, 512 columns, 16 bits
+  q.depth = 3;
+  CHECK(candidates(q, kH100).front().step_us < six.step_us);
+  q.depth = 7;
+  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  q.cell = CellKind::rhn_uncoupled, q.depth = 6;
+  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  q.depth = 4;
+  CHECK(candidates(q, kH100).front().possible());
+  for (const Plan& p : candidates(q, kSmall)) CHECK(!p.possible());
+}
+
+TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
+  PlanProblem q;
+  q.cell = CellKind::bnlstm;
+  for (const bool backward : {false, true})
+    for (const Format format : {Format::bf16, Format::tf32}) {
+      q.backward = backward, q.format = format;
+      q.H = element_bytes(format) == 2 ? 512 : 256;
+      for (const int N : {1, 8, 9, 16}) {
+        q.N = N;
+        const Plan p = candidates(q, kH100).front();
+        CHECK(p.possible());
+        CHECK_EQ(p.groups, 1);
+        CHECK_EQ(p.launches, 1);
+        CHECK_EQ(p.tile.rows(), N > 8 ? 16 : 8);
+      }
+      q.N = 17;
+      for (const Plan& p : candidates(q, kH100))
+        CHECK(p.refused.find("statistics are over the whole batch") != std::string::npos);
+    }
 }
 
 TEST(small_layers_stay_in_one_cluster_or_cta) {
@@ -154,7 +206,7 @@ static void round_trip(CellKind cell, bool backward, const TileShape& tile, int 
 }
 
 TEST(packing_round_trips) {
-  for (int cell = 0; cell < 5; cell++)
+  for (int cell = 0; cell < 7; cell++)
     for (bool backward : {false, true}) {
       for (int H = 1; H <= 64; H += 3) round_trip(static_cast<CellKind>(cell), backward, {16, 1, 2, 1, 2}, H);
       round_trip(static_cast<CellKind>(cell), backward, {16, 1, 4, 4, 8}, 300);

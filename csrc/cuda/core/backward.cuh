@@ -12,7 +12,8 @@
 
 namespace fastrnn::cuda {
 
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false,
+          bool kNoisy = false>
 class Backward {
   using Geo = GeometryOf<Cell, T, true>;
   using Exchange = ExchangeOf<D, T, Geo::kGeometry.values()>;
@@ -22,6 +23,8 @@ class Backward {
   using M0 = Matmul<Geo, 0>;
   using M1 = Matmul<Geo, kLast>;
   static constexpr CellShape kCell = Cell::kShape;
+  using Params = BackwardParamsOf<kNoisy>;
+  static constexpr int kTape = kTapeOf<Cell, kNoisy>;
 
  public:
   static constexpr Geometry kGeometry = Geo::kGeometry;
@@ -29,7 +32,7 @@ class Backward {
   static constexpr bool kAvailable =
       kLayout.bytes <= prim::kMostShared && (prim::kHasClusters || !Exchange::kIsCluster);
 
-  FASTRNN_DEVICE Backward(const BackwardParams& p)
+  FASTRNN_DEVICE Backward(const Params& p)
       : p_(p),
         place_(place_of(p, prim::block_index())),
         d_(p.dir[place_.direction]),
@@ -39,7 +42,8 @@ class Backward {
         warp_(prim::thread_index() / 32),
         slice_((warp_ + place_.cta) % T::kWarps),
         exchange_(p, place_, kLayout.mail),
-        sums_(kLayout.sums) {
+        sums_(kLayout.sums),
+        masks_(p, d_.reverse) {
     const Vec4* packed = d_.weights + static_cast<int64_t>(place_.cta) * kGeometry.cta_vectors() +
                          warp_ * kGeometry.warp_vectors();
     const int shared = kLayout.weights + warp_ * kGeometry.warp_shared_vectors() * 16;
@@ -78,6 +82,7 @@ class Backward {
     carry_[i].dc = Cell::kHasCell ? state(d_.dc_n, x) : 0.f;
     carry_[i].held = 0.f;
     fetch(i, x, walk_.at(0));
+    masks_.begin(i, x, walk_.at(0), walk_.at(1));
   }
 
   FASTRNN_DEVICE void end(int i) const {
@@ -92,10 +97,10 @@ class Backward {
   FASTRNN_DEVICE void fetch(int i, const Element& x, int t) {
     if (t >= x.length) return;
     FASTRNN_UNROLL
-    for (int g = 0; g < Cell::kTape; g++)
+    for (int g = 0; g < kTape; g++)
       saved_[i].gate[g] = D::load(row_at<const Elem>(d_.tape, t, x.n) + g * p_.H + x.j);
     dy_[i] = d_.dy.data ? D::load(row_at<const Elem>(d_.dy, t, x.n) + x.j) : 0.f;
-    if (Cell::kReadsOutput) saved_[i].h = D::load(row_at<const Elem>(d_.y, t, x.n) + x.j);
+    if (Cell::kReadsOutput && !kNoisy) saved_[i].h = D::load(row_at<const Elem>(d_.y, t, x.n) + x.j);
     // The state before the step, as forward had it.
     const int before = walk_.backwards ? t - 1 : t + 1;
     const bool first = before < 0 || before >= x.length, cleared = reset_at(p_, t, x.n);
@@ -157,22 +162,31 @@ class Backward {
       if (reset_at(p_, read, x.n))
         carry_[i].dh = carry_[i].dc = 0.f;
       else
-        carry_[i].dh += sums_.get(buffer, x.unit, x.local);
+        carry_[i].dh += behind_mask(i, sums_.get(buffer, x.unit, x.local));
     }
     if (s == p_.T) return;
     if (live) {
       if (Phase == 0) {
         if (Cell::kHasCell) carry_[i].dc += dcells_[i];
-        n_input = Cell::template backward<A, 0>(carry_[i], saved_[i], carry_[i].dh + dy_[i], g);
+        n_input = Cell::template backward<A, 0>(carry_[i], saved_[i], carry_[i].dh + dy_[i], g, masks_.of(i));
       } else {
-        Cell::template backward<A, kLast>(carry_[i], saved_[i], sums_.get(buffer, x.unit, x.local), g);
+        Cell::template backward<A, kLast>(carry_[i], saved_[i], sums_.get(buffer, x.unit, x.local), g,
+                                          masks_.of(i));
       }
     }
     FASTRNN_UNROLL
     for (int v = 0; v < kCell.published[Phase].count; v++)
       publish<D>(p_, exchange_, d_.mail[Phase], e, t, x, v, g[kCell.published[Phase].first + v]);
     if (x.length) keep<Phase>(x, t, g, n_input);
-    if (Phase == kLast && s + 1 < p_.T) fetch(i, x, walk_.at(s + 1));
+    if (Phase != kLast) return;
+    if (s + 1 < p_.T) fetch(i, x, walk_.at(s + 1));
+    masks_.advance(i, x, walk_.at(s + 1), walk_.at(s + 2));
+  }
+
+  // The matmul's sum is the gradient of the masked state that the step walked before read.
+  FASTRNN_DEVICE float behind_mask(int i, float sum) const {
+    if constexpr (kNoisy) return sum * masks_.later(i);
+    return sum;
   }
 
   template <int Phase>
@@ -188,7 +202,7 @@ class Backward {
     }
   }
 
-  const BackwardParams& p_;
+  const Params& p_;
   const Place place_;
   const BackwardDirection& d_;
   const Walk walk_;
@@ -196,6 +210,7 @@ class Backward {
   const int lane_, warp_, slice_;
   Exchange exchange_;
   const Sums<T, kGeometry.sum_rows()> sums_;
+  Masks<T::kPerThread, true, kNoisy> masks_;
   Weights<M0> w0_;
   Weights<M1> w1_;
   int length_[T::kPerThread];
@@ -204,10 +219,11 @@ class Backward {
   float dy_[T::kPerThread], dcells_[T::kPerThread];
 };
 
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false,
+          bool kNoisy = false>
 FASTRNN_KERNEL(T::kThreads)
-backward_kernel(const FASTRNN_GRID_CONSTANT BackwardParams p) {
-  using Layer = Backward<Cell, D, T, ExchangeOf, kLinear>;
+backward_kernel(const FASTRNN_GRID_CONSTANT BackwardParamsOf<kNoisy> p) {
+  using Layer = Backward<Cell, D, T, ExchangeOf, kLinear, kNoisy>;
   if constexpr (Layer::kAvailable) {
     Layer layer(p);
     layer.run();

@@ -11,7 +11,8 @@
 
 namespace fastrnn::cuda {
 
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false,
+          bool kNoisy = false>
 class Forward {
   using Geo = GeometryOf<Cell, T, false>;
   using Exchange = ExchangeOf<D, T, Geo::kGeometry.values()>;
@@ -21,6 +22,8 @@ class Forward {
   using M0 = Matmul<Geo, 0>;
   using M1 = Matmul<Geo, kLast>;
   static constexpr CellShape kCell = Cell::kShape;
+  using Params = ForwardParamsOf<kNoisy>;
+  static constexpr int kTape = kTapeOf<Cell, kNoisy>;
 
  public:
   static constexpr Geometry kGeometry = Geo::kGeometry;
@@ -28,7 +31,7 @@ class Forward {
   static constexpr bool kAvailable =
       kLayout.bytes <= prim::kMostShared && (prim::kHasClusters || !Exchange::kIsCluster);
 
-  FASTRNN_DEVICE Forward(const ForwardParams& p)
+  FASTRNN_DEVICE Forward(const Params& p)
       : p_(p),
         place_(place_of(p, prim::block_index())),
         d_(p.dir[place_.direction]),
@@ -38,7 +41,8 @@ class Forward {
         warp_(prim::thread_index() / 32),
         slice_((warp_ + place_.cta) % T::kWarps),
         exchange_(p, place_, kLayout.mail),
-        sums_(kLayout.sums) {
+        sums_(kLayout.sums),
+        masks_(p, d_.reverse) {
     const Vec4* packed = d_.weights + static_cast<int64_t>(place_.cta) * kGeometry.cta_vectors() +
                          warp_ * kGeometry.warp_vectors();
     const int shared = kLayout.weights + warp_ * kGeometry.warp_shared_vectors() * 16;
@@ -63,6 +67,13 @@ class Forward {
     return D::load(static_cast<const Elem*>(state) + static_cast<int64_t>(x.n) * p_.H + x.j);
   }
 
+  // h0 as the matmul takes it.
+  FASTRNN_DEVICE const Elem* first_operand() const {
+    if constexpr (kNoisy)
+      if (masks_.masks_state()) return static_cast<const Elem*>(p_.h0_masked[place_.direction]);
+    return static_cast<const Elem*>(d_.h0);
+  }
+
   FASTRNN_DEVICE void begin(int i) {
     length_[i] = length_of<T>(p_, place_, i);
     const Element x = element_of<T>(p_, place_, i, length_[i]);
@@ -71,6 +82,7 @@ class Forward {
     state_[i].held = 0.f;
     bias_n_[i] = d_.bias_n && x.length ? prim::load_constant(d_.bias_n + x.j) : 0.f;
     fetch(i, x, walk_.at(0));
+    masks_.begin(i, x, walk_.at(0), walk_.at(1));
   }
 
   // The input part of a step, fetched a step ahead: it comes from HBM.
@@ -91,7 +103,7 @@ class Forward {
     const int read = Phase == 0 ? walk_.before(t) : t;
     Source<D, T, M, Exchange> source{exchange_,
                                      d_.mail[Phase == 0 ? kLast : 0],
-                                     static_cast<const Elem*>(d_.h0),
+                                     first_operand(),
                                      e - 1,
                                      read,
                                      p_.H,
@@ -131,12 +143,23 @@ class Forward {
         input[g] = wx_[i][kCell.sums[Phase].first + g];
         sum[g] = sums_.get(buffer, g * T::kUnits + x.unit, x.local);
       }
-      out = Cell::template forward<A, Phase>(state_[i], input, sum, bias_n_[i], tape);
+      out = Cell::template forward<A, Phase>(state_[i], input, sum, bias_n_[i], tape, masks_.of(i));
     }
     const bool last = Phase == kLast && s == p_.T - 1;
-    if (!Exchange::kInShared || !last) publish<D>(p_, exchange_, d_.mail[Phase], e, t, x, 0, out);
+    if (!Exchange::kInShared || !last)
+      publish<D>(p_, exchange_, d_.mail[Phase], e, t, x, 0, operand<Phase>(i, out));
     if (x.length) keep<Phase>(i, x, t, live, out, tape);
-    if (Phase == kLast && !last) fetch(i, x, walk_.at(s + 1));
+    if (Phase != kLast || last) return;
+    fetch(i, x, walk_.at(s + 1));
+    masks_.advance(i, x, walk_.at(s + 1), walk_.at(s + 2));
+  }
+
+  // h_t as the next step's matmul takes it: masked after it was rounded, as the weight gradients' operand is.
+  template <int Phase>
+  FASTRNN_DEVICE float operand(int i, float out) const {
+    if constexpr (kNoisy && Phase == kLast)
+      if (masks_.masks_state()) return D::round(out) * masks_.later(i);
+    return out;
   }
 
   template <int Phase>
@@ -144,7 +167,7 @@ class Forward {
     if (Phase == kLast && (Exchange::kInShared || d_.y.data != d_.mail[kLast].data))
       D::store(row_at<Elem>(d_.y, t, x.n) + x.j, out);
     if (d_.tape.data && live) {
-      constexpr int kEnd = Phase == kLast ? Cell::kTape : kCell.sums[Phase].first + kCell.sums[Phase].count;
+      constexpr int kEnd = Phase == kLast ? kTape : kCell.sums[Phase].first + kCell.sums[Phase].count;
       FASTRNN_UNROLL
       for (int g = kCell.sums[Phase].first; g < kEnd; g++)
         D::store(row_at<Elem>(d_.tape, t, x.n) + g * p_.H + x.j, tape[g]);
@@ -158,7 +181,7 @@ class Forward {
     if (Cell::kHasCell && d_.c_n) D::store(static_cast<Elem*>(d_.c_n) + at, state_[i].c);
   }
 
-  const ForwardParams& p_;
+  const Params& p_;
   const Place place_;
   const ForwardDirection& d_;
   const Walk walk_;
@@ -166,6 +189,7 @@ class Forward {
   const int lane_, warp_, slice_;
   Exchange exchange_;
   const Sums<T, kGeometry.sum_rows()> sums_;
+  Masks<T::kPerThread, false, kNoisy> masks_;
   Weights<M0> w0_;
   Weights<M1> w1_;
   int length_[T::kPerThread];
@@ -173,10 +197,11 @@ class Forward {
   float wx_[T::kPerThread][Cell::kGates], bias_n_[T::kPerThread];
 };
 
-template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>
+template <class Cell, class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false,
+          bool kNoisy = false>
 FASTRNN_KERNEL(T::kThreads)
-forward_kernel(const FASTRNN_GRID_CONSTANT ForwardParams p) {
-  using Layer = Forward<Cell, D, T, ExchangeOf, kLinear>;
+forward_kernel(const FASTRNN_GRID_CONSTANT ForwardParamsOf<kNoisy> p) {
+  using Layer = Forward<Cell, D, T, ExchangeOf, kLinear, kNoisy>;
   if constexpr (Layer::kAvailable) {
     Layer layer(p);
     layer.run();

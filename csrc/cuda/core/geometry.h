@@ -10,7 +10,17 @@
 
 namespace fastrnn::cuda {
 
-enum class CellKind : int32_t { lstm = 0, gru = 1, gru_reset_before = 2, rnn_tanh = 3, rnn_relu = 4 };
+enum class CellKind : int32_t {
+  lstm = 0,
+  gru = 1,
+  gru_reset_before = 2,
+  rnn_tanh = 3,
+  rnn_relu = 4,
+  rhn = 5,
+  rhn_uncoupled = 6,
+  bnlstm = 7
+};
+FASTRNN_CONSTEXPR bool is_rhn(CellKind c) { return c == CellKind::rhn || c == CellKind::rhn_uncoupled; }
 enum class Format : int32_t { bf16 = 0, fp16 = 1, tf32 = 2, bf16x3 = 3 };
 enum class ExchangeKind : int32_t { local = 0, cluster = 1, sentinel = 2, flags = 3 };
 
@@ -44,6 +54,18 @@ FASTRNN_CONSTEXPR CellShape cell_shape(CellKind cell) {
     s.sums[1] = {2, 1};
     s.published[0] = {2, 1};
     s.published[1] = {0, 2};
+    return s;
+  }
+  if (is_rhn(cell)) {  // of a micro-step
+    s.gates = cell == CellKind::rhn ? 2 : 3;
+    s.tape = s.gates + 1;
+    s.sums[0] = s.published[0] = {0, s.gates};
+    return s;
+  }
+  if (cell == CellKind::bnlstm) {
+    s.gates = 4;
+    s.tape = 8;
+    s.sums[0] = s.published[0] = {0, 4};
     return s;
   }
   s.gates = cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
@@ -118,15 +140,30 @@ constexpr int kBarrierBytes = 16;
 FASTRNN_CONSTEXPR int mail_buffers(ExchangeKind e) {
   return e == ExchangeKind::local ? 1 : e == ExchangeKind::cluster ? 2 : 0;
 }
-FASTRNN_CONSTEXPR SharedLayout shared_layout(const Geometry& g, Format format, int buffers) {
+// depth: slabs of weights, of a layer with micro-steps.
+FASTRNN_CONSTEXPR SharedLayout shared_layout(const Geometry& g, Format format, int buffers, int depth = 1) {
   SharedLayout s;
   const int row =
       g.values() * g.tile.warps * g.tile.chunks * chunk_elements(format) + vector_elements(format);
   s.mail = kBarrierBytes;
   s.sums = s.mail + buffers * g.tile.rows() * row * element_bytes(format);
   s.weights = round_up(s.sums + 2 * g.tile.warps * g.sum_rows() * (g.tile.rows() + kSumPadding) * 4, 16);
-  s.bytes = s.weights + g.tile.warps * g.warp_shared_vectors() * 16;
+  s.bytes = s.weights + depth * g.tile.warps * g.warp_shared_vectors() * 16;
   return s;
+}
+
+// After the layout, where a CTA takes statistics of its columns (columns.cuh): two values of each element of four gates, and
+// two results.
+FASTRNN_CONSTEXPR int column_bytes(const TileShape& t) {
+  return 4 * 2 * 4 * t.units * (t.rows() + kSumPadding + 1);
+}
+
+// Shared memory of a CTA of any kernel.
+FASTRNN_CONSTEXPR int shared_bytes(CellKind cell, const TileShape& tile, bool backward, Format format,
+                                   ExchangeKind exchange, int depth) {
+  const Geometry g = geometry_of(cell_shape(cell), tile, backward);
+  return shared_layout(g, format, mail_buffers(exchange), depth).bytes +
+         (cell == CellKind::bnlstm ? column_bytes(tile) : 0);
 }
 
 }  // namespace fastrnn::cuda

@@ -18,6 +18,11 @@ enum class Mutation : int {
   k_permutation,          // the weights' columns are in their natural order
   reset_ignored,          // the exchange does not zero a state that is reset
   single_expectation,     // the cluster's mbarrier expects a word too few
+  other_step_mask,        // the masked state of one step is given another step's mask
+  masked_carry,           // a highway layer's carry sees the masked state
+  one_slab,               // every micro-step uses the first one's weights
+  dead_rows_counted,      // statistics divide by all rows, not by those that reach the step
+  statistics_barrier,     // none between the statistics and their reader
   count
 };
 

@@ -21,6 +21,7 @@ struct Format16 {
   static constexpr int kChunk = 4 * kVec;  // elements of four lanes
   FASTRNN_DEVICE static float load(const Elem* p) { return Self::widen(prim::load_constant(p)); }
   FASTRNN_DEVICE static void store(Elem* p, float v) { prim::store(p, static_cast<Elem>(Self::narrow(v))); }
+  FASTRNN_DEVICE static float round(float v) { return Self::widen(static_cast<Elem>(Self::narrow(v))); }
   // The 32-bit word that holds a row's elements j and j + 1; `value` is the lane's own element.
   static constexpr int kPerWord = 2;
   FASTRNN_DEVICE static uint32_t word(float value) {
@@ -66,6 +67,7 @@ struct Format32 {
   static constexpr int kVec = 4, kChunk = 4 * kVec;
   FASTRNN_DEVICE static float load(const Elem* p) { return prim::load_constant(p); }
   FASTRNN_DEVICE static void store(Elem* p, float v) { prim::store(p, v); }
+  FASTRNN_DEVICE static float round(float v) { return v; }
   static constexpr int kPerWord = 1;
   // One NaN stands for all, so a result is never the sentinel.
   FASTRNN_DEVICE static uint32_t word(float value) {

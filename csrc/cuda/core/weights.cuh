@@ -10,8 +10,7 @@ class Weights {
  public:
   // `packed`: this warp's vectors. A lane reads back from shared memory only what it wrote itself.
   FASTRNN_DEVICE void load(const Vec4* packed, int shared_offset, int lane) {
-    rest_ = prim::shared_view<Vec4>(shared_offset, M::kSharedVectors);
-    lane_ = lane;
+    attach(shared_offset, lane);
     FASTRNN_UNROLL
     for (int m = 0; m < M::kTiles; m++) {
       FASTRNN_UNROLL
@@ -26,6 +25,11 @@ class Weights {
         }
       }
     }
+  }
+  // Weights that a load put there before, where none are in registers.
+  FASTRNN_DEVICE void attach(int shared_offset, int lane) {
+    rest_ = prim::shared_view<Vec4>(shared_offset, M::kSharedVectors);
+    lane_ = lane;
   }
   FASTRNN_DEVICE Vec4 get(int m, int c, int s) const {
     if (c < M::kResident) return resident_[m][c < M::kResident ? c : 0][s];

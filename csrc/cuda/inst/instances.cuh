@@ -26,7 +26,7 @@ struct KindOf<Cluster> {
   static constexpr ExchangeKind value = ExchangeKind::cluster;
 };
 
-template <class Cell, class D, class T, template <class, class, int> class E>
+template <class Cell, class D, class T, template <class, class, int> class E, bool kNoisy = false>
 Kernel forward_entry() {
   return {Cell::kKind,
           false,
@@ -34,9 +34,10 @@ Kernel forward_entry() {
           KindOf<E>::value,
           T::kShape,
           Forward<Cell, D, T, E>::kLayout.bytes,
-          reinterpret_cast<const void*>(&forward_kernel<Cell, D, T, E>)};
+          reinterpret_cast<const void*>(&forward_kernel<Cell, D, T, E, false, kNoisy>),
+          kNoisy};
 }
-template <class Cell, class D, class T, template <class, class, int> class E>
+template <class Cell, class D, class T, template <class, class, int> class E, bool kNoisy = false>
 Kernel backward_entry() {
   return {Cell::kKind,
           true,
@@ -44,7 +45,8 @@ Kernel backward_entry() {
           KindOf<E>::value,
           T::kShape,
           Backward<Cell, D, T, E>::kLayout.bytes,
-          reinterpret_cast<const void*>(&backward_kernel<Cell, D, T, E>)};
+          reinterpret_cast<const void*>(&backward_kernel<Cell, D, T, E, false, kNoisy>),
+          kNoisy};
 }
 
 }  // namespace fastrnn::cuda
@@ -65,3 +67,17 @@ Kernel backward_entry() {
     return {all, static_cast<int>(sizeof all / sizeof *all)}; \
   }                                                           \
   }
+// The same with the tiles of some kernels only; FASTRNN_ENTRY may make several of one.
+#define FASTRNN_FEW_ENTRIES(kind)                                                               \
+  FASTRNN_TILES_16BIT_##kind(FASTRNN_ENTRY_BF16) FASTRNN_TILES_16BIT_##kind(FASTRNN_ENTRY_FP16) \
+      FASTRNN_TILES_32BIT_##kind(FASTRNN_ENTRY_TF32) FASTRNN_TILES_32BIT_##kind(FASTRNN_ENTRY_BF16X3)
+#define FASTRNN_SHORT_KERNEL_LIST(name, kind)                 \
+  namespace fastrnn::cuda {                                   \
+  KernelList name() {                                         \
+    static const Kernel all[] = {FASTRNN_FEW_ENTRIES(kind)};  \
+    return {all, static_cast<int>(sizeof all / sizeof *all)}; \
+  }                                                           \
+  }
+// Both directions of a cell with regularisers.
+#define FASTRNN_REGULARISED(cell, D, E, ...) \
+  forward_entry<cell, D, Tile<__VA_ARGS__>, E, true>(), backward_entry<cell, D, Tile<__VA_ARGS__>, E, true>(),

@@ -8,6 +8,7 @@ namespace fastrnn::cuda::prim {
 
 FASTRNN_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 FASTRNN_DEVICE float reciprocal_approx(float x) { return 1.f / x; }
+FASTRNN_DEVICE float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 FASTRNN_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 FASTRNN_DEVICE uint32_t float_bits(float f) { return emu::as_bits(f); }
 FASTRNN_DEVICE float bits_float(uint32_t b) { return emu::as_float(b); }
@@ -29,6 +30,11 @@ FASTRNN_DEVICE float exp2_approx(float x) {
 FASTRNN_DEVICE float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FASTRNN_DEVICE float reciprocal_sqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 FASTRNN_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }

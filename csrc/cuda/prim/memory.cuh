@@ -12,6 +12,7 @@ FASTRNN_DEVICE float load_constant(const float* p) { return *p; }
 FASTRNN_DEVICE int load_constant(const int* p) { return *p; }
 FASTRNN_DEVICE uint16_t load_constant(const uint16_t* p) { return *p; }
 FASTRNN_DEVICE uint8_t load_constant(const uint8_t* p) { return *p; }
+FASTRNN_DEVICE uint64_t load_constant(const uint64_t* p) { return *p; }
 FASTRNN_DEVICE Vec4 load_relaxed(const Vec4* p) {
   uint32_t w[4];
   emu::load_relaxed(p, w, 4);
@@ -41,6 +42,7 @@ FASTRNN_DEVICE float load_constant(const float* p) { return __ldg(p); }
 FASTRNN_DEVICE int load_constant(const int* p) { return __ldg(p); }
 FASTRNN_DEVICE uint16_t load_constant(const uint16_t* p) { return __ldg(p); }
 FASTRNN_DEVICE uint8_t load_constant(const uint8_t* p) { return __ldg(p); }
+FASTRNN_DEVICE uint64_t load_constant(const uint64_t* p) { return __ldg(p); }
 FASTRNN_DEVICE Vec4 load_relaxed(const Vec4* p) {
   Vec4 v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
