@@ -40,8 +40,8 @@ LAYOUTS = {  # name -> layout, lengths, reset
 def drawn_sizes(choose: random.Random, cell: str) -> dict[str, int]:
     """Unit and odd sizes, vector widths and one beside them, register-tile tails."""
     hidden = choose.choice((1, 5, 16, 17, 33, 64, 100))
-    if cell in NORMED:  # one value has no variance, and what rounding left of it would be scaled up
-        hidden = max(hidden, 2)
+    if cell in NORMED:  # the spread of two values can be nothing, and rounding is divided by it
+        hidden = max(hidden, 5)
     proj = choose.choice((0, 0, 1, 3, hidden - 1)) if cell.startswith("lstm") else 0
     return {
         "H": hidden,
