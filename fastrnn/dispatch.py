@@ -250,10 +250,9 @@ def choose(
         backend = settle(
             _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
         )
-    if backend in ("cuda", "triton"):
-        return backend, backend
-    rounds = backend == "cpu" and not training and input.dtype == torch.float32
-    rounds = rounds and cell in _BF16_CELLS
+    if backend != "cpu":
+        return backend, backend if backend in ("cuda", "triton") else ""
+    rounds = cell in _BF16_CELLS and not training and input.dtype == torch.float32
     return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
 
 

@@ -53,7 +53,7 @@ struct NormLstm : LstmBiases {
   using V = typename E::V;
   using T = typename E::T;
   using Math = Act<V, Linear>;
-  static constexpr bool kCellState = true, kApart = false;
+  static constexpr bool kCellState = true;
   static constexpr int kSlots = 8, kStages = 1;
 
   // scratch: 2H values.
@@ -123,7 +123,7 @@ struct NormGru : GruBiases {
   using V = typename E::V;
   using T = typename E::T;
   using Math = Act<V, Linear>;
-  static constexpr bool kCellState = false, kApart = true;
+  static constexpr bool kCellState = false;
   static constexpr int kSlots = 6, kStages = 1;
 
   template <class M>
