@@ -12,6 +12,8 @@ NATIVE := CMakeLists.txt setup.py fastrnn/_version.py $(shell find csrc -type f 
 CXX_SOURCES := $(filter %.cc %.h %.cu %.cuh,$(NATIVE))
 HYPOTHESIS_CASES ?= 20000
 CUDA_ARCH ?= 90a
+# Processes of pytest: a test is mostly Python on one core.
+JOBS ?= $(shell nproc)
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
@@ -58,7 +60,7 @@ cpp-test: build
 pytest: build
 	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_BUILD_TESTS=ON > $(BUILD)/configure.log
 	$(BIN)/cmake --build $(BUILD) --target _cuda_emulated
-	$(BIN)/python -m pytest -m "not wheel and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not wheel and not slow" $(ARGS)
 
 wheel-test: wheel
 	FASTRNN_WHEEL="$$(ls dist/*.whl)" $(BIN)/python -m pytest -m wheel tests/packaging

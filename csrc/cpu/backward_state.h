@@ -85,7 +85,7 @@ struct BackwardState {
         carry_h_(C::kCarryH || noise_.zones_h()),
         direct_(args.T == 1 && args.N <= kDirectRows && !args.projected && !C::kTwoStage),
         hh_(1, args.O, block_vectors(args.O)),
-        ih_(1, args.I),
+        ih_(1, args.I, kNarrow),
         hr_(1, args.H, block_vectors(args.H)) {
     const int64_t N = args.N, H = args.H, O = args.O, I = args.I;
     const int64_t M = steps_ * N, G = gates_ * H, S = C::kSlots * H;
@@ -138,7 +138,7 @@ struct BackwardState {
   }
 
   // Threads that divide a narrow matrix get half-width blocks, else some would have none.
-  int block_vectors(int64_t width) const { return plan_.units && width <= 8 * E::W ? 2 : kMaxVectors; }
+  int block_vectors(int64_t width) const { return plan_.units && width <= 8 * E::W ? 2 : kNarrow; }
   int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
   int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
 

@@ -92,7 +92,7 @@ class BnLstmBackward {
         deferred_(args.sequence && args.batch),
         stride_(4 * args.H + kRowPadding),
         hh_(1, args.H, block_vectors(args.H, plan_.threads, args.directions)),
-        ih_(1, args.I),
+        ih_(1, args.I, kNarrow),
         zero_(arena.take<T>(4 * args.H)),
         grad_{args, steps_of_, Panels<E>(4, args.H), seq_.rows(), deferred_, zero_} {
     const int64_t N = args.N, H = args.H, I = args.I, G = 4 * H, M = steps_ * N;
@@ -125,9 +125,9 @@ class BnLstmBackward {
   // Width of the blocks that threads divide: the widest tile that leaves no thread much more than its share.
   static int block_vectors(int64_t width, int threads, int directions) {
     const int64_t count = directions == 2 ? imax(1, threads / 2) : threads;
-    int best = kMaxVectors;
+    int best = kNarrow;
     double least = 0;
-    for (int v = kMaxVectors; v > 0; v--) {
+    for (int v = kNarrow; v > 0; v--) {
       const Panels<E> p(1, width, v);
       int64_t worst = 0;
       for (int64_t id = 0; id < count; id++) {
@@ -135,9 +135,9 @@ class BnLstmBackward {
         for (int64_t b = p.blocks * id / count; b < p.blocks * (id + 1) / count; b++) vectors += p.vectors(b);
         worst = imax(worst, vectors);
       }
-      // A tile of two vectors, or of one, waits for its broadcasts.
-      const double cost = double(worst) * (v >= 3 ? 1.0 : v == 2 ? 1.1 : 1.5);
-      if (v == kMaxVectors || cost < least) best = v, least = cost;
+      // A tile of two vectors, or of one, waits for its broadcasts; six rows of two vectors do not.
+      const double cost = double(worst) * (v >= 3 || v == kNarrow ? 1.0 : v == 2 ? 1.1 : 1.5);
+      if (v == kNarrow || cost < least) best = v, least = cost;
     }
     return best;
   }

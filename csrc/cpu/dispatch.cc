@@ -32,17 +32,40 @@ int tape_slots(Cell cell) {
 #if FASTRNN_HAVE_BASELINE
 FASTRNN_DECLARE(baseline)
 #endif
-#if FASTRNN_HAVE_AVX512BF16
-FASTRNN_DECLARE(avx512bf16)
-#endif
 #if FASTRNN_HAVE_AVX512
 FASTRNN_DECLARE(avx512)
 #endif
 #if FASTRNN_HAVE_AVX2
 FASTRNN_DECLARE(avx2)
 #endif
+#if FASTRNN_HAVE_AVX512BF16
+namespace isa_avx512bf16 {
+size_t layer_forward_workspace(const ForwardArgs&);
+void layer_forward(const ForwardArgs&);
+}  // namespace isa_avx512bf16
+#endif
 
 namespace {
+
+#if FASTRNN_HAVE_AVX512BF16
+// AVX-512 with dot products of bfloat16 pairs where operands are bfloat16: the forward of those types. (Gradients are
+// computed in float.)
+const Kernels& avx512bf16() {
+  static const Kernels all = [] {
+    Kernels k = isa_avx512::table;
+    k.isa = "avx512bf16";
+    k.forward_workspace = [](const ForwardArgs& a) {
+      return multiplies_bf16(a.type) ? isa_avx512bf16::layer_forward_workspace(a)
+                                     : isa_avx512::table.forward_workspace(a);
+    };
+    k.forward = [](const ForwardArgs& a) {
+      multiplies_bf16(a.type) ? isa_avx512bf16::layer_forward(a) : isa_avx512::table.forward(a);
+    };
+    return k;
+  }();
+  return all;
+}
+#endif
 
 struct Entry {
   const Kernels* kernels;
@@ -76,13 +99,13 @@ struct Registry {
     [[maybe_unused]] const bool dot = avx512 && __builtin_cpu_supports("avx512bf16");
     [[maybe_unused]] const bool dot_first = __builtin_cpu_is("amd");
 #if FASTRNN_HAVE_AVX512BF16
-    add(isa_avx512bf16::table, dot && dot_first);
+    add(avx512bf16(), dot && dot_first);
 #endif
 #if FASTRNN_HAVE_AVX512
     add(isa_avx512::table, avx512);
 #endif
 #if FASTRNN_HAVE_AVX512BF16
-    add(isa_avx512bf16::table, dot && !dot_first);
+    add(avx512bf16(), dot && !dot_first);
 #endif
 #if FASTRNN_HAVE_AVX2
     add(isa_avx2::table, avx2);

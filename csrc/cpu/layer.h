@@ -29,6 +29,7 @@ constexpr double kLayerNormEps = 1e-5;
 // Tensor type; compute is float for all but f64. f32_bf16: float tensors, but weights and the
 // operands that meet them are rounded to bfloat16 (inference only).
 enum class Type : int32_t { f32 = 0, f64 = 1, bf16 = 2, f32_bf16 = 3 };
+constexpr bool multiplies_bf16(Type t) { return t == Type::bf16 || t == Type::f32_bf16; }
 
 enum class Partition : int32_t { automatic = 0, units = 1, rows = 2 };
 

@@ -5,7 +5,8 @@
 // on how rows are grouped: not on the batch, the thread count or the partition.
 // Rows come through pointers: the operand may be a strided view, an initial state or a zero row.
 // b is a packed panel, streamed once. Tiles: 32 registers hold 6 x 4 or 8 x 3 accumulators plus the
-// weights of one k; 16 registers hold 3 x 4 or 4 x 3.
+// weights of one k; 16 registers hold 3 x 4, 4 x 3 or 6 x 2. The narrow ones take half as much of the panel per
+// multiplication, so matrices of one gate, whose panels may have any width, come in panels of kNarrow vectors.
 #pragma once
 #include "simd.h"
 
@@ -25,8 +26,11 @@ struct Types {
 };
 
 constexpr int kMaxVectors = 4;
-constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;
-constexpr int max_rows(int nv) { return kRegisters == 32 ? (nv == 4 ? 6 : 8) : (nv == 4 ? 3 : 4); }
+constexpr int kNarrow = kRegisters == 32 ? kMaxVectors : 2;
+constexpr int kMaxRows = 8;
+constexpr int max_rows(int nv) {
+  return kRegisters == 32 ? (nv == 4 ? 6 : 8) : nv == 4 ? 3 : nv == 3 ? 4 : nv == 2 ? 6 : 8;
+}
 
 constexpr int kPrefetch = 512;  // elements ahead, 2 KiB
 
@@ -63,11 +67,12 @@ FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E:
   constexpr int W = E::W;
   if constexpr (E::kPair == 1) {
     for (int64_t k = 0; k < K; k++) {
-      if constexpr (kRegisters == 32) {
+      // Whichever of the two operands is smaller is held, the other passes through one register.
+      if constexpr (kRegisters == 32 || R > NV) {
         V w[NV];
         FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
         // Weights beyond L2: with 2 to 4 rows the loop outruns the hardware's prefetch; with one it never does.
-        if constexpr (R >= 2 && R <= 4)
+        if constexpr (kRegisters == 32 && R >= 2 && R <= 4)
           FASTRNN_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + kPrefetch + v * W);
         FASTRNN_UNROLL for (int r = 0; r < R; r++) {
           V x = V::set1(a[r][k]);

@@ -2,7 +2,7 @@
 // share one A (the gate gradients meet the inputs and the previous states).
 //
 // A is repacked into panels of kOuterRows columns ([k][6]), which yields its column sums (the bias
-// gradients) on the way; B into panels of up to four vectors. Every output is one FMA chain per
+// gradients) on the way; B into panels of up to kOuterVectors vectors. Every output is one FMA chain per
 // kOuterK rows and the chains are added in the order of the rows, whatever the thread count.
 #pragma once
 #include "sequence.h"
@@ -11,7 +11,8 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-constexpr int kOuterRows = max_rows(kMaxVectors);
+constexpr int kOuterVectors = kNarrow;
+constexpr int kOuterRows = max_rows(kOuterVectors);
 constexpr int64_t kOuterK = 512;
 constexpr int64_t kOuterStays = 512 << 10;  // bytes of packed operands that stay in L2
 
@@ -49,20 +50,11 @@ static void outer_tile(const typename E::T* a, const typename E::T* b, int64_t K
   FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
       V::zero();
   for (int64_t k = 0; k < K; k++) {
-    if constexpr (kRegisters == 32) {
-      V w[NV];
-      FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
-      FASTRNN_UNROLL for (int r = 0; r < R; r++) {
-        V x = V::set1(a[r]);
-        FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(x, w[v], acc[r][v]);
-      }
-    } else {
-      V x[R];
-      FASTRNN_UNROLL for (int r = 0; r < R; r++) x[r] = V::set1(a[r]);
-      FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
-        V w = V::load(b + v * W);
-        FASTRNN_UNROLL for (int r = 0; r < R; r++) acc[r][v] = V::fma(x[r], w, acc[r][v]);
-      }
+    V w[NV];
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
+    FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+      V x = V::set1(a[r]);
+      FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(x, w[v], acc[r][v]);
     }
     a += R;
     b += NV * W;
@@ -82,16 +74,12 @@ template <class E>
 static void outer_any(int nv, const typename E::T* a, const typename E::T* b, int64_t K, typename E::T* c,
                       int64_t ldc, int rows, int width, bool add) {
   using M = Arithmetic<typename E::T, typename E::T>;
-  switch (nv) {
-    case 1:
-      return outer_tile<M, 1>(a, b, K, c, ldc, rows, width, add);
-    case 2:
-      return outer_tile<M, 2>(a, b, K, c, ldc, rows, width, add);
-    case 3:
-      return outer_tile<M, 3>(a, b, K, c, ldc, rows, width, add);
-    default:
-      return outer_tile<M, 4>(a, b, K, c, ldc, rows, width, add);
+  if constexpr (kOuterVectors == 4) {
+    if (nv == 4) return outer_tile<M, 4>(a, b, K, c, ldc, rows, width, add);
+    if (nv == 3) return outer_tile<M, 3>(a, b, K, c, ldc, rows, width, add);
   }
+  if (nv == 2) return outer_tile<M, 2>(a, b, K, c, ldc, rows, width, add);
+  return outer_tile<M, 1>(a, b, K, c, ldc, rows, width, add);
 }
 
 // Panel p of a job: kOuterRows columns of A over K rows, short panels padded with zeros.
@@ -136,7 +124,7 @@ template <class E>
 static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOperand<E>* operands,
                            int operand_count, int64_t rows, typename E::T* panels, bool add, int id,
                            int count, Barrier& barrier) {
-  constexpr int kWide = kMaxVectors * E::W;
+  constexpr int kWide = kOuterVectors * E::W;
   int64_t total = 0;
   for (int j = 0; j < job_count; j++) total += jobs[j].panels();
   const int64_t mine0 = total * id / count, mine1 = total * (id + 1) / count;

@@ -213,7 +213,7 @@ struct PackedLayout {
   void add(int gates, int64_t width, int64_t first_gate, bool from_x, int64_t Kx, int64_t Kh) {
     Stage<E>& s = stage[stages++];
     // A narrow single-gate matrix gets half-width blocks, so that two threads have something to share.
-    s.panels = Panels<E>(gates, width, gates == 1 && width <= 8 * E::W ? 2 : kMaxVectors);
+    s.panels = Panels<E>(gates, width, gates > 1 ? kMaxVectors : width <= 8 * E::W ? 2 : kNarrow);
     s.from_x = from_x;
     s.first_gate = first_gate;
     s.Kx = from_x ? Kx : 0;

@@ -101,7 +101,7 @@ class RhnBackward {
         s_pieces_(args.s_groups > 1 ? args.gates : 1),
         x_pieces_(args.x_groups > 1 ? args.gates : 1),
         hh_(even_panels<E>(1, args.H, plan_.units ? imax(1, plan_.threads / args.directions) : 1)),
-        ih_(1, args.I) {
+        ih_(1, args.I, kNarrow) {
     const int64_t N = args.N, H = args.H, I = args.I, L = args.depth;
     zero_ = arena.take<T>(width_);
     if (arena.base) std::memset(zero_, 0, width_ * sizeof(T));

@@ -11,7 +11,7 @@ template <class E>
 static Panels<E> even_panels(int gates, int64_t width, int count) {
   Panels<E> best;
   double least = 0;
-  for (int vectors = kMaxVectors; vectors >= imax(2, gates); vectors--) {
+  for (int vectors = gates == 1 ? kNarrow : kMaxVectors; vectors >= imax(2, gates); vectors--) {
     const Panels<E> p(gates, width, vectors);
     int64_t largest = 0;
     for (int id = 0; id < count; id++) {
