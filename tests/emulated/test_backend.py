@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -209,10 +210,11 @@ def test_compiled_whole(name: str, options: dict[str, Any], packed: bool) -> Non
     x: Any = torch.randn(3, 2, 3, dtype=torch.bfloat16)
     if packed:
         x = pack_sequence([x[:, 0], x[:2, 1]])
+    again = deepcopy(rnn)  # a call moves running statistics
     torch.manual_seed(5)
     expected = solve(rnn, x, "cuda")
     torch.manual_seed(5)
-    got = solve(torch.compile(rnn, fullgraph=True, backend="aot_eager"), x, "cuda")
+    got = solve(torch.compile(again, fullgraph=True, backend="aot_eager"), x, "cuda")
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert_same_bits(f"result {index}", a, b)
 
