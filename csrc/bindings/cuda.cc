@@ -44,7 +44,8 @@ const Kernel& read_kernel(const py::tuple& fields) {
   const PlanProblem q = read_problem(f);
   Plan p;
   p.exchange = static_cast<ExchangeKind>(f.integer());
-  for (int* to : {&p.tile.units, &p.tile.row_tiles, &p.tile.chunks, &p.tile.resident, &p.tile.warps})
+  for (int* to :
+       {&p.tile.units, &p.tile.row_tiles, &p.tile.chunks, &p.tile.resident, &p.tile.warps, &p.tile.teams})
     *to = static_cast<int>(f.integer());
   f.end();
   const Kernel* kernel = find_kernel(q, p);
@@ -55,7 +56,7 @@ const Kernel& read_kernel(const py::tuple& fields) {
 py::tuple kernel_fields(const PlanProblem& q, const Plan& p) {
   return py::make_tuple(static_cast<int>(q.cell), static_cast<int>(q.format), q.backward,
                         static_cast<int>(p.exchange), p.tile.units, p.tile.row_tiles, p.tile.chunks,
-                        p.tile.resident, p.tile.warps);
+                        p.tile.resident, p.tile.warps, p.tile.teams);
 }
 
 // (text, refused, exchange, kernel, rows of a group, groups, ctas, launches), the best first.
@@ -67,8 +68,8 @@ py::list plans(const py::tuple& device, const py::tuple& problem) {
   py::list out;
   for (Plan& p : candidates(q, read_device_numbers(device))) {
     if (p.possible() && !find_kernel(q, p)) p.refused = "it is not compiled in";
-    out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.tile.rows(),
-                              p.groups, p.ctas, p.launches));
+    out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.rows, p.groups,
+                              p.ctas, p.launches));
   }
   return out;
 }

@@ -7,7 +7,7 @@ namespace fastrnn::cuda {
 
 inline bool same(const TileShape& a, const TileShape& b) {
   return a.units == b.units && a.row_tiles == b.row_tiles && a.chunks == b.chunks &&
-         a.resident == b.resident && a.warps == b.warps;
+         a.resident == b.resident && a.warps == b.warps && a.teams == b.teams;
 }
 
 inline Geometry geometry_of(const Kernel& kernel) {

@@ -31,7 +31,7 @@ Status launch_layer(const Kernel& kernel, Params params) {
   params.error = nullptr;  // its clock is not time: who waits in vain is reported as a deadlock
   emu::Launch l;
   l.grid = params.directions * params.groups * params.ctas;
-  l.block = 32 * kernel.tile.warps;
+  l.block = kernel.tile.threads();
   l.cluster = mail_buffers(kernel.exchange) ? params.ctas : 1;
   l.shared_bytes = kernel.shared_bytes;
   return run(kernel.function, params, l);
