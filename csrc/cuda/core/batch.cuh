@@ -52,7 +52,7 @@ class BnLstmBase {
         line_(batch_line(kU, p.N)),
         exchange_(p, place_, batch_mail(kLayout.planes, kU, IsBackward, p.N)),
         sums_(kLayout.sums),
-        results_(prim::shared_view<float>(kLayout.results, 2 * 4 * kU)),
+        results_(prim::shared_view<float>(kLayout.results, (kBatchResults + 2 * kBatchOfStep) * kU)),
         planes_(prim::shared_view<float>(kLayout.planes, batch_planes(IsBackward) * kU * line_)),
         lengths_(prim::shared_view<int>(batch_lengths(kLayout.planes, kU, IsBackward, p.N), p.N)) {
     weights_.load(weights + static_cast<int64_t>(place_.cta) * kGeometry.cta_vectors() +
@@ -101,6 +101,12 @@ class BnLstmBase {
   // The two results of a column of the thread's unit.
   FASTRNN_DEVICE float first(int gate) const { return results_.load(gate * kU + unit_); }
   FASTRNN_DEVICE float second(int gate) const { return results_.load((4 + gate) * kU + unit_); }
+
+  // What a step needs of its columns besides, written by the first kU threads, a step ahead; not in registers, of which the
+  // weights leave few.
+  FASTRNN_DEVICE bool speaks() const { return prim::thread_index() < kU; }
+  FASTRNN_DEVICE void tell(int s, int k, float v) const { results_.store(at_step(s, k), v); }
+  FASTRNN_DEVICE float told(int s, int k) const { return results_.load(at_step(s, k)); }
 
   FASTRNN_DEVICE int time(int s, int length) const { return reverse_ ? length - 1 - s : s; }
   FASTRNN_DEVICE bool resets(int s, int n, int length) const { return reset_at(p_, time(s, length), n); }
@@ -171,6 +177,9 @@ class BnLstmBase {
   }
 
  private:
+  FASTRNN_DEVICE int at_step(int s, int k) const {
+    return (kBatchResults + (s & 1) * kBatchOfStep + k) * kU + unit_;
+  }
   // Of a warp that share a column: a power of two.
   static FASTRNN_CONSTEXPR int lanes_of(int columns) {
     int lanes = 1;

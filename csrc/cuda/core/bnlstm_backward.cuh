@@ -18,6 +18,8 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
   // Planes: four gates, then the gradients of their pre-activations; the normalised terms; dh, then the normalised cell's
   // gradient; dc; c, then its normalised value; c of the step before.
   static constexpr int kGates = 0, kHats = 4, kDh = 8, kDc = 9, kCell = 10, kBefore = 11;
+  // Of a step's columns: gamma / sqrt(var + eps) of the recurrent term, mean and 1 / sqrt(var + eps) of the cell.
+  static constexpr int kScaleH = 0, kMeanC = 4, kFactorC = 5, kGammaC = 6, kBetaC = 7;
 
  public:
   FASTRNN_DEVICE BnLstmBackward(const BnLstmBackwardParams& p)
@@ -39,10 +41,6 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
  private:
   FASTRNN_DEVICE BnLstmBackward(const BnLstmBackwardParams& p, const BnLstmBackwardDirection& d)
       : Base(p, d.reverse, d.weights), d_(d) {
-    FASTRNN_UNROLL
-    for (int g = 0; g < 4; g++) gamma_h_[g] = this->of_unit(d.gamma_h, g);
-    gamma_c_ = this->of_unit(d.gamma_c);
-    beta_c_ = this->of_unit(d.beta_c);
     this->each([&](const Element& x) {
       if (!x.length) return;
       put(kDh, x, this->load(d.dh_n, x));
@@ -59,10 +57,16 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
   // What a step reads from HBM, while the exchange is under way; gradients from outside are added to the carried ones.
   FASTRNN_DEVICE void fetch(int s) {
     if (s < 0) return;
-    FASTRNN_UNROLL
-    for (int g = 0; g < 4; g++) scale_h_[g] = used(0, 1, s, g);
-    mean_c_ = used(1, 0, s, 0);
-    factor_c_ = used(1, 1, s, 0);
+    if (this->speaks()) {
+      FASTRNN_UNROLL
+      for (int g = 0; g < 4; g++)
+        this->tell(s, kScaleH + g,
+                   this->of_unit(d_.gamma_h, g) * prim::reciprocal_sqrt(used(0, 1, s, g) + p_.eps));
+      this->tell(s, kMeanC, used(1, 0, s, 0));
+      this->tell(s, kFactorC, prim::reciprocal_sqrt(used(1, 1, s, 0) + p_.eps));
+      this->tell(s, kGammaC, this->of_unit(d_.gamma_c));
+      this->tell(s, kBetaC, this->of_unit(d_.beta_c));
+    }
     constexpr int kBlock = 2;
     float tape[kBlock][8], dy[kBlock], dcells[kBlock], before[kBlock], c[kBlock];
     this->template each_block<kBlock>(
@@ -90,9 +94,6 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
           put(kCell, x, c[i]);
           put(kBefore, x, before[i]);
         });
-    FASTRNN_UNROLL
-    for (int g = 0; g < 4; g++) scale_h_[g] = gamma_h_[g] * prim::reciprocal_sqrt(scale_h_[g] + p_.eps);
-    factor_c_ = prim::reciprocal_sqrt(factor_c_ + p_.eps);
   }
 
   // The recurrent gradient of step s + 1. Where that step reset its state, nothing of it goes further.
@@ -123,10 +124,12 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
   FASTRNN_DEVICE void step(int s) {
     receive(s);
     const int e = p_.T - 1 - s;
+    const float mean_c = this->told(s, kMeanC), factor_c = this->told(s, kFactorC),
+                gamma_c = this->told(s, kGammaC), beta_c = this->told(s, kBetaC);
     this->each([&](const Element& x) {
       if (s >= x.length) return;
-      const float c_hat = (get(kCell, x) - mean_c_) * factor_c_;
-      const float q = A::tanh(A::fma(gamma_c_, c_hat, beta_c_));
+      const float c_hat = (get(kCell, x) - mean_c) * factor_c;
+      const float q = A::tanh(A::fma(gamma_c, c_hat, beta_c));
       const BnOutputGrad<float> out = bnlstm_backward_output<A>(get(kGates + 3, x), q, get(kDh, x));
       put(kGates + 3, x, out.o);
       put(kDh, x, out.m);
@@ -135,7 +138,7 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
     means<1>(s, kDh, kCell - kDh);
     const float mean = this->first(0), mean_hat = this->second(0);
     this->each([&](const Element& x) {
-      if (s < x.length) cell(s, x, mean, mean_hat);
+      if (s < x.length) cell(s, x, gamma_c * factor_c, mean, mean_hat);
     });
     means<4>(s, kGates, kHats - kGates);
     finish(s, e);
@@ -143,9 +146,8 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
     fetch(s - 1);
   }
 
-  FASTRNN_DEVICE void cell(int s, const Element& x, float mean, float mean_hat) {
-    const float dc = get(kDc, x) +
-                     batch_norm_backward<A>(get(kDh, x), get(kCell, x), gamma_c_ * factor_c_, mean, mean_hat);
+  FASTRNN_DEVICE void cell(int s, const Element& x, float scale, float mean, float mean_hat) {
+    const float dc = get(kDc, x) + batch_norm_backward<A>(get(kDh, x), get(kCell, x), scale, mean, mean_hat);
     const bool cleared = this->resets(s, x.n, x.length);
     const BnCellGrad<float> r = bnlstm_backward_cell<A>(
         get(kGates, x), get(kGates + 1, x), get(kGates + 2, x), cleared ? 0.f : get(kBefore, x), dc);
@@ -156,11 +158,12 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
   }
 
   FASTRNN_DEVICE void finish(int s, int e) {
-    float mean[4], mean_hat[4];
+    float mean[4], mean_hat[4], scale[4];
     FASTRNN_UNROLL
     for (int g = 0; g < 4; g++) {
       mean[g] = this->first(g);
       mean_hat[g] = this->second(g);
+      scale[g] = this->told(s, kScaleH + g);
     }
     this->each([&](const Element& x) {
       const bool live = s < x.length;
@@ -170,7 +173,7 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
         float dz = 0.f, da = 0.f;
         if (live) {
           dz = get(kGates + g, x);
-          da = batch_norm_backward<A>(dz, get(kHats + g, x), scale_h_[g], mean[g], mean_hat[g]);
+          da = batch_norm_backward<A>(dz, get(kHats + g, x), scale[g], mean[g], mean_hat[g]);
         }
         publish<D>(p_, exchange_, d_.mail, e, s, x, g, da);
         if (!x.length) continue;
@@ -184,8 +187,6 @@ class BnLstmBackward : public BnLstmBase<D, T, ExchangeOf, true, BnLstmBackwardP
   }
 
   const BnLstmBackwardDirection& d_;
-  float gamma_h_[4], gamma_c_, beta_c_;
-  float scale_h_[4], mean_c_, factor_c_;  // of the step that was fetched
 };
 
 template <class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>

@@ -16,6 +16,8 @@ class BnLstmForward : public BnLstmBase<D, T, ExchangeOf, false, BnLstmForwardPa
   using Base::p_, Base::place_, Base::exchange_, Base::sums_, Base::kU, Base::get, Base::put;
   // Planes: the recurrent sums of four gates, the last one later the output gate itself; the input terms; c.
   static constexpr int kSums = 0, kOutputGate = 3, kInput = 4, kCell = 8;
+  // The same in all steps.
+  static constexpr int kGammaH = 0, kGammaC = 4, kBetaC = 5;
 
  public:
   FASTRNN_DEVICE BnLstmForward(const BnLstmForwardParams& p)
@@ -29,10 +31,12 @@ class BnLstmForward : public BnLstmBase<D, T, ExchangeOf, false, BnLstmForwardPa
  private:
   FASTRNN_DEVICE BnLstmForward(const BnLstmForwardParams& p, const BnLstmForwardDirection& d)
       : Base(p, d.reverse, d.weights), d_(d) {
-    FASTRNN_UNROLL
-    for (int g = 0; g < 4; g++) gamma_h_[g] = this->of_unit(d.gamma_h, g);
-    gamma_c_ = this->of_unit(d.gamma_c);
-    beta_c_ = this->of_unit(d.beta_c);
+    if (this->speaks()) {
+      FASTRNN_UNROLL
+      for (int g = 0; g < 4; g++) this->tell(0, kGammaH + g, this->of_unit(d.gamma_h, g));
+      this->tell(0, kGammaC, this->of_unit(d.gamma_c));
+      this->tell(0, kBetaC, this->of_unit(d.beta_c));
+    }
     this->each([&](const Element& x) {
       if (x.length) put(kCell, x, this->load(d.c0, x));
     });
@@ -103,17 +107,26 @@ class BnLstmForward : public BnLstmBase<D, T, ExchangeOf, false, BnLstmForwardPa
     gates(s);
     normalise<1>(s, kCell, 1, p_.H);
     const float mean = this->first(0), factor = this->second(0);
-    this->each([&](const Element& x) { finish(s, x, mean, factor); });
+    const float gamma_c = this->told(0, kGammaC), beta_c = this->told(0, kBetaC);
+    this->each([&](const Element& x) {
+      float out = 0.f, c = 0.f;
+      if (s < x.length) {
+        c = get(kCell, x);
+        out = get(kOutputGate, x) * A::tanh(A::fma(gamma_c, (c - mean) * factor, beta_c));
+      }
+      finish(s, x, out, c);
+    });
     exchange_.done(s);
     fetch(s + 1);
   }
 
   FASTRNN_DEVICE void gates(int s) {
-    float mean[4], factor[4];
+    float mean[4], factor[4], gamma_h[4];
     FASTRNN_UNROLL
     for (int g = 0; g < 4; g++) {
       mean[g] = this->first(g);
       factor[g] = this->second(g);
+      gamma_h[g] = this->told(0, kGammaH + g);
     }
     this->each([&](const Element& x) {
       if (s >= x.length) return;
@@ -121,7 +134,7 @@ class BnLstmForward : public BnLstmBase<D, T, ExchangeOf, false, BnLstmForwardPa
       FASTRNN_UNROLL
       for (int g = 0; g < 4; g++) {
         hat[g] = (get(kSums + g, x) - mean[g]) * factor[g];
-        const float z = batch_norm_gate<A>(hat[g], get(kInput + g, x), gamma_h_[g], 1.f, 0.f);
+        const float z = batch_norm_gate<A>(hat[g], get(kInput + g, x), gamma_h[g], 1.f, 0.f);
         gate[g] = g == 2 ? A::tanh(z) : A::sigmoid(z);
       }
       const float before = this->resets(s, x.n, x.length) ? 0.f : get(kCell, x);
@@ -137,18 +150,12 @@ class BnLstmForward : public BnLstmBase<D, T, ExchangeOf, false, BnLstmForwardPa
     });
   }
 
-  FASTRNN_DEVICE void finish(int s, const Element& x, float mean, float factor) {
-    const bool live = s < x.length;
-    float out = 0.f, c = 0.f;
-    if (live) {
-      c = get(kCell, x);
-      const float c_hat = (c - mean) * factor;
-      out = get(kOutputGate, x) * A::tanh(A::fma(gamma_c_, c_hat, beta_c_));
-    }
+  // h and c of an element, 0 past a row's end.
+  FASTRNN_DEVICE void finish(int s, const Element& x, float out, float c) {
     if (!Exchange::kInShared || s + 1 < p_.T) publish<D>(p_, exchange_, d_.mail, s, s, x, 0, out);
     if (!x.length) return;
     // A row past its end has its zeros at the times that are left.
-    const int t = live ? this->time(s, x.length) : s;
+    const int t = s < x.length ? this->time(s, x.length) : s;
     D::store(row_at<Elem>(d_.y, t, x.n) + x.j, out);
     if (d_.cells.data) prim::store(row_at<float>(d_.cells, t, x.n) + x.j, c);
     if (s != x.length - 1) return;
@@ -158,7 +165,6 @@ class BnLstmForward : public BnLstmBase<D, T, ExchangeOf, false, BnLstmForwardPa
   }
 
   const BnLstmForwardDirection& d_;
-  float gamma_h_[4], gamma_c_, beta_c_;
 };
 
 template <class D, class T, template <class, class, int> class ExchangeOf, bool kLinear = false>

@@ -161,6 +161,8 @@ struct BatchLayout {
 };
 // Forward: four recurrent sums, four input terms, c. Backward: four gates, four normalised terms, dh, dc, c, c before.
 FASTRNN_CONSTEXPR int batch_planes(bool backward) { return backward ? 12 : 9; }
+// Floats of a unit: two results of the columns of four gates, and what else an epilogue needs of its columns, for two steps.
+constexpr int kBatchResults = 8, kBatchOfStep = 8;
 // A warp's lanes are units first: with these distances they meet 32 different banks.
 FASTRNN_CONSTEXPR int batch_line(int units, int N) { return round_up(N, 32) + (units < 32 ? 32 / units : 1); }
 FASTRNN_CONSTEXPR int batch_sum_line(const TileShape& t) {
@@ -178,7 +180,7 @@ FASTRNN_CONSTEXPR BatchLayout batch_layout(const Geometry& g, Format format, int
   s.weights = kBarrierBytes;
   s.sums = s.weights + t.warps * t.teams * g.warp_shared_vectors() * 16;
   s.results = s.sums + 2 * t.warps * g.sum_rows() * batch_sum_line(t) * 4;
-  s.planes = s.results + 2 * 4 * t.units * 4;
+  s.planes = s.results + (kBatchResults + 2 * kBatchOfStep) * t.units * 4;
   s.mail = batch_mail(s.planes, t.units, g.backward, N);
   const int row = g.values() * t.warps * t.chunks * chunk_elements(format) + vector_elements(format);
   s.bytes = s.mail + buffers * N * row * element_bytes(format);
