@@ -43,12 +43,10 @@
 // row tiles the compiler put arrays into local memory.
 #define FASTRNN_TILES_16BIT_BNLSTM_FORWARD(X)           \
   X(Sentinel, 8, 2, 2, 2, 2, 4) /* 64 rows, H to 128 */ \
-  X(Sentinel, 8, 2, 4, 4, 4, 2) /* 32 rows, H to 512 */ \
-  X(Sentinel, 16, 2, 4, 4, 8)   /* 16 rows, H to 1024 */
+  X(Sentinel, 8, 2, 4, 4, 4, 2) /* 32 rows, H to 512 */
 #define FASTRNN_TILES_16BIT_BNLSTM_BACKWARD(X)           \
   X(Sentinel, 16, 2, 2, 2, 2, 4) /* 64 rows, H to 128 */ \
-  X(Sentinel, 16, 2, 4, 4, 4, 2) /* 32 rows, H to 512 */ \
-  X(Sentinel, 16, 2, 4, 4, 8)    /* 16 rows, H to 1024 */
+  X(Sentinel, 16, 2, 4, 4, 4, 2) /* 32 rows, H to 512 */
 #define FASTRNN_TILES_32BIT_BNLSTM_FORWARD(X)           \
   X(Sentinel, 8, 2, 4, 4, 2, 4) /* 64 rows, H to 128 */ \
   X(Sentinel, 8, 2, 8, 8, 4, 2) /* 32 rows, H to 512 */
