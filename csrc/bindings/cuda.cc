@@ -58,7 +58,7 @@ Device read_device_numbers(const py::tuple& numbers) {
 py::tuple kernel_fields(const PlanProblem& q, const Plan& p) {
   return py::make_tuple(static_cast<int>(q.cell), static_cast<int>(q.format), q.backward, q.regularised,
                         static_cast<int>(p.exchange), p.tile.units, p.tile.row_tiles, p.tile.chunks,
-                        p.tile.resident, p.tile.warps);
+                        p.tile.resident, p.tile.warps, p.tile.teams);
 }
 
 // (text, refused, exchange, kernel, rows of a group, groups, ctas, launches), the best first.
@@ -70,8 +70,8 @@ py::list plans(const py::tuple& device, const py::tuple& problem) {
   py::list out;
   for (Plan& p : candidates(q, read_device_numbers(device))) {
     if (p.possible() && !find_kernel(q, p)) p.refused = "it is not compiled in";
-    out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.tile.rows(),
-                              p.groups, p.ctas, p.launches));
+    out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.rows, p.groups,
+                              p.ctas, p.launches));
   }
   return out;
 }
@@ -112,10 +112,10 @@ void bind(py::module_& m) {
     return py::make_tuple(d.sms, d.shared_bytes, d.registers, d.compute_capability, d.most_clusters);
   });
   m.def("plans", &plans);
-  m.def("resident_ctas", [](int ordinal, const py::tuple& name, int ctas_of_a_cluster, int depth) {
+  m.def("resident_ctas", [](int ordinal, const py::tuple& name, int ctas_of_a_cluster, int extent) {
     int count = 0;
     check(select_device(ordinal), "selecting the device");
-    check(resident_ctas(read_kernel(name), ctas_of_a_cluster, &count, depth), "counting resident CTAs");
+    check(resident_ctas(read_kernel(name), ctas_of_a_cluster, &count, extent), "counting resident CTAs");
     return count;
   });
   m.def("packed_bytes",

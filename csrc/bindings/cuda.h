@@ -38,7 +38,8 @@ inline const Kernel& read_kernel(const py::tuple& fields) {
   const PlanProblem q = read_problem(f);
   Plan p;
   p.exchange = static_cast<ExchangeKind>(f.integer());
-  for (int* to : {&p.tile.units, &p.tile.row_tiles, &p.tile.chunks, &p.tile.resident, &p.tile.warps})
+  for (int* to :
+       {&p.tile.units, &p.tile.row_tiles, &p.tile.chunks, &p.tile.resident, &p.tile.warps, &p.tile.teams})
     *to = static_cast<int>(f.integer());
   f.end();
   const Kernel* kernel = find_kernel(q, p);

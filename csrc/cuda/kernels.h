@@ -11,7 +11,7 @@ struct Kernel {
   Format format;
   ExchangeKind exchange;
   TileShape tile;
-  int shared_bytes;  // of a highway layer of depth 1
+  int shared_bytes;  // of a highway layer of depth 1, of a batch of one row
   const void*
       function;  // takes ForwardParams or BackwardParams by value, the regularised or a highway layer's ones
   bool regularised = false;

@@ -16,10 +16,10 @@ Status status_of(cudaError_t error) {
 struct Configuration {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[2] = {};
-  Configuration(const Kernel& kernel, int grid, int cluster, int depth, void* stream) {
+  Configuration(const Kernel& kernel, int grid, int cluster, int extent, void* stream) {
     config.gridDim = dim3(grid);
-    config.blockDim = dim3(32 * kernel.tile.warps);
-    config.dynamicSmemBytes = shared_bytes(kernel, depth);
+    config.blockDim = dim3(kernel.tile.threads());
+    config.dynamicSmemBytes = shared_bytes(kernel, extent);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
     // Cooperative: the driver refuses a grid that is not resident as a whole, instead of a deadlock.
@@ -34,16 +34,16 @@ struct Configuration {
   }
 };
 
-cudaError_t allow_shared_memory(const Kernel& kernel, int depth) {
+cudaError_t allow_shared_memory(const Kernel& kernel, int extent) {
   return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              shared_bytes(kernel, depth));
+                              shared_bytes(kernel, extent));
 }
 
 template <class Params>
-Status launch_with(const Kernel& kernel, const Params& params, void* stream, int depth = 1) {
+Status launch_with(const Kernel& kernel, const Params& params, void* stream, int extent = 1) {
   if (!takes(kernel, params)) return status_of(cudaErrorInvalidValue);
-  if (const cudaError_t error = allow_shared_memory(kernel, depth)) return status_of(error);
-  const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, depth, stream);
+  if (const cudaError_t error = allow_shared_memory(kernel, extent)) return status_of(error);
+  const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, extent, stream);
   Params copy = params;
   void* arguments[] = {&copy};
   return status_of(cudaLaunchKernelExC(&c.config, kernel.function, arguments));
@@ -78,11 +78,11 @@ Status read_device(Device* device) {
   return {};
 }
 
-Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int depth) {
+Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int extent) {
   *count = 0;
-  if (const cudaError_t error = allow_shared_memory(kernel, depth)) return status_of(error);
+  if (const cudaError_t error = allow_shared_memory(kernel, extent)) return status_of(error);
   if (kernel.exchange == ExchangeKind::cluster) {
-    const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, depth, nullptr);
+    const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, extent, nullptr);
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &c.config);
     *count = clusters * ctas_of_a_cluster;
@@ -92,7 +92,7 @@ Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, in
   if (const Status status = read_device(&device); !status.ok()) return status;
   int of_sm = 0;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &of_sm, kernel.function, 32 * kernel.tile.warps, shared_bytes(kernel, depth));
+      &of_sm, kernel.function, kernel.tile.threads(), shared_bytes(kernel, extent));
   *count = of_sm * device.sms;
   return status_of(error);
 }
@@ -125,10 +125,10 @@ Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* strea
 }
 
 Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* stream) {
-  return launch_with(kernel, params, stream);
+  return launch_with(kernel, params, stream, params.N);
 }
 Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream) {
-  return launch_with(kernel, params, stream);
+  return launch_with(kernel, params, stream, params.N);
 }
 
 Status mask_state(Format format, const MaskStateParams& params, void* stream) {

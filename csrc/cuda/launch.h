@@ -27,8 +27,8 @@ Status select_device(int ordinal);
 Status read_device(Device* device);
 
 // CTAs (or, for clusters, CTAs in whole clusters) of this kernel that the device holds at once, by the driver's own count.
-// depth: of a highway layer.
-Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int depth = 1);
+// extent: micro-steps of a highway layer, rows of a batch-normalised layer's batch.
+Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int extent = 1);
 
 // Sets `bytes` of mail to the sentinel; before every launch, on the same stream.
 Status prepare_mail(void* mail, size_t bytes, void* stream);

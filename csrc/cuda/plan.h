@@ -37,6 +37,7 @@ struct PlanProblem {
 struct Plan {
   ExchangeKind exchange = ExchangeKind::sentinel;
   TileShape tile;
+  int rows = 0;              // of the batch, that a CTA has
   int groups = 0, ctas = 0;  // of a launch, for each direction
   int launches = 0;          // one after another, each with its part of the batch
   int shared_bytes = 0;
@@ -55,7 +56,7 @@ inline std::string Plan::text() const {
   char s[240];
   std::snprintf(s, sizeof s,
                 "%s, %d units x %d rows a CTA, %d groups x %d CTAs, %d launch%s, %d KiB of shared memory",
-                name_of(exchange), tile.units, tile.rows(), groups, ctas, launches, launches == 1 ? "" : "es",
+                name_of(exchange), tile.units, rows, groups, ctas, launches, launches == 1 ? "" : "es",
                 shared_bytes / 1024);
   return possible() ? s : std::string(s) + ": " + refused;
 }
@@ -67,15 +68,19 @@ struct CostModel {
   double l2_total = 4000, l2_of_sm = 64, dsmem = 16, shared = 128;
   double hop[4] = {60, 250, 700, 1350};  // by ExchangeKind
   double reduction = 100, epilogue = 200, epilogue_element = 1.6;
+  double pass = 300, statistics = 250, statistics_element = 1.5;  // batch statistics
 };
 
 // Microseconds of one step of one launch: wait for the exchange, read and multiply (overlapping by three quarters of the
-// shorter), reduce, epilogue.
+// shorter), reduce, epilogue. Batch-normalised layers walk the batch in passes, each with a barrier and a latency of its own.
 inline double step_time(const PlanProblem& q, const Plan& p, const Device& device, const CostModel& m = {}) {
   const Geometry g = geometry_of(cell_shape(q.cell), p.tile, q.backward);
   const double passes = q.format == Format::bf16x3 ? 3 : 1;
   const double rate = (q.format == Format::tf32 ? m.flops_tf32 : m.flops_16bit) / passes;
-  const int rows = p.tile.rows(), padded = round_up(q.H, vector_elements(q.format));
+  const bool whole_batch = q.cell == CellKind::bnlstm;
+  const int passes_of_rows = whole_batch ? ceil_div(q.N, p.tile.rows()) : 1;
+  const int rows = whole_batch ? round_up(q.N, 8 * p.tile.row_tiles) : p.tile.rows(),
+            padded = round_up(q.H, vector_elements(q.format));
   const int loading = std::min(device.sms, q.directions * p.groups * p.ctas);
   double cycles = 0;
   for (int i = 0; i < g.phases; i++) {
@@ -88,6 +93,8 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
     if (p.exchange == ExchangeKind::local) read = bytes / m.shared;
     if (p.exchange == ExchangeKind::cluster) read = bytes / m.dsmem;
     const double sums = m.reduction + 2.0 * p.tile.warps * ph.out * p.tile.units * rows * 4 / m.shared;
+    if (whole_batch)
+      cycles += (passes_of_rows - 1) * m.pass + 2 * m.statistics + m.statistics_element * p.tile.units * rows;
     cycles += m.hop[static_cast<int>(p.exchange)] + std::max(read, multiply) +
               0.25 * std::min(read, multiply) + sums + m.epilogue + m.epilogue_element * p.tile.units * rows;
   }
@@ -106,8 +113,10 @@ inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
   std::vector<Compiled> all;
   const bool narrow = element_bytes(q.format) == 2;
   if (q.cell == CellKind::bnlstm) {
-    if (narrow) return {FASTRNN_TILES_16BIT_BNLSTM(FASTRNN_LISTED)};
-    return {FASTRNN_TILES_32BIT_BNLSTM(FASTRNN_LISTED)};
+    if (narrow && q.backward) return {FASTRNN_TILES_16BIT_BNLSTM_BACKWARD(FASTRNN_LISTED)};
+    if (narrow) return {FASTRNN_TILES_16BIT_BNLSTM_FORWARD(FASTRNN_LISTED)};
+    if (q.backward) return {FASTRNN_TILES_32BIT_BNLSTM_BACKWARD(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_BNLSTM_FORWARD(FASTRNN_LISTED)};
   }
   if (is_rhn(q.cell)) {
     if (narrow) return {FASTRNN_TILES_16BIT_RHN(FASTRNN_LISTED)};
@@ -145,17 +154,21 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
     while (size < p.ctas) size *= 2;
     p.ctas = size;
   }
-  p.shared_bytes = shared_bytes(q.cell, p.tile, q.backward, q.format, p.exchange, q.depth);
+  const bool whole_batch = q.cell == CellKind::bnlstm;
+  p.rows = whole_batch ? q.N : p.tile.rows();
+  p.shared_bytes =
+      shared_bytes(q.cell, p.tile, q.backward, q.format, p.exchange, whole_batch ? q.N : q.depth);
   if (padded > most) return refuse("its warps reduce over up to " + std::to_string(most) + " units");
   if (p.shared_bytes > device.shared_bytes)
-    return refuse("a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory");
+    return refuse((whole_batch ? "statistics are over the whole batch, and with " + std::to_string(q.N) +
+                                     " rows a CTA needs " + std::to_string(ceil_div(p.shared_bytes, 1024)) +
+                                     " KiB of shared memory: "
+                               : std::string()) +
+                  "a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory");
   if (p.exchange == ExchangeKind::local && p.ctas > 1) return refuse("more units than one CTA has");
   // A kernel may use 255 registers a thread.
-  const int resident = device.registers / (256 * 32 * p.tile.warps) > 0 ? 1 : 0;
-  if (!resident) return refuse("an SM has " + std::to_string(device.registers) + " registers");
-  if (q.cell == CellKind::bnlstm && q.N > p.tile.rows())
-    return refuse("statistics are over the whole batch, of which a CTA has " + std::to_string(p.tile.rows()) +
-                  " rows");
+  if (device.registers / (256 * p.tile.threads()) < 1)
+    return refuse("an SM has " + std::to_string(device.registers) + " registers");
   int room = device.sms;
   if (p.exchange == ExchangeKind::cluster) {
     if (device.compute_capability < 90 || !device.most_clusters) return refuse("the device has no clusters");
@@ -166,7 +179,7 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
   if (most_groups < 1)
     return refuse(std::to_string(p.ctas * q.directions) + " CTAs wait for each other, the device holds " +
                   std::to_string(room));
-  const int wanted = ceil_div(q.N, p.tile.rows());
+  const int wanted = ceil_div(q.N, p.rows);
   p.launches = ceil_div(wanted, most_groups);
   p.groups = ceil_div(wanted, p.launches);
   p.step_us = p.launches * step_time(q, p, device);

@@ -7,7 +7,7 @@ namespace fastrnn::cuda {
 
 inline bool same(const TileShape& a, const TileShape& b) {
   return a.units == b.units && a.row_tiles == b.row_tiles && a.chunks == b.chunks &&
-         a.resident == b.resident && a.warps == b.warps;
+         a.resident == b.resident && a.warps == b.warps && a.teams == b.teams;
 }
 
 inline Geometry geometry_of(const Kernel& kernel) {
@@ -64,8 +64,8 @@ inline bool takes(const Kernel& k, const BnLstmBackwardParams&) {
   return k.cell == CellKind::bnlstm && k.backward;
 }
 
-inline int shared_bytes(const Kernel& k, int depth) {
-  return shared_bytes(k.cell, k.tile, k.backward, k.format, k.exchange, depth);
+inline int shared_bytes(const Kernel& k, int extent) {
+  return shared_bytes(k.cell, k.tile, k.backward, k.format, k.exchange, extent);
 }
 
 inline int mask_state_blocks(const MaskStateParams& p) {

@@ -1,4 +1,4 @@
-// The kernels that are compiled: exchange, tile (units, row tiles, chunks, resident, warps). The lists are short because
+// The kernels that are compiled: exchange, tile (units, row tiles, chunks, resident, warps, teams if not one). The lists are short because
 // every entry is compiled for five cells, two directions and two formats; sizes in between are padded.
 #pragma once
 
@@ -38,13 +38,21 @@
   X(Sentinel, 16, 1, 2, 0, 8) /* H to 256 */ \
   X(Sentinel, 16, 1, 4, 0, 8) /* H to 512 */
 
-// Batch-normalised LSTM: all rows of the batch in every CTA.
-#define FASTRNN_TILES_16BIT_BNLSTM(X)                \
-  X(Sentinel, 16, 1, 2, 2, 8) /* 8 rows, H to 512 */ \
-  X(Sentinel, 16, 2, 2, 2, 8) /* 16 rows */
-#define FASTRNN_TILES_32BIT_BNLSTM(X)                \
-  X(Sentinel, 16, 1, 2, 2, 8) /* 8 rows, H to 256 */ \
-  X(Sentinel, 16, 2, 2, 2, 8) /* 16 rows */
+// Batch-normalised LSTM, with teams: all rows of the batch in every CTA, 8 * row tiles * teams of them in a pass. Forward
+// has few units a CTA, since partial sums are most of its shared memory traffic; backward needs 16 for a product. With four
+// row tiles the compiler put arrays into local memory.
+#define FASTRNN_TILES_16BIT_BNLSTM_FORWARD(X)           \
+  X(Sentinel, 8, 2, 2, 2, 2, 4) /* 64 rows, H to 128 */ \
+  X(Sentinel, 8, 2, 4, 4, 4, 2) /* 32 rows, H to 512 */
+#define FASTRNN_TILES_16BIT_BNLSTM_BACKWARD(X)           \
+  X(Sentinel, 16, 2, 2, 2, 2, 4) /* 64 rows, H to 128 */ \
+  X(Sentinel, 16, 2, 4, 4, 4, 2) /* 32 rows, H to 512 */
+#define FASTRNN_TILES_32BIT_BNLSTM_FORWARD(X)           \
+  X(Sentinel, 8, 2, 4, 4, 2, 4) /* 64 rows, H to 128 */ \
+  X(Sentinel, 8, 2, 8, 8, 4, 2) /* 32 rows, H to 512 */
+#define FASTRNN_TILES_32BIT_BNLSTM_BACKWARD(X)           \
+  X(Sentinel, 16, 2, 4, 4, 2, 4) /* 64 rows, H to 128 */ \
+  X(Sentinel, 16, 2, 4, 4, 8)    /* 16 rows, H to 512 */
 
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \

@@ -12,7 +12,7 @@ static const Device kH100{}, kA100{108, 166912, 65536, 80, 0}, kSmall{24, 101376
 
 template <class Visit>
 static void each_problem(Visit visit) {
-  for (int cell = 0; cell < 7; cell++)
+  for (int cell = 0; cell < 8; cell++)
     for (int format = 0; format < 4; format++)
       for (int backward = 0; backward < 2; backward++)
         for (int directions = 1; directions <= 2; directions++)
@@ -39,8 +39,8 @@ TEST(plans_fit_the_device_and_the_problem) {
         before = p.step_us;
         CHECK(q.directions * p.groups * p.ctas <= device.sms);
         CHECK(p.shared_bytes <= device.shared_bytes);
-        CHECK(p.groups >= 1 && p.launches * p.groups * p.tile.rows() >= q.N);
-        CHECK((p.launches * p.groups - p.launches) * p.tile.rows() < q.N);  // no launch more than needed
+        CHECK(p.groups >= 1 && p.launches * p.groups * p.rows >= q.N);
+        CHECK((p.launches * p.groups - p.launches) * p.rows < q.N);  // no launch more than needed
         const bool rounded = p.exchange == ExchangeKind::cluster;
         if (rounded) CHECK_EQ(p.ctas & (p.ctas - 1), 0);
         CHECK(p.ctas * p.tile.units >= q.H);
@@ -106,22 +106,37 @@ TEST(highway_layers_are_as_deep_as_shared_memory_allows) {
 TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
   PlanProblem q;
   q.cell = CellKind::bnlstm;
-  for (const bool backward : {false, true})
-    for (const Format format : {Format::bf16, Format::tf32}) {
-      q.backward = backward, q.format = format;
-      q.H = element_bytes(format) == 2 ? 512 : 256;
-      for (const int N : {1, 8, 9, 16}) {
-        q.N = N;
-        const Plan p = candidates(q, kH100).front();
-        CHECK(p.possible());
-        CHECK_EQ(p.groups, 1);
-        CHECK_EQ(p.launches, 1);
-        CHECK_EQ(p.tile.rows(), N > 8 ? 16 : 8);
-      }
-      q.N = 17;
-      for (const Plan& p : candidates(q, kH100))
-        CHECK(p.refused.find("statistics are over the whole batch") != std::string::npos);
+  const auto most_rows = [&q](const Device& device) {
+    int most = 0;
+    for (q.N = 1; q.N <= 300; q.N++) {
+      const Plan p = candidates(q, device).front();
+      if (!p.possible()) continue;
+      most = q.N;
+      CHECK_EQ(p.groups * p.launches, 1);
+      CHECK_EQ(p.rows, q.N);
+      CHECK(p.shared_bytes <= device.shared_bytes);
+      CHECK_EQ(p.shared_bytes, shared_bytes(q.cell, p.tile, q.backward, q.format, p.exchange, q.N));
     }
+    return most;
+  };
+  for (const bool backward : {false, true})
+    for (const Format format : {Format::bf16, Format::tf32})
+      for (const int H : {1, 100, 128, 129, 512}) {
+        q.backward = backward, q.format = format, q.H = H, q.directions = H > 128 ? 1 : 2;
+        CHECK(most_rows(kH100) >= 256);
+        CHECK(most_rows(kA100) >= 128);
+        q.directions = 1;
+        if (H <= 128) CHECK(most_rows(kSmall) >= 64);
+      }
+  q.N = 300;
+  for (const Plan& p : candidates(q, kH100)) {
+    const bool wide = p.refused.find("its warps reduce") != std::string::npos;
+    CHECK(wide || p.refused.find("statistics are over the whole batch, and with 300 rows") == 0);
+  }
+  q.N = 64, q.H = 100, q.format = Format::bf16;
+  CHECK_EQ(candidates(q, kH100).front().tile.rows(), 64);
+  q.H = 513;
+  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
 }
 
 TEST(small_layers_stay_in_one_cluster_or_cta) {
@@ -144,6 +159,16 @@ static void agrees(ExchangeKind exchange) {
   };
   CHECK_EQ((Forward<Cell, D, T, E>::kLayout.bytes), expected(false).bytes);
   CHECK_EQ((Backward<Cell, D, T, E>::kLayout.bytes), expected(true).bytes);
+}
+// Weights of a whole batch's kernels: a team's warps have those of one warp without teams.
+TEST(teams_share_packed_weights) {
+  const TileShape one{16, 2, 2, 2, 2}, four{16, 2, 2, 2, 2, 4};
+  CHECK_EQ(four.rows(), 4 * one.rows());
+  CHECK_EQ(four.threads(), 4 * one.threads());
+  for (const bool backward : {false, true}) {
+    const CellShape cell = cell_shape(CellKind::bnlstm);
+    CHECK_EQ(geometry_of(cell, four, backward).cta_vectors(), geometry_of(cell, one, backward).cta_vectors());
+  }
 }
 TEST(shared_memory_is_what_the_plan_says) {
   agrees<Lstm, Bf16, Tile<16, 1, 8, 5, 8>, Sentinel>(ExchangeKind::sentinel);
@@ -206,7 +231,7 @@ static void round_trip(CellKind cell, bool backward, const TileShape& tile, int 
 }
 
 TEST(packing_round_trips) {
-  for (int cell = 0; cell < 7; cell++)
+  for (int cell = 0; cell < 8; cell++)
     for (bool backward : {false, true}) {
       for (int H = 1; H <= 64; H += 3) round_trip(static_cast<CellKind>(cell), backward, {16, 1, 2, 1, 2}, H);
       round_trip(static_cast<CellKind>(cell), backward, {16, 1, 4, 4, 8}, 300);

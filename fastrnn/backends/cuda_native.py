@@ -73,6 +73,11 @@ class Need(NamedTuple):
     depth: int = 1
     regularised: bool = False
 
+    @property
+    def extent(self) -> int:
+        """What the shared memory of a CTA grows with, beside the tile."""
+        return max(self.size, 1) if self.cell == "bnlstm" else self.depth
+
 
 class Plan(NamedTuple):
     """One compiled kernel for a problem; ``refused`` says why it cannot run.
@@ -174,7 +179,7 @@ def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan
         if exchange and plan.exchange != exchange:
             continue
         if not plan.refused:
-            most = _cuda.resident_ctas(ordinal, plan.kernel, plan.ctas, need.depth)
+            most = _cuda.resident_ctas(ordinal, plan.kernel, plan.ctas, need.extent)
             if need.directions * plan.groups * plan.ctas > most:
                 fewer = candidates(need, backward, ordinal, most) if most else []
                 same = [p for p in fewer if p.kernel == plan.kernel]

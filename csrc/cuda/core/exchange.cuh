@@ -134,12 +134,14 @@ struct InShared {
   static constexpr int kRowWords = kRowElements * static_cast<int>(sizeof(Elem)) / 4;
   prim::Shared<uint32_t> words;
   prim::Shared<Vec4> vectors;
-  FASTRNN_DEVICE explicit InShared(int offset)
-      : words(prim::shared_view<uint32_t>(offset, Buffers * T::kRows * kRowWords)),
-        vectors(prim::shared_view<Vec4>(offset, Buffers * T::kRows * kRowWords / 4)) {}
-  FASTRNN_DEVICE static int word_index(int e, int local, int k) {
+  int rows;
+  FASTRNN_DEVICE InShared(const Shape& p, int offset)
+      : words(prim::shared_view<uint32_t>(offset, Buffers * T::mail_rows(p) * kRowWords)),
+        vectors(prim::shared_view<Vec4>(offset, Buffers * T::mail_rows(p) * kRowWords / 4)),
+        rows(T::mail_rows(p)) {}
+  FASTRNN_DEVICE int word_index(int e, int local, int k) const {
     const int buffer = mutated(Mutation::single_cluster_tile) ? 0 : e % Buffers;
-    return (buffer * T::kRows + local) * kRowWords + k * static_cast<int>(sizeof(Elem)) / 4;
+    return (buffer * rows + local) * kRowWords + k * static_cast<int>(sizeof(Elem)) / 4;
   }
   FASTRNN_DEVICE Vec4 load(const Mail&, int e, int, int, int local, int k) const {
     return vectors.load(word_index(e, local, k) / 4);
@@ -151,8 +153,8 @@ struct InShared {
 template <class D, class T, int Values>
 class Local : public InShared<D, T, Values, 1> {
  public:
-  FASTRNN_DEVICE Local(const Shape&, const Place&, int mail_offset)
-      : InShared<D, T, Values, 1>(mail_offset) {}
+  FASTRNN_DEVICE Local(const Shape& p, const Place&, int mail_offset)
+      : InShared<D, T, Values, 1>(p, mail_offset) {}
   FASTRNN_DEVICE void start(const Shape&, int, int) {}
   FASTRNN_DEVICE void wait(int) {}
   FASTRNN_DEVICE void publish(const Mail&, int e, int, int, int local, int k, uint32_t word) const {
@@ -169,13 +171,13 @@ template <class D, class T, int Values>
 class Cluster : public InShared<D, T, Values, 2> {
  public:
   FASTRNN_DEVICE Cluster(const Shape& p, const Place&, int mail_offset)
-      : InShared<D, T, Values, 2>(mail_offset),
+      : InShared<D, T, Values, 2>(p, mail_offset),
         barriers_(prim::shared_view<uint64_t>(0, 2)),
         guard_(p.error),
         ctas_(p.ctas) {}
   // Values that a unit publishes in even and in odd exchanges.
   FASTRNN_DEVICE void start(const Shape& p, int values_even, int values_odd) {
-    const int words = T::kRows * p.H_padded / D::kPerWord;
+    const int words = this->rows * p.H_padded / D::kPerWord;
     even_bytes_ = words * values_even * 4 - (mutated(Mutation::single_expectation) ? 4 : 0);
     odd_bytes_ = words * values_odd * 4;
     if (prim::thread_index() == 0) {

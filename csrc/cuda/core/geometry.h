@@ -76,9 +76,11 @@ FASTRNN_CONSTEXPR CellShape cell_shape(CellKind cell) {
 
 // A CTA owns `units` hidden units for 8 * row_tiles batch rows. Its warps split K, `chunks` chunks each for every
 // exchanged value of a unit; the weights of the first `resident` stay in registers, the others in shared memory.
+// `teams`: several sets of such warps, each for rows of its own (batch-normalised layers).
 struct TileShape {
-  int units = 0, row_tiles = 0, chunks = 0, resident = 0, warps = 8;
-  FASTRNN_CONSTEXPR int rows() const { return 8 * row_tiles; }
+  int units = 0, row_tiles = 0, chunks = 0, resident = 0, warps = 8, teams = 1;
+  FASTRNN_CONSTEXPR int rows() const { return 8 * row_tiles * teams; }
+  FASTRNN_CONSTEXPR int threads() const { return 32 * warps * teams; }
 };
 
 // The matmul of one phase: `out` sums per unit over `in` exchanged values per unit.
@@ -152,18 +154,46 @@ FASTRNN_CONSTEXPR SharedLayout shared_layout(const Geometry& g, Format format, i
   return s;
 }
 
-// After the layout, where a CTA takes statistics of its columns (columns.cuh): two values of each element of four gates, and
-// two results.
-FASTRNN_CONSTEXPR int column_bytes(const TileShape& t) {
-  return 4 * 2 * 4 * t.units * (t.rows() + kSumPadding + 1);
+// A batch-normalised layer's CTA has all N rows of the batch. Partial sums are of the tile.rows() rows of a pass; all else of
+// an element (unit, row) lies in planes of fp32, a line of rows for each unit. What N moves comes last.
+struct BatchLayout {
+  int weights = 0, sums = 0, results = 0, planes = 0, mail = 0, bytes = 0;
+};
+// Forward: four recurrent sums, four input terms, c. Backward: four gates, four normalised terms, dh, dc, c, c before.
+FASTRNN_CONSTEXPR int batch_planes(bool backward) { return backward ? 12 : 9; }
+// Floats of a unit: two results of the columns of four gates, and what else an epilogue needs of its columns, for two steps.
+constexpr int kBatchResults = 8, kBatchOfStep = 8;
+// A warp's lanes are units first: with these distances they meet 32 different banks.
+FASTRNN_CONSTEXPR int batch_line(int units, int N) { return round_up(N, 32) + (units < 32 ? 32 / units : 1); }
+FASTRNN_CONSTEXPR int batch_sum_line(const TileShape& t) {
+  return round_up(t.rows(), 16) + (t.units < 32 ? 8 + 32 / t.units : 1);
+}
+FASTRNN_CONSTEXPR int batch_lengths(int planes, int units, bool backward, int N) {
+  return planes + batch_planes(backward) * units * batch_line(units, N) * 4;
+}
+FASTRNN_CONSTEXPR int batch_mail(int planes, int units, bool backward, int N) {
+  return round_up(batch_lengths(planes, units, backward, N) + N * 4, 16);
+}
+FASTRNN_CONSTEXPR BatchLayout batch_layout(const Geometry& g, Format format, int buffers, int N) {
+  BatchLayout s;
+  const TileShape& t = g.tile;
+  s.weights = kBarrierBytes;
+  s.sums = s.weights + t.warps * t.teams * g.warp_shared_vectors() * 16;
+  s.results = s.sums + 2 * t.warps * g.sum_rows() * batch_sum_line(t) * 4;
+  s.planes = s.results + (kBatchResults + 2 * kBatchOfStep) * t.units * 4;
+  s.mail = batch_mail(s.planes, t.units, g.backward, N);
+  const int row = g.values() * t.warps * t.chunks * chunk_elements(format) + vector_elements(format);
+  s.bytes = s.mail + buffers * N * row * element_bytes(format);
+  return s;
 }
 
-// Shared memory of a CTA of any kernel.
+// Shared memory of a CTA of any kernel. `extent`: micro-steps of a highway layer, rows of a batch-normalised layer's batch,
+// else 1.
 FASTRNN_CONSTEXPR int shared_bytes(CellKind cell, const TileShape& tile, bool backward, Format format,
-                                   ExchangeKind exchange, int depth) {
+                                   ExchangeKind exchange, int extent) {
   const Geometry g = geometry_of(cell_shape(cell), tile, backward);
-  return shared_layout(g, format, mail_buffers(exchange), depth).bytes +
-         (cell == CellKind::bnlstm ? column_bytes(tile) : 0);
+  if (cell == CellKind::bnlstm) return batch_layout(g, format, mail_buffers(exchange), extent).bytes;
+  return shared_layout(g, format, mail_buffers(exchange), extent).bytes;
 }
 
 }  // namespace fastrnn::cuda

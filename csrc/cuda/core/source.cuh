@@ -31,16 +31,17 @@ FASTRNN_DEVICE From gradient_after(const Shape& p, int n, int length, int done) 
 // The batch rows whose vectors this lane loads.
 template <class T>
 struct LaneRows {
-  int lane;
+  int first;  // row of the CTA
   int n[T::kRowTiles], length[T::kRowTiles];
-  FASTRNN_DEVICE LaneRows(const Shape& p, const Place& place) : lane(prim::thread_index() % 32) {
+  FASTRNN_DEVICE LaneRows(const Shape& p, const Place& place, int first_of_warp = 0)
+      : first(first_of_warp + prim::thread_index() % 32 / 4) {
     FASTRNN_UNROLL
     for (int x = 0; x < T::kRowTiles; x++) {
       n[x] = row_of(p, place.group, local(x));
       length[x] = row_length(p, n[x]);
     }
   }
-  FASTRNN_DEVICE int local(int x) const { return x * 8 + lane / 4; }
+  FASTRNN_DEVICE int local(int x) const { return first + x * 8; }
 };
 
 // The operand of one matmul, as weights.cuh's multiply() asks for it.

@@ -6,16 +6,18 @@
 
 namespace fastrnn::cuda {
 
-template <int Units, int RowTiles, int Chunks, int Resident, int Warps>
+template <int Units, int RowTiles, int Chunks, int Resident, int Warps, int Teams = 1>
 struct Tile {
-  static constexpr int kUnits = Units, kRowTiles = RowTiles, kRows = 8 * RowTiles;
+  static constexpr int kUnits = Units, kRowTiles = RowTiles, kRows = 8 * RowTiles * Teams;
   static constexpr int kChunks = Chunks, kResident = Resident;
-  static constexpr int kWarps = Warps, kThreads = 32 * Warps;
-  static constexpr TileShape kShape{Units, RowTiles, Chunks, Resident, Warps};
+  static constexpr int kWarps = Warps, kThreads = 32 * Warps * Teams;
+  static constexpr TileShape kShape{Units, RowTiles, Chunks, Resident, Warps, Teams};
   static constexpr int kElements = kUnits * kRows;  // (unit, row) pairs
   static constexpr int kPerThread = (kElements + kThreads - 1) / kThreads;
   static_assert(kElements % 32 == 0 && kUnits % 4 == 0,
                 "a warp is in the epilogue as a whole, a word has one owner");
+  // Rows that an exchange in shared memory keeps.
+  FASTRNN_DEVICE static int mail_rows(const Shape&) { return kRows; }
   static_assert(Resident >= 0 && Resident <= Chunks, "weights");
 };
 

@@ -86,9 +86,9 @@ FASTRNN_DEVICE void multiply(const Weights<M>& weights, Source& source,
 }
 
 // Partial sums of the warps meet in shared memory: [buffer][slice of K][gate row][batch row].
-template <class T, int GateRows>
+template <class T, int GateRows, int Line = T::kRows + kSumPadding>
 struct Sums {
-  static constexpr int kLine = T::kRows + kSumPadding;
+  static constexpr int kLine = Line;
   prim::Shared<float> data;
   FASTRNN_DEVICE explicit Sums(int offset)
       : data(prim::shared_view<float>(offset, 2 * T::kWarps * GateRows * kLine)) {}
@@ -96,15 +96,17 @@ struct Sums {
     return ((buffer * T::kWarps + slice) * GateRows + row) * kLine + column;
   }
   template <int Tiles>
-  FASTRNN_DEVICE void put(int buffer, int slice, int lane, const float (&acc)[Tiles][T::kRowTiles][4]) const {
+  FASTRNN_DEVICE void put(int buffer, int slice, int lane, const float (&acc)[Tiles][T::kRowTiles][4],
+                          int first = 0) const {
     FASTRNN_UNROLL
     for (int m = 0; m < Tiles; m++) {
       FASTRNN_UNROLL
       for (int x = 0; x < T::kRowTiles; x++) {
         FASTRNN_UNROLL
         for (int r = 0; r < 4; r++)
-          data.store(index(buffer, slice, m * 16 + lane / 4 + r / 2 * 8, x * 8 + lane % 4 * 2 + r % 2),
-                     acc[m][x][r]);
+          data.store(
+              index(buffer, slice, m * 16 + lane / 4 + r / 2 * 8, first + x * 8 + lane % 4 * 2 + r % 2),
+              acc[m][x][r]);
       }
     }
   }

@@ -27,14 +27,14 @@ Status run(const void* function, const Params& params, emu::Launch launch) {
 }
 
 template <class Params>
-Status launch_layer(const Kernel& kernel, Params params, int depth = 1) {
+Status launch_layer(const Kernel& kernel, Params params, int extent = 1) {
   if (!takes(kernel, params)) return {1, "a kernel of other parameters"};
   params.error = nullptr;  // its clock is not time: who waits in vain is reported as a deadlock
   emu::Launch l;
   l.grid = params.directions * params.groups * params.ctas;
-  l.block = 32 * kernel.tile.warps;
+  l.block = kernel.tile.threads();
   l.cluster = mail_buffers(kernel.exchange) ? params.ctas : 1;
-  l.shared_bytes = shared_bytes(kernel, depth);
+  l.shared_bytes = shared_bytes(kernel, extent);
   return run(kernel.function, params, l);
 }
 
@@ -82,10 +82,10 @@ Status launch(const Kernel& kernel, const RhnBackwardParams& params, void*) {
   return launch_layer(kernel, params, params.depth);
 }
 Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void*) {
-  return launch_layer(kernel, params);
+  return launch_layer(kernel, params, params.N);
 }
 Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void*) {
-  return launch_layer(kernel, params);
+  return launch_layer(kernel, params, params.N);
 }
 Status mask_state(Format format, const MaskStateParams& params, void*) {
   emu::Launch l;
