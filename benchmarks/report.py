@@ -79,7 +79,7 @@ def tables(records: Iterable[Record]) -> Iterator[str]:
                 record
             )
     for (group, cell, mode), rows in groups.items():
-        yield _table(f"{cell.upper()} {MODE_TITLES[mode]}{TITLES[group]}", rows)
+        yield _table(f"{cell.upper()} {MODE_TITLES[mode]}{TITLES.get(group, f' - {group}')}", rows)
 
 
 def _table(title: str, records: list[Record]) -> str:
@@ -87,8 +87,8 @@ def _table(title: str, records: list[Record]) -> str:
     peers = [name for name in names if name != names[0]]
     head = [
         "case",
-        *(f"{LABELS[name]} ms" for name in names),
-        *(f"x {LABELS[name]}" for name in peers),
+        *(f"{LABELS.get(name, name)} ms" for name in names),
+        *(f"x {LABELS.get(name, name)}" for name in peers),
         "GF/s",
         "roofline",
         "",

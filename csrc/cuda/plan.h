@@ -4,8 +4,8 @@
 // where no tile allows that the problem is refused, with the reason, instead of hanging. A batch too large for one launch
 // runs as several, one after another.
 //
-// The order among the possible plans comes from a cost model of a step (docs/cuda-kernels.md). Its constants are
-// estimates: nothing here has been timed on a GPU.
+// The order among the possible plans comes from a cost model of a step (docs/cuda-kernels.md), whose constants are
+// cost_model.h.
 #pragma once
 #include <algorithm>
 #include <cstdio>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/geometry.h"
+#include "cost_model.h"
 #include "tiles.h"
 
 namespace fastrnn::cuda {
@@ -60,15 +61,6 @@ inline std::string Plan::text() const {
   return possible() ? s : std::string(s) + ": " + refused;
 }
 
-// Cycles and bytes per cycle of an H200-class device; estimates from published microbenchmarks.
-struct CostModel {
-  double mhz = 1850;
-  double flops_16bit = 2680, flops_tf32 = 1340;  // mma.sync, an SM
-  double l2_total = 4000, l2_of_sm = 64, dsmem = 16, shared = 128;
-  double hop[4] = {60, 250, 700, 1350};  // by ExchangeKind
-  double reduction = 100, epilogue = 200, epilogue_element = 1.6;
-};
-
 // Microseconds of one step of one launch: wait for the exchange, read and multiply (overlapping by three quarters of the
 // shorter), reduce, epilogue.
 inline double step_time(const PlanProblem& q, const Plan& p, const Device& device, const CostModel& m = {}) {
@@ -77,6 +69,7 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
   const double rate = (q.format == Format::tf32 ? m.flops_tf32 : m.flops_16bit) / passes;
   const int rows = p.tile.rows(), padded = round_up(q.H, vector_elements(q.format));
   const int loading = std::min(device.sms, q.directions * p.groups * p.ctas);
+  const double hops[] = {m.hop_local, m.hop_cluster, m.hop_sentinel, m.hop_flags};  // by ExchangeKind
   double cycles = 0;
   for (int i = 0; i < g.phases; i++) {
     const PhaseShape& ph = g.phase[i];
@@ -88,7 +81,7 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
     if (p.exchange == ExchangeKind::local) read = bytes / m.shared;
     if (p.exchange == ExchangeKind::cluster) read = bytes / m.dsmem;
     const double sums = m.reduction + 2.0 * p.tile.warps * ph.out * p.tile.units * rows * 4 / m.shared;
-    cycles += m.hop[static_cast<int>(p.exchange)] + std::max(read, multiply) +
+    cycles += hops[static_cast<int>(p.exchange)] + std::max(read, multiply) +
               0.25 * std::min(read, multiply) + sums + m.epilogue + m.epilogue_element * p.tile.units * rows;
   }
   return q.depth * cycles / m.mhz;
