@@ -122,7 +122,7 @@ def _layer(
     case = problem.case
     module = problem.load(make_module(case, kind, **extra), dtype)
     training = case.mode == "training"
-    x = problem.x.to(dtype).requires_grad_(training)
+    x = problem.x.detach().to(dtype).requires_grad_(training)
     run, leaf = _forward(problem, module, x, ours=name.startswith("fastrnn"))
     if training:
         return _training(problem, name, module, x, leaf, run)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -33,6 +34,10 @@ from benchmarks.gpu.clock import HostClock
 from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, Stop
 from benchmarks.schema import Record, Results
 from tests.campaigns import AT, timed
+from tests.gpu import on_gpu
+from tests.gpu import test_gpu_modules as on_modules
+from tests.problems import Case as LayerCase
+from tests.problems import Problem, check
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -360,6 +365,7 @@ def test_forced_stages_forget_their_results(tmp_path: Path, evaluator: model.Cos
 
 SUITE = """
 import pytest
+import torch
 def test_passes(): pass
 def test_fails(): assert 1 == 2
 def test_skips(): pytest.skip("the reason")
@@ -393,6 +399,25 @@ def test_the_test_stage_resumes(tmp_path: Path) -> None:
     stage.save(tmp_path / "tests.json", held)
     assert go(60) == RED
     assert outcomes() == ["failed", "failed", "skipped"]
+
+
+# ---- the tests for a GPU, with the CPU in its place ----------------------------------------------
+
+
+@pytest.mark.parametrize("name", on_modules.MODULES)
+def test_module_checks_hold_on_the_cpu(name: str) -> None:
+    call = on_modules.CALLS[len(name) % 3]
+    on_modules.check_module("cpu", name, torch.bfloat16, call, where="cpu")
+
+
+def test_layer_checks_hold_on_the_cpu() -> None:
+    case = LayerCase("gru", torch.bfloat16, T=4, N=3, H=9, layout="packed")
+    on_gpu.verify(Problem(case), "bf16", "cpu")
+    p = Problem(case)
+    p.weights[0] = p.weights[0] * 2  # caught: the problem that is solved is not the one checked
+    there, honest = on_gpu.moved(p, "cpu"), Problem(case)
+    with pytest.raises(AssertionError, match="beyond the rule"):
+        check(honest, on_gpu.on_host(on_gpu.solve(there)))
 
 
 # ---- compiled code -------------------------------------------------------------------------------

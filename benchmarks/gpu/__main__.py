@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,9 @@ def inside(name: str, results: Path, stop: Stop, write: bool = False) -> int:
     except Broken as broken:
         say(f"{name}: {broken.args[0].case.id}: {broken.args[0].error}")
         return RESTART
+    except subprocess.TimeoutExpired as error:
+        say(f"{name}: out of time during {error.cmd[0]}")
+        return PARTIAL
     except RuntimeError as error:
         say(f"{name}: {error}")
         return RED if name == "probes" else 3

@@ -79,7 +79,8 @@ def _run(record: Record, setting: Setting) -> None:
     if not running:
         return
     record.timings = _time(running, setting)
-    if case.T >= LEAST_STEPS:
+    # Not for loops: their compilation would be paid again for a number that says little.
+    if case.T >= LEAST_STEPS and not here.looped:
         del here
         fewer = replace(case, T=case.T // SHORTER)
         there = Field(fewer, setting.where, setting.backends)

@@ -21,9 +21,10 @@ TEST(wrappers_give_what_the_host_computes) {
     for (uint64_t seed : {1, 2, 3}) {
       const Words in = Body::in();
       Words out(Body::out_words(), Body::kFill);
-      const std::string error = run_emulated(
-          Body::kLaunch, seed, [&] { wrapper_kernel<Body>(in.data(), out.data()); });
-      CHECK_EQ(std::string(Body::kName) + ": " + error + Body::judge(in, out), std::string(Body::kName) + ": ");
+      const std::string error =
+          run_emulated(Body::kLaunch, seed, [&] { wrapper_kernel<Body>(in.data(), out.data()); });
+      CHECK_EQ(std::string(Body::kName) + ": " + error + Body::judge(in, out),
+               std::string(Body::kName) + ": ");
     }
   });
 }

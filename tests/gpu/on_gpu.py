@@ -50,10 +50,11 @@ def multiplied_as(name: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def settle() -> None:
+def settle(where: str = "cuda") -> None:
     """Waits for the device and for what its kernels have to complain about."""
-    torch.cuda.synchronize()
-    cuda_native.raise_if_failed(torch.cuda.current_device())
+    if where == "cuda":
+        torch.cuda.synchronize()
+        cuda_native.raise_if_failed(torch.cuda.current_device())
 
 
 def solve(there: Problem) -> Result:
@@ -64,14 +65,14 @@ def solve(there: Problem) -> Result:
     return out
 
 
-def verify(p: Problem, name: str) -> None:
+def verify(p: Problem, name: str, where: str = "cuda") -> None:
     """Training by the rule, inference with the same bits; the inputs are left alone."""
     with multiplied_as(name):
-        there = moved(p)
+        there = moved(p, where)
         before = [t.clone() for t in there.inputs()]
         got = solve(there)
         inferred = forward(there, return_cells=p.case.is_lstm)
-        settle()
+        settle(where)
     if name in ("tf32", "bf16x3"):
         check_in_format(p, on_host(got), name)
     else:

@@ -1,4 +1,4 @@
-"""Every module and option that fastrnn has, on its GPU backends, against the float64 reference.
+"""Every module and option that fastrnn has, on the CUDA backend, against the float64 reference.
 
 What a backend does not serve is asked of it: the refusal is the reason of the skip, so a cell that
 a backend learns is tested from that day on.
@@ -83,28 +83,32 @@ def run(module: nn.Module, x: Tensor, call: str, backend: str) -> dict[str, Tens
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_module(backend: str, name: str, dtype: torch.dtype, call: str) -> None:
+def test_module(name: str, dtype: torch.dtype, call: str) -> None:
+    check_module("cuda", name, dtype, call)
+
+
+def check_module(
+    backend: str, name: str, dtype: torch.dtype, call: str, where: str = "cuda"
+) -> None:
+    """One call of one module on a backend; skips with the backend's own reason where it refuses."""
     torch.manual_seed(3)
     module = MODULES[name]().to(dtype)
     exact = MODULES[name]().double()
     exact.load_state_dict(module.state_dict())
     start = {key: value.clone() for key, value in module.state_dict().items()}
     x = torch.randn(T, N, I).to(dtype)
-    number_format = "tf32" if dtype == torch.float32 else ""
+    number_format = "tf32" if dtype == torch.float32 and where == "cuda" else ""
     # torch's own products stay whole: the recurrent ones have the format.
     with multiplied_as("tf32" if number_format else "bf16"):
-        there = MODULES[name](device="cuda", dtype=dtype)
+        there = MODULES[name](device=where, dtype=dtype)
         there.load_state_dict(start)
         try:
-            got = run(there, x.cuda(), call, backend)
+            got = run(there, x.to(where), call, backend)
         except RuntimeError as error:
             if "cannot serve this call" not in str(error):
                 raise
             pytest.skip(str(error).partition("cannot serve this call: ")[2][:200])
-        torch.cuda.synchronize()
-        if backend == "cuda":
-            settle()
+        settle(where)
     truth = run(exact, x.double(), call, "reference")
     same = run(module, x, call, "reference")
     assert got.keys() == truth.keys()

@@ -203,11 +203,13 @@ struct Scalars {
   static size_t out_words() { return kCount * kOps; }
   static Words in() {
     Words w;
-    for (float f : {0.f, -0.f, 1.f, -1.f, 1.f + 0x1p-8f, 1.f + 3 * 0x1p-8f, 1.f + 0x1p-11f, 1.f + 3 * 0x1p-11f,
-                    65519.f, 65520.f, 0x1p-25f, 0x1.8p-25f, -INFINITY, INFINITY, NAN, -NAN})
+    for (float f :
+         {0.f, -0.f, 1.f, -1.f, 1.f + 0x1p-8f, 1.f + 3 * 0x1p-8f, 1.f + 0x1p-11f, 1.f + 3 * 0x1p-11f, 65519.f,
+          65520.f, 0x1p-25f, 0x1.8p-25f, -INFINITY, INFINITY, NAN, -NAN})
       w.push_back(emu::as_bits(f));
     for (int i = static_cast<int>(w.size()); i < kCount; i++)
-      w.push_back(emu::as_bits(std::ldexp(1.f + (i * 40503u % 65536) / 65536.f, i % 20 - 10) * (i % 2 ? 1 : -1)));
+      w.push_back(
+          emu::as_bits(std::ldexp(1.f + (i * 40503u % 65536) / 65536.f, i % 20 - 10) * (i % 2 ? 1 : -1)));
     return w;
   }
   FASTRNN_DEVICE static void run(const uint32_t* in, uint32_t* out) {
@@ -230,7 +232,8 @@ struct Scalars {
       if (o[0] != emu::bf16_bits(f)) return wrong("to_bf16", i, o[0], emu::bf16_bits(f));
       if (o[1] != emu::fp16_bits(f)) return wrong("to_fp16", i, o[1], emu::fp16_bits(f));
       const float wide = emu::fp16_value(in[i] & 0xffffu);
-      if (!std::isnan(wide) && o[2] != emu::as_bits(wide)) return wrong("from_fp16", i, o[2], emu::as_bits(wide));
+      if (!std::isnan(wide) && o[2] != emu::as_bits(wide))
+        return wrong("from_fp16", i, o[2], emu::as_bits(wide));
       if (std::isfinite(f) && o[3] != ((in[i] + 0x1000u) & ~0x1fffu))
         return wrong("to_tf32", i, o[3], (in[i] + 0x1000u) & ~0x1fffu);
       if (!std::isfinite(f) || f == 0) continue;
@@ -244,7 +247,8 @@ struct Scalars {
                   {"fma", double(std::fma(f, f, -1.f))}};
       for (int op = 0; op < 4; op++) {
         const double expected = near[op].expected, got = emu::as_float(o[4 + op]);
-        const bool tiny = std::fabs(expected) < 0x1p-126 || std::fabs(expected) > 0x1.fp127 || std::isnan(expected);
+        const bool tiny =
+            std::fabs(expected) < 0x1p-126 || std::fabs(expected) > 0x1.fp127 || std::isnan(expected);
         if (!tiny && !(std::fabs(got - expected) <= 0x1p-21 * std::fabs(expected)))
           return wrong(near[op].what, i, got, expected);
       }
@@ -295,7 +299,7 @@ struct Memory {
     for (int i = 0; i < 64; i++) {
       const uint32_t* w = in.data() + 4 * i;
       const uint32_t* other = in.data() + 4 * (63 - i);
-      Words expected = {w[0], w[1], w[2], w[3], w[0], w[1], w[2],          w[3],         w[0],
+      Words expected = {w[0], w[1],           w[2],         w[3], w[0], w[1], w[2], w[3], w[0],
                         w[0], w[0] & 0xffffu, w[0] & 0xffu, w[0], w[1], w[0], w[0], w[1], w[2]};
       for (int b = 0; b < 5; b++) expected.push_back(in[4 * (i ^ 1 << b)]);
       expected.push_back(other[3] ^ other[0]);
@@ -381,7 +385,8 @@ struct Pushes {
       const int slot = rank * 8 + lane;
       if (lane < 8)
         for (int to = 0; to < Ctas; to++)
-          prim::store_async(words.address(e % 2 * kWords + slot), value(cta / Ctas, e, slot), barriers, e % 2, to);
+          prim::store_async(words.address(e % 2 * kWords + slot), value(cta / Ctas, e, slot), barriers, e % 2,
+                            to);
       if (!poll("mbarrier", [&] { return prim::mbarrier_passed(barriers, e & 1, e >> 1 & 1); })) break;
       prim::converge();
       if (lane == 0) prim::mbarrier_arrive_expect(barriers, e & 1, 4 * kWords);
