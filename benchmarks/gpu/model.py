@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "probes" / "model.cc"
 HEADER = ROOT / "csrc" / "cuda" / "cost_model.h"
-_LINE = re.compile(r"^  double (\w+) = ([0-9.e+-]+);( *//.*)?$", re.MULTILINE)
+_LINE = re.compile(r"^  double (\w+)(?:\[4\])? = (\{[^}]*\}|[0-9.e+-]+);( *//.*)?$", re.MULTILINE)
 _PROVENANCE = re.compile(r"^// Provenance: .*$", re.MULTILINE)
 
 CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2, "rnn": 3, "rnn_tanh": 3, "rnn_relu": 4}
@@ -55,6 +55,7 @@ class CostModel:
     """The filter, a process; use it in a `with` block."""
 
     def __init__(self, folder: Path | None = None) -> None:
+        self._places = {name: index for index, name in enumerate(read_constants())}
         self._process = subprocess.Popen(
             [str(_compiled(folder))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -85,7 +86,11 @@ class CostModel:
         return answers
 
     def set(self, constants: Mapping[str, float]) -> None:
-        self.ask([f"set {name} {value!r}" for name, value in constants.items()])
+        try:
+            requests = [f"set {self._places[k]} {float(v)!r}" for k, v in constants.items()]
+        except KeyError as error:
+            raise ValueError(f"cost model: {HEADER.name} has no constant {error}") from None
+        self.ask(requests)
 
     def device(self, numbers: Sequence[int]) -> None:
         """SMs, shared memory, registers, capability, clusters, as fastrnn._cuda has them."""
@@ -129,8 +134,14 @@ def _compiled(folder: Path | None) -> Path:
 
 
 def read_constants(header: Path = HEADER) -> dict[str, float]:
-    """The constants by name, in the header's order."""
-    found = {name: float(value) for name, value, _ in _LINE.findall(header.read_text())}
+    """The constants by name, in the header's order; hop[4] is hop_local .. hop_flags."""
+    found: dict[str, float] = {}
+    for name, value, _ in _LINE.findall(header.read_text()):
+        if value.startswith("{"):  # one for each exchange
+            parts = zip(EXCHANGES, value.strip("{}").split(","), strict=True)
+            found |= {f"{name}_{exchange}": float(part) for exchange, part in parts}
+        else:
+            found[name] = float(value)
     if not found:
         raise ValueError(f"{header} has no line of the form '  double name = value;'")
     return found
@@ -145,9 +156,11 @@ def write_constants(constants: Mapping[str, float], provenance: str, header: Pat
     text = _PROVENANCE.sub(lambda _: f"// Provenance: {provenance}", header.read_text())
 
     def line(found: re.Match[str]) -> str:
-        name, _, comment = found.groups()
-        return f"  double {name} = {constants[name]:.6g};" + (
-            f"  {comment.strip()}" if comment else ""
-        )
+        name, value, comment = found.groups()
+        declared, text = name, f"{constants.get(name, 0.0):.6g}"
+        if value.startswith("{"):
+            parts = [f"{constants[f'{name}_{exchange}']:.6g}" for exchange in EXCHANGES]
+            declared, text = f"{name}[4]", f"{{{', '.join(parts)}}}"
+        return f"  double {declared} = {text};" + (f"  {comment.strip()}" if comment else "")
 
     header.write_text(_LINE.sub(line, text))

@@ -145,7 +145,9 @@ def measured_steps(records: Sequence[Record]) -> list[tuple[Step, float]]:
     return [
         (Step(*record.details["step"]), record.details["us_per_step"]["fastrnn"])
         for record in records
-        if record.case.group == "steps" and record.ok and record.details.get("us_per_step")
+        if record.case.group == "steps"
+        and record.ok
+        and record.details.get("us_per_step", {}).get("fastrnn", 0.0) > 0
     ]
 
 

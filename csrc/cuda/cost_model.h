@@ -7,19 +7,16 @@ namespace fastrnn::cuda {
 
 struct CostModel {
   double mhz = 1850;
-  double flops_16bit = 2680;      // mma.sync, of an SM
-  double flops_tf32 = 1340;       // the same
-  double l2_total = 4000;         // all SMs reading the same
-  double l2_of_sm = 64;           // one SM alone
-  double dsmem = 16;              // pushed into a CTA's shared memory
-  double shared = 128;            // a CTA's own
-  double hop_local = 60;          // publish, wait and nothing else
-  double hop_cluster = 250;       // the same
-  double hop_sentinel = 700;      // the same
-  double hop_flags = 1350;        // the same
-  double reduction = 100;         // partial sums of a step, without their traffic
-  double epilogue = 200;          // a step's pointwise part
-  double epilogue_element = 1.6;  // and for each element of the tile
+  double flops_16bit = 2680;             // mma.sync, of an SM
+  double flops_tf32 = 1340;              // the same
+  double l2_total = 4000;                // all SMs reading the same
+  double l2_of_sm = 64;                  // one SM alone
+  double dsmem = 16;                     // pushed into a CTA's shared memory
+  double shared = 128;                   // a CTA's own
+  double hop[4] = {60, 250, 700, 1350};  // publish, wait and nothing else; local, cluster, sentinel, flags
+  double reduction = 100;                // partial sums of a step, without their traffic
+  double epilogue = 200;                 // a step's pointwise part
+  double epilogue_element = 1.6;         // and for each element of the tile
 };
 
 }  // namespace fastrnn::cuda

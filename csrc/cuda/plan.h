@@ -69,7 +69,6 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
   const double rate = (q.format == Format::tf32 ? m.flops_tf32 : m.flops_16bit) / passes;
   const int rows = p.tile.rows(), padded = round_up(q.H, vector_elements(q.format));
   const int loading = std::min(device.sms, q.directions * p.groups * p.ctas);
-  const double hops[] = {m.hop_local, m.hop_cluster, m.hop_sentinel, m.hop_flags};  // by ExchangeKind
   double cycles = 0;
   for (int i = 0; i < g.phases; i++) {
     const PhaseShape& ph = g.phase[i];
@@ -81,7 +80,7 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
     if (p.exchange == ExchangeKind::local) read = bytes / m.shared;
     if (p.exchange == ExchangeKind::cluster) read = bytes / m.dsmem;
     const double sums = m.reduction + 2.0 * p.tile.warps * ph.out * p.tile.units * rows * 4 / m.shared;
-    cycles += hops[static_cast<int>(p.exchange)] + std::max(read, multiply) +
+    cycles += m.hop[static_cast<int>(p.exchange)] + std::max(read, multiply) +
               0.25 * std::min(read, multiply) + sums + m.epilogue + m.epilogue_element * p.tile.units * rows;
   }
   return q.depth * cycles / m.mhz;

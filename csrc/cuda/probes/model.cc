@@ -1,5 +1,5 @@
 // plan.h's cost model as a filter, for whoever fits its constants: host code, no CUDA. One request a line, one answer a line.
-//   set NAME VALUE                   a constant of CostModel; answers "ok"
+//   set INDEX VALUE                  a constant of CostModel, by its place in the header; answers "ok"
 //   device SMS SHARED REGISTERS CC CLUSTERS
 //   step CELL FORMAT BACKWARD N H DIRECTIONS DEPTH EXCHANGE UNITS ROW_TILES CHUNKS RESIDENT WARPS GROUPS CTAS LAUNCHES
 //                                    microseconds of a step
@@ -7,30 +7,17 @@
 #include <cstdio>
 #include <iostream>
 #include <sstream>
+#include <string>
+#include <type_traits>
 
 #include "../plan.h"
 
 using namespace fastrnn::cuda;
 
-static double* constant(CostModel& m, const std::string& name) {
-#define FASTRNN_CONSTANT(field) \
-  if (name == #field) return &m.field;
-  FASTRNN_CONSTANT(mhz)
-  FASTRNN_CONSTANT(flops_16bit)
-  FASTRNN_CONSTANT(flops_tf32)
-  FASTRNN_CONSTANT(l2_total)
-  FASTRNN_CONSTANT(l2_of_sm)
-  FASTRNN_CONSTANT(dsmem)
-  FASTRNN_CONSTANT(shared)
-  FASTRNN_CONSTANT(hop_local)
-  FASTRNN_CONSTANT(hop_cluster)
-  FASTRNN_CONSTANT(hop_sentinel)
-  FASTRNN_CONSTANT(hop_flags)
-  FASTRNN_CONSTANT(reduction)
-  FASTRNN_CONSTANT(epilogue)
-  FASTRNN_CONSTANT(epilogue_element)
-#undef FASTRNN_CONSTANT
-  return nullptr;
+// All of CostModel's members are doubles, in the header's order.
+static double* constant(CostModel& m, size_t index) {
+  static_assert(sizeof(CostModel) % sizeof(double) == 0 && std::is_trivially_copyable_v<CostModel>);
+  return index < sizeof(CostModel) / sizeof(double) ? reinterpret_cast<double*>(&m) + index : nullptr;
 }
 
 static bool read_problem(std::istream& in, PlanProblem& q) {
@@ -54,12 +41,13 @@ int main() {
   std::string line;
   while (std::getline(std::cin, line)) {
     std::istringstream in(line);
-    std::string what, name;
+    std::string what;
     PlanProblem q;
     Plan p;
     in >> what;
     if (what == "set") {
-      double value = 0, *to = (in >> name >> value) ? constant(model, name) : nullptr;
+      size_t index = 0;
+      double value = 0, *to = (in >> index >> value) ? constant(model, index) : nullptr;
       if (to) *to = value;
       std::puts(to ? "ok" : "no such constant");
     } else if (what == "device") {
