@@ -137,7 +137,7 @@ struct HopResult {
 };
 
 template <class Hop>
-HopResult run_hop(HopParams p, int cluster) {
+HopResult run_hop(HopParams p, int cluster, bool cooperative) {
   HopResult r;
   const int grid = p.ctas * p.groups;
   Buffer mail(Hop::words(p), static_cast<int>(Hop::kFill & 0xff)), flags(size_t(grid) * kFlagStride),
@@ -145,7 +145,7 @@ HopResult run_hop(HopParams p, int cluster) {
   p.mail = mail.words(), p.flags = flags.words(), p.results = results.words();
   void* arguments[] = {&p};
   const cudaError_t error = launch(reinterpret_cast<const void*>(&hop_kernel<Hop>), grid, kHopThreads,
-                                   Hop::shared(p), cluster, true, arguments);
+                                   Hop::shared(p), cluster, cooperative, arguments);
   if (error) {
     r.problem = text_of(error);
     return r;
@@ -170,7 +170,7 @@ void time_hop(const char* name, int ctas, int groups, int words, int cluster = 1
     for (int i = 0; i < 2; i++) {
       HopParams p;
       p.steps = lengths[i], p.ctas = ctas, p.groups = groups, p.words = words;
-      of[i] = run_hop<Hop>(p, cluster);
+      of[i] = run_hop<Hop>(p, cluster, cluster == 1);  // a cluster is resident as a whole anyway
       problem += of[i].problem;
     }
     if (attempt == 0) continue;  // clocks and caches
@@ -248,7 +248,7 @@ void clusters(int size, int shared) {
   if (error || !count) return;
   HopParams p;
   p.steps = 4, p.ctas = size, p.groups = count;
-  const HopResult r = run_hop<ClusterHop>(p, size);
+  const HopResult r = run_hop<ClusterHop>(p, size, true);
   say("cooperative_clusters", r.problem, sizes + field("groups", count));
 }
 
