@@ -20,7 +20,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full lint format fuzz sanitize clean
+.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu lint format fuzz sanitize clean
 
 help:
 	@echo "make test        C++ tests, pytest, then the wheel in an empty environment"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint        ruff, clang-format, mypy        make format    ruff and clang-format in place"
 	@echo "make fuzz        $(HYPOTHESIS_CASES) random cases per hypothesis test"
 	@echo "make cuda        CUDA kernels through nvcc and ptxas for CUDA_ARCH=$(CUDA_ARCH)    make cuda-all    for all"
+	@echo "make gpu         on a machine with a GPU: build, test and measure there, in stages that resume"
 	@echo "make sanitize    C++ tests under ASan + UBSan, then TSan"
 	@echo "make build       .venv with the library installed in place"
 
@@ -86,6 +87,10 @@ bench: build
 
 bench-full: build
 	$(BIN)/python -m benchmarks --full $(ARGS)
+
+# In the environment at hand, which has torch for the GPU: .venv where there is one, else $(PYTHON). No index is asked.
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 # ---- release and style -------------------------------------------------------------------------------------------
 # Under build isolation, as a stranger's pip; the wheel takes the objects that `build` has compiled.

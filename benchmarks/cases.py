@@ -28,6 +28,7 @@ class Case:
     ragged: "" (all sequences have T steps), "lengths" (padded batch with lengths) or "packed"
       (PackedSequence).
     depth: micro-steps of an RHN. option: one of `loops.OPTIONS`.
+    dtype: of the whole module, as torch spells it; "" is float32 (the GPU campaign has others).
     """
 
     cell: str
@@ -42,6 +43,7 @@ class Case:
     ragged: str = ""
     depth: int = 1
     option: str = ""
+    dtype: str = ""
     contestants: tuple[str, ...] = ("fastrnn", "torch")
     quick: bool = False
 
@@ -63,6 +65,7 @@ class Case:
         extras += ["bidirectional"] if self.bidirectional else []
         extras += [f"proj{self.proj}"] if self.proj else []
         extras += [self.ragged] if self.ragged else []
+        extras += [self.dtype] if self.dtype else []
         extras += [self.option] if self.option not in ("", self.group) else []
         extras += ["recompute"] if "fastrnn-recompute" in self.contestants else []
         size = f"T{self.T}-N{self.N}-H{self.H}" + (f"-I{self.I}" if self.I else "")

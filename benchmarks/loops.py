@@ -39,19 +39,23 @@ _PLAIN = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 class LoopProblem:
     """Weights, input and output gradients of a case, seeded by its id."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
-        module = make_module(case, "fastrnn")
+        generator = torch.Generator(device).manual_seed(zlib.crc32(case.id.encode()))
+        module = make_module(case, "fastrnn").to(device)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if name.startswith("weight"):
                     bound = parameter.size(-1) ** -0.5
                     parameter.uniform_(-bound, bound, generator=generator)
         self.weights = module.state_dict()
-        self.x = torch.randn(case.T, case.N, case.input_size, generator=generator)
-        self.dy = torch.randn(case.T, case.N, case.H, generator=generator)
-        self.dh = torch.randn(1, case.N, case.H, generator=generator)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        self.x = normal(case.T, case.N, case.input_size)
+        self.dy = normal(case.T, case.N, case.H)
+        self.dh = normal(1, case.N, case.H)
 
 
 def make_module(case: Case, name: str) -> nn.Module:
@@ -77,7 +81,7 @@ def build(
         if name != "fastrnn-plain" or case.option:
             own = module.state_dict()  # a plain layer has less
             module.load_state_dict({key: problem.weights[key] for key in own})
-    module = module.to(dtype).train(case.mode == "training")
+    module = module.to(problem.x.device, dtype).train(case.mode == "training")
     x = problem.x.detach().to(dtype).requires_grad_(case.mode == "training")
     dy, dh = problem.dy.to(dtype), problem.dh.to(dtype)
     parameters = dict(module.named_parameters())
@@ -120,9 +124,9 @@ def truth(case: Case, problem: LoopProblem) -> Outputs:
     return _run(build(case, _yardstick(case), problem, torch.float64))
 
 
-def peer_outputs(case: Case, problem: LoopProblem) -> Outputs:
-    """The same in float32: what our error is measured against."""
-    return _run(build(case, _yardstick(case), problem))
+def peer_outputs(case: Case, problem: LoopProblem, dtype: torch.dtype = torch.float32) -> Outputs:
+    """The same in the dtype that runs: what our error is measured against."""
+    return _run(build(case, _yardstick(case), problem, dtype))
 
 
 def _yardstick(case: Case) -> str:
@@ -178,7 +182,7 @@ class _Loop(nn.Module):
                 ys.append(h)
         else:
             c, keep = h, 1 - OPTIONS["update"]["recurrent_dropout"]
-            masks = torch.empty(case.T, case.N, case.H, dtype=x.dtype).bernoulli_(keep)
+            masks = x.new_empty(case.T, case.N, case.H).bernoulli_(keep)
             inputs = linear(x, w_ih, w["bias_ih_l0"] + w["bias_hh_l0"])
             for x_t, mask in zip(inputs.unbind(0), masks.unbind(0), strict=True):
                 h, c = self.step(x_t, h, c, w_hh, mask)

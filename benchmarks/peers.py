@@ -44,25 +44,30 @@ class Contestant:
 class Problem:
     """A case's weights, input and output gradients, the same for all (seeded by the case's id)."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
-        module = make_module(case, TORCH_MODULES[case.cell])
+        generator = torch.Generator(device).manual_seed(zlib.crc32(case.id.encode()))
+        module = make_module(case, TORCH_MODULES[case.cell]).to(device)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.uniform_(-(case.H**-0.5), case.H**-0.5, generator=generator)
         self.weights = module.state_dict()
         width = case.output_size * case.directions
-        self.x = torch.randn(case.T, case.N, case.input_size, generator=generator)
-        self.dy = torch.randn(case.T, case.N, width, generator=generator)
-        self.dh = torch.randn(case.directions, case.N, case.output_size, generator=generator)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        self.x = normal(case.T, case.N, case.input_size)
+        self.dy = normal(case.T, case.N, width)
+        self.dh = normal(case.directions, case.N, case.output_size)
         # Lengths spread evenly over T/4..T, shuffled: about 5/8 of the padded work is real.
         spread = torch.linspace(max(1, case.T // 4), case.T, case.N).round().long()
-        self.lengths = spread[torch.randperm(case.N, generator=generator)]
+        order = torch.randperm(case.N, generator=generator, device=device)
+        self.lengths = spread[order.cpu()]
 
     def load(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         module.load_state_dict(self.weights)
-        return module.to(dtype).train(self.case.mode == "training")
+        return module.to(self.x.device, dtype).train(self.case.mode == "training")
 
 
 def make_module(case: Case, kind: type[nn.Module], **extra: Any) -> nn.Module:
@@ -117,7 +122,7 @@ def _layer(
     case = problem.case
     module = problem.load(make_module(case, kind, **extra), dtype)
     training = case.mode == "training"
-    x = problem.x.to(dtype).requires_grad_(training)
+    x = problem.x.detach().to(dtype).requires_grad_(training)
     run, leaf = _forward(problem, module, x, ours=name.startswith("fastrnn"))
     if training:
         return _training(problem, name, module, x, leaf, run)

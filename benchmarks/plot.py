@@ -38,7 +38,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         log=True,
     )
     shares = _figure(records, results, "share of the roofline", Record.share, log=False)
-    return [_save(speedups, folder / "speedup.svg"), _save(shares, folder / "roofline.svg")]
+    return [save(speedups, folder / "speedup.svg"), save(shares, folder / "roofline.svg")]
 
 
 def _figure(records: list[Record], results: Results, label: str, metric: Any, *, log: bool) -> Any:
@@ -109,7 +109,7 @@ def newest() -> Path:
     return found[-1]
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path

@@ -79,23 +79,24 @@ def tables(records: Iterable[Record]) -> Iterator[str]:
                 record
             )
     for (group, cell, mode), rows in groups.items():
-        yield _table(f"{cell.upper()} {MODE_TITLES[mode]}{TITLES[group]}", rows)
+        yield _table(f"{cell.upper()} {MODE_TITLES[mode]}{TITLES.get(group, f' - {group}')}", rows)
 
 
 def _table(title: str, records: list[Record]) -> str:
     names = list(dict.fromkeys(name for record in records for name in record.timings))
+    names.sort(key=lambda name: name != "fastrnn")  # which a record may lack, on a GPU
     peers = [name for name in names if name != names[0]]
     head = [
         "case",
-        *(f"{LABELS[name]} ms" for name in names),
-        *(f"x {LABELS[name]}" for name in peers),
+        *(f"{LABELS.get(name, name)} ms" for name in names),
+        *(f"x {LABELS.get(name, name)}" for name in peers),
         "GF/s",
         "roofline",
         "",
     ]
     body = []
     for record in records:
-        ours = record.timings[names[0]]
+        ours = record.timings.get(names[0])
         share = record.share()
         body.append(
             [
@@ -105,7 +106,7 @@ def _table(title: str, records: list[Record]) -> str:
                     for name in names
                 ),
                 *(_ratio(record.speedup(name, ours=names[0])) for name in peers),
-                f"{record.case.flops / ours.median / 1e9:.1f}",
+                f"{record.case.flops / ours.median / 1e9:.1f}" if ours else "-",
                 f"{share:.0%}" if share else "-",
                 _marks(record),
             ]

@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ CSV_COLUMNS = (
 
 @dataclass
 class Record:
-    """One timed case. checks and timings by contestant; backends: what explain() said of ours."""
+    """One timed case. checks and timings by contestant; backends: what explain() said of ours;
+    details: what a campaign adds."""
 
     case: Case
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Record:
     bound_seconds: float | None = None
     bits_equal: bool | None = None
     error: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -107,6 +110,7 @@ class Record:
             "speedup_vs_torch": self.speedup("torch"),
             "speedup_vs_onnx": self.speedup("onnx"),
             "roofline_share": self.share(),
+            **({"details": self.details} if self.details else {}),
         }
 
     @classmethod
@@ -120,6 +124,7 @@ class Record:
             data["bound_seconds"],
             data["bits_equal"],
             data["error"],
+            data.get("details", {}),
         )
 
 
@@ -237,9 +242,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def version_of(package: str) -> str:
+    """The installed version, "none" without it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
 def environment(threads: int) -> dict[str, Any]:
     """Everything a reader needs to place the numbers."""
-    import onnxruntime
     import torch
 
     import fastrnn
@@ -256,7 +268,7 @@ def environment(threads: int) -> dict[str, Any]:
         "isa": isa_name(),
         "fastrnn": fastrnn.__version__,
         "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": version_of("onnxruntime"),
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.release()}",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -38,9 +38,9 @@ class Check:
         return asdict(self)
 
 
-def truth(case: Case, problem: Problem) -> Outputs:
-    """torch.nn in float64."""
-    return _run(build(case, "torch", problem, dtype=torch.float64))
+def truth(case: Case, problem: Problem, dtype: torch.dtype = torch.float64) -> Outputs:
+    """torch.nn in float64, or at the dtype that our error is measured against."""
+    return _run(build(case, "torch", problem, dtype=dtype))
 
 
 def peer_outputs(case: Case, problem: Problem, name: str) -> Outputs:
@@ -49,9 +49,21 @@ def peer_outputs(case: Case, problem: Problem, name: str) -> Outputs:
     return _run(build(case, yardstick, problem))
 
 
-def check(contestant: Contestant, expected: Outputs, peer: Outputs) -> Check:
-    """Compares one contestant with the truth. A missing tensor, a wrong shape or a NaN is red."""
+def check(
+    contestant: Contestant,
+    expected: Outputs,
+    peer: Outputs,
+    dtype: torch.dtype | None = None,
+    number_format: str = "",
+) -> Check:
+    """Compares one contestant with the truth. A missing tensor, a wrong shape or a NaN is red.
+
+    dtype: the one under test, where the contestant's name does not say it; number_format: as in
+    tests/tolerances.py.
+    """
     got = _run(contestant)
+    if dtype is None:
+        dtype = torch.bfloat16 if contestant.name.endswith("bf16") else torch.float32
     missing = sorted(set(expected) - set(got))
     if missing:
         return Check(False, float("inf"), missing[0], f"{contestant.name} gave no {missing[0]}")
@@ -63,8 +75,8 @@ def check(contestant: Contestant, expected: Outputs, peer: Outputs) -> Check:
                 f"{contestant.name}: {name} has shape {shape}, expected {tuple(reference.shape)}"
             )
             return Check(False, float("inf"), name, message)
-        dtype = torch.bfloat16 if contestant.name.endswith("bf16") else torch.float32
-        ratio = error(got[name], reference) / allowed_error()(reference, peer[name], dtype)
+        allowed = allowed_error()(reference, peer[name], dtype, number_format)
+        ratio = error(got[name], reference) / allowed
         if math.isnan(ratio):
             return Check(False, float("nan"), name, f"{contestant.name}: {name} is not finite")
         if ratio > worst:
@@ -81,7 +93,7 @@ def error(value: Tensor, reference: Tensor) -> float:
 
 
 @functools.cache
-def allowed_error() -> Callable[[Tensor, Tensor, torch.dtype], float]:
+def allowed_error() -> Callable[[Tensor, Tensor, torch.dtype, str], float]:
     """The tests' tolerance rule, loaded by path: `tests` is no package."""
     spec = importlib.util.spec_from_file_location("fastrnn_tolerances", RULE)
     if spec is None or spec.loader is None:
@@ -90,7 +102,7 @@ def allowed_error() -> Callable[[Tensor, Tensor, torch.dtype], float]:
         )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rule: Callable[[Tensor, Tensor, torch.dtype], float] = module.allowed_error
+    rule: Callable[[Tensor, Tensor, torch.dtype, str], float] = module.allowed_error
     return rule
 
 

@@ -4,8 +4,8 @@
 // where no tile allows that the problem is refused, with the reason, instead of hanging. A batch too large for one launch
 // runs as several, one after another.
 //
-// The order among the possible plans comes from a cost model of a step (docs/cuda-kernels.md). Its constants are
-// estimates: nothing here has been timed on a GPU.
+// The order among the possible plans comes from a cost model of a step (docs/cuda-kernels.md), whose constants are
+// cost_model.h.
 #pragma once
 #include <algorithm>
 #include <cstdio>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/geometry.h"
+#include "cost_model.h"
 #include "tiles.h"
 
 namespace fastrnn::cuda {
@@ -60,16 +61,6 @@ inline std::string Plan::text() const {
                 shared_bytes / 1024);
   return possible() ? s : std::string(s) + ": " + refused;
 }
-
-// Cycles and bytes per cycle of an H200-class device; estimates from published microbenchmarks.
-struct CostModel {
-  double mhz = 1850;
-  double flops_16bit = 2680, flops_tf32 = 1340;  // mma.sync, an SM
-  double l2_total = 4000, l2_of_sm = 64, dsmem = 16, shared = 128;
-  double hop[4] = {60, 250, 700, 1350};  // by ExchangeKind
-  double reduction = 100, epilogue = 200, epilogue_element = 1.6;
-  double pass = 300, statistics = 250, statistics_element = 1.5;  // batch statistics
-};
 
 // Microseconds of one step of one launch: wait for the exchange, read and multiply (overlapping by three quarters of the
 // shorter), reduce, epilogue. Batch-normalised layers walk the batch in passes, each with a barrier and a latency of its own.
