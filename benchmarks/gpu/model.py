@@ -42,6 +42,7 @@ class Step:
     chunks: int
     resident: int
     warps: int
+    teams: int
     groups: int
     ctas: int
     launches: int

@@ -117,7 +117,7 @@ def _run(record: Record, setting: Setting, model: CostModel) -> None:
     # What names a kernel: cell, format, flags, exchange, tile.
     cell, number, *rest = (field for field in plan.kernel if not isinstance(field, bool))
     step = Step(
-        cell, number, int(backward), case.N, case.H, 1, 1, *rest[:6],
+        cell, number, int(backward), case.N, case.H, 1, 1, *rest[:7],
         plan.groups, plan.ctas, plan.launches,
     )  # fmt: skip
     record.backends["fastrnn"] = plan.text

@@ -150,7 +150,7 @@ def test_more_rows_than_a_plan_takes() -> None:
             rnn(x)
         small = fastrnn.BNLSTM(3, 5, max_length=2, dtype=torch.bfloat16)
         plan = fastrnn.explain(small, x).plan
-        assert plan.startswith("bf16; forward: sentinel, 16 units x")
+        assert plan.startswith("bf16; forward: sentinel, 8 units x")
         assert "; backward: sentinel" in plan
         need = cuda_native.Need("bnlstm", torch.bfloat16, 1, 5, 1)
         most = cuda_native.most_rows(need)

@@ -1,7 +1,7 @@
 // plan.h's cost model as a filter, for whoever fits its constants: host code, no CUDA. One request a line, one answer a line.
 //   set INDEX VALUE                  a constant of CostModel, by its place in the header; answers "ok"
 //   device SMS SHARED REGISTERS CC CLUSTERS
-//   step CELL FORMAT BACKWARD N H DIRECTIONS DEPTH EXCHANGE UNITS ROW_TILES CHUNKS RESIDENT WARPS GROUPS CTAS LAUNCHES
+//   step CELL FORMAT BACKWARD N H DIRECTIONS DEPTH EXCHANGE UNITS ROW_TILES CHUNKS RESIDENT WARPS TEAMS GROUPS CTAS LAUNCHES
 //                                    microseconds of a step
 //   best CELL FORMAT BACKWARD N H DIRECTIONS DEPTH     the plan by the constants of cost_model.h: fields of `step`, microseconds
 #include <cstdio>
@@ -30,7 +30,7 @@ static bool read_problem(std::istream& in, PlanProblem& q) {
 static bool read_plan(std::istream& in, Plan& p) {
   int exchange = 0;
   in >> exchange >> p.tile.units >> p.tile.row_tiles >> p.tile.chunks >> p.tile.resident >> p.tile.warps;
-  in >> p.groups >> p.ctas >> p.launches;
+  in >> p.tile.teams >> p.groups >> p.ctas >> p.launches;
   p.exchange = static_cast<ExchangeKind>(exchange);
   return !in.fail();
 }
@@ -62,9 +62,9 @@ int main() {
       if (all.empty() || !best.possible())
         std::puts("none");
       else
-        std::printf("%d %d %d %d %d %d %d %d %d %.9g\n", static_cast<int>(best.exchange), best.tile.units,
-                    best.tile.row_tiles, best.tile.chunks, best.tile.resident, best.tile.warps, best.groups,
-                    best.ctas, best.launches, best.step_us);
+        std::printf("%d %d %d %d %d %d %d %d %d %d %.9g\n", static_cast<int>(best.exchange), best.tile.units,
+                    best.tile.row_tiles, best.tile.chunks, best.tile.resident, best.tile.warps,
+                    best.tile.teams, best.groups, best.ctas, best.launches, best.step_us);
     } else {
       std::puts("not understood");
     }
