@@ -12,7 +12,7 @@ Status status_of(cudaError_t error) {
   return {static_cast<int>(error), error ? cudaGetErrorString(error) : ""};
 }
 
-bool is_plain(const Kernel& k) { return !k.regularised && !is_rhn(k.cell) && k.cell != CellKind::bnlstm; }
+bool is_plain(const Kernel& k) { return !k.regularised && k.cell <= CellKind::rnn_relu; }
 
 int shared_bytes(const Kernel& kernel, int depth) {
   return shared_bytes(kernel.cell, kernel.tile, kernel.backward, kernel.format, kernel.exchange, depth);
@@ -136,6 +136,13 @@ Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* str
 }
 Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream) {
   return launch_with(kernel, params, kernel.cell == CellKind::bnlstm && kernel.backward, stream);
+}
+
+Status launch(const Kernel& kernel, const ProjectedForwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.cell == CellKind::lstm_projected && !kernel.backward, stream);
+}
+Status launch(const Kernel& kernel, const ProjectedBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, kernel.cell == CellKind::lstm_projected && kernel.backward, stream);
 }
 
 Status mask_state(Format format, const MaskStateParams& params, void* stream) {

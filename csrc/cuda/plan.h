@@ -109,6 +109,10 @@ inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
     if (narrow) return {FASTRNN_TILES_16BIT_BNLSTM(FASTRNN_LISTED)};
     return {FASTRNN_TILES_32BIT_BNLSTM(FASTRNN_LISTED)};
   }
+  if (q.cell == CellKind::lstm_projected) {
+    if (narrow) return {FASTRNN_TILES_16BIT_PROJECTED(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_PROJECTED(FASTRNN_LISTED)};
+  }
   if (is_rhn(q.cell)) {
     if (narrow) return {FASTRNN_TILES_16BIT_RHN(FASTRNN_LISTED)};
     return {FASTRNN_TILES_32BIT_RHN(FASTRNN_LISTED)};

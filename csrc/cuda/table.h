@@ -37,6 +37,8 @@ inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan)
       rhn_backward(),
       bnlstm_forward(),
       bnlstm_backward(),
+      lstm_projected_forward(),
+      lstm_projected_backward(),
 #endif
   };
   for (const KernelList& list : lists)
@@ -61,6 +63,8 @@ inline PackParams pack_params(const Kernel& kernel, const PackJob& job) {
   p.H = job.H;
   p.H_padded = round_up(job.H, vector_elements(kernel.format));
   p.ctas = job.ctas;
+  p.projection = job.projection;
+  p.P = job.P;
   return p;
 }
 

@@ -46,6 +46,15 @@
   X(Sentinel, 16, 1, 2, 2, 8) /* 8 rows, H to 256 */ \
   X(Sentinel, 16, 2, 2, 2, 8) /* 16 rows */
 
+// LSTM with projection: K up to H in both matmuls of a step, one of which has 16 rows more to hold.
+#define FASTRNN_TILES_16BIT_PROJECTED(X)       \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 512 */   \
+  X(Sentinel, 16, 2, 2, 2, 8)                  \
+  X(Sentinel, 16, 1, 4, 3, 8) /* H to 1024 */
+#define FASTRNN_TILES_32BIT_PROJECTED(X)       \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 256 */   \
+  X(Sentinel, 16, 1, 4, 3, 8) /* H to 512 */
+
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \
   X(Flags, 16, 1, 2, 2, 8)     \

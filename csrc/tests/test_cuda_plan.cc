@@ -3,6 +3,7 @@
 #include "../cuda/core/backward.cuh"
 #include "../cuda/core/forward.cuh"
 #include "../cuda/core/pack.cuh"
+#include "../cuda/core/projected.cuh"
 #include "../cuda/plan.h"
 #include "check.h"
 
@@ -122,6 +123,25 @@ TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
       for (const Plan& p : candidates(q, kH100))
         CHECK(p.refused.find("statistics are over the whole batch") != std::string::npos);
     }
+}
+
+TEST(projected_layers_have_tiles_of_their_own) {
+  PlanProblem q;
+  q.cell = CellKind::lstm_projected;
+  for (const bool backward : {false, true})
+    for (const Format format : {Format::bf16, Format::fp16, Format::tf32, Format::bf16x3}) {
+      q.backward = backward, q.format = format;
+      q.H = element_bytes(format) == 2 ? 1024 : 512;
+      CHECK(candidates(q, kH100).front().possible());
+      CHECK(candidates(q, kA100).front().possible());
+      q.H++;
+      for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+    }
+  const TileShape tile{16, 1, 4, 3, 8};
+  for (const bool backward : {false, true})
+    CHECK_EQ(shared_bytes(CellKind::lstm_projected, tile, backward, Format::bf16, ExchangeKind::sentinel, 1),
+             (backward ? ProjectedBackward<Bf16, Tile<16, 1, 4, 3, 8>, Sentinel>::kLayout.bytes
+                       : ProjectedForward<Bf16, Tile<16, 1, 4, 3, 8>, Sentinel>::kLayout.bytes));
 }
 
 TEST(small_layers_stay_in_one_cluster_or_cta) {

@@ -18,7 +18,8 @@ enum class CellKind : int32_t {
   rnn_relu = 4,
   rhn = 5,
   rhn_uncoupled = 6,
-  bnlstm = 7
+  bnlstm = 7,
+  lstm_projected = 8
 };
 FASTRNN_CONSTEXPR bool is_rhn(CellKind c) { return c == CellKind::rhn || c == CellKind::rhn_uncoupled; }
 enum class Format : int32_t { bf16 = 0, fp16 = 1, tf32 = 2, bf16x3 = 3 };
@@ -36,6 +37,9 @@ FASTRNN_CONSTEXPR int chunk_elements(Format f) { return 4 * vector_elements(f); 
 struct GateRun {
   int first = 0, count = 0;
 };
+
+// The number of the run whose rows are those of W_hr.
+constexpr int kProjection = 4;
 
 // What the matmuls of a step are; cells.cuh has the arithmetic.
 struct CellShape {
@@ -66,6 +70,13 @@ FASTRNN_CONSTEXPR CellShape cell_shape(CellKind cell) {
     s.gates = 4;
     s.tape = 8;
     s.sums[0] = s.published[0] = {0, 4};
+    return s;
+  }
+  if (cell == CellKind::lstm_projected) {
+    s.gates = s.tape = 4;
+    s.phases = 2;
+    s.sums[0] = s.published[1] = {0, 4};
+    s.sums[1] = s.published[0] = {kProjection, 1};
     return s;
   }
   s.gates = cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;

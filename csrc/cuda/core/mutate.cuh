@@ -23,6 +23,7 @@ enum class Mutation : int {
   one_slab,               // every micro-step uses the first one's weights
   dead_rows_counted,      // statistics divide by all rows, not by those that reach the step
   statistics_barrier,     // none between the statistics and their reader
+  other_width,            // the projection's matmul reads as many columns as the state has
   count
 };
 
