@@ -145,6 +145,13 @@ Status launch(const Kernel& kernel, const ProjectedBackwardParams& params, void*
   return launch_with(kernel, params, kernel.cell == CellKind::lstm_projected && kernel.backward, stream);
 }
 
+Status launch(const Kernel& kernel, const LayerNormForwardParams& params, void* stream) {
+  return launch_with(kernel, params, is_layer_norm(kernel.cell) && !kernel.backward, stream);
+}
+Status launch(const Kernel& kernel, const LayerNormBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, is_layer_norm(kernel.cell) && kernel.backward, stream);
+}
+
 Status mask_state(Format format, const MaskStateParams& params, void* stream) {
   MaskStateParams copy = params;
   void* arguments[] = {&copy};

@@ -39,6 +39,8 @@ inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan)
       bnlstm_backward(),
       lstm_projected_forward(),
       lstm_projected_backward(),
+      layer_norm_forward(),
+      layer_norm_backward(),
 #endif
   };
   for (const KernelList& list : lists)

@@ -82,9 +82,8 @@ class ProjectedTrial : public TrialBase<D, T, ExchangeOf> {
           for (int k = 0; k < 3; k++) sum += l.w_ih[r * 3 + k] * l.x[i * 3 + k];
           input[size_t(i) * 4 * H + r] = sum;
         }
-      f.wx = this->rows(p.wx_is_float ? static_cast<void*>(this->floats(input).data())
-                                      : this->tensor(input).data(),
-                        4 * H);
+      f.wx = this->rows(
+          p.wx_is_float ? static_cast<void*>(this->floats(input).data()) : this->tensor(input).data(), 4 * H);
       if (o_.initial) f.h0 = this->tensor(l.h0).data(), f.c0 = this->tensor(l.c0).data();
       h_n.push_back(&this->tensor(size_t(o_.N) * P_)), c_n.push_back(&this->tensor(size_t(o_.N) * H));
       f.h_n = h_n[d]->data(), f.c_n = c_n[d]->data();

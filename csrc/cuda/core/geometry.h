@@ -19,9 +19,14 @@ enum class CellKind : int32_t {
   rhn = 5,
   rhn_uncoupled = 6,
   bnlstm = 7,
-  lstm_projected = 8
+  lstm_projected = 8,
+  lstm_layer_norm = 9,
+  gru_layer_norm = 10
 };
 FASTRNN_CONSTEXPR bool is_rhn(CellKind c) { return c == CellKind::rhn || c == CellKind::rhn_uncoupled; }
+FASTRNN_CONSTEXPR bool is_layer_norm(CellKind c) {
+  return c == CellKind::lstm_layer_norm || c == CellKind::gru_layer_norm;
+}
 enum class Format : int32_t { bf16 = 0, fp16 = 1, tf32 = 2, bf16x3 = 3 };
 enum class ExchangeKind : int32_t { local = 0, cluster = 1, sentinel = 2, flags = 3 };
 
@@ -70,6 +75,12 @@ FASTRNN_CONSTEXPR CellShape cell_shape(CellKind cell) {
     s.gates = 4;
     s.tape = 8;
     s.sums[0] = s.published[0] = {0, 4};
+    return s;
+  }
+  if (is_layer_norm(cell)) {
+    s.gates = cell == CellKind::lstm_layer_norm ? 4 : 3;
+    s.tape = 2 * s.gates;
+    s.sums[0] = s.published[0] = {0, s.gates};
     return s;
   }
   if (cell == CellKind::lstm_projected) {
@@ -169,12 +180,18 @@ FASTRNN_CONSTEXPR int column_bytes(const TileShape& t) {
   return 4 * 2 * 4 * t.units * (t.rows() + kSumPadding + 1);
 }
 
+// Layer norm: units whose part of a row's sums is one pair of floats, and a row of pairs in whole vectors.
+constexpr int kSegment = 16;
+FASTRNN_CONSTEXPR int pair_line(int units) { return round_up(2 * ceil_div(units, kSegment), 4); }
+// After the layout: two planes of a CTA's own pairs.
+FASTRNN_CONSTEXPR int pair_bytes(const TileShape& t) { return 2 * t.rows() * pair_line(t.units) * 4; }
+
 // Shared memory of a CTA of any kernel.
 FASTRNN_CONSTEXPR int shared_bytes(CellKind cell, const TileShape& tile, bool backward, Format format,
                                    ExchangeKind exchange, int depth) {
   const Geometry g = geometry_of(cell_shape(cell), tile, backward);
   return shared_layout(g, format, mail_buffers(exchange), depth).bytes +
-         (cell == CellKind::bnlstm ? column_bytes(tile) : 0);
+         (cell == CellKind::bnlstm ? column_bytes(tile) : 0) + (is_layer_norm(cell) ? pair_bytes(tile) : 0);
 }
 
 }  // namespace fastrnn::cuda

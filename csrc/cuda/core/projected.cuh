@@ -16,14 +16,13 @@ namespace fastrnn::cuda {
 struct ProjectedLstm : Shaped<CellKind::lstm_projected> {};
 
 template <class D, class T, template <class, class, int> class ExchangeOf, bool IsBackward, class Params>
-class ProjectedBase
-    : public LayerBase<GeometryOf<ProjectedLstm, T, IsBackward>, D, T, ExchangeOf, Params> {
+class ProjectedBase : public LayerBase<GeometryOf<ProjectedLstm, T, IsBackward>, D, T, ExchangeOf, Params> {
   using Geo = GeometryOf<ProjectedLstm, T, IsBackward>;
   using Base = LayerBase<Geo, D, T, ExchangeOf, Params>;
 
  public:
-  using typename Base::Exchange;
   using Base::kLayout;
+  using typename Base::Exchange;
   static constexpr bool kAvailable =
       kLayout.bytes <= prim::kMostShared && (prim::kHasClusters || !Exchange::kIsCluster);
 
@@ -47,9 +46,7 @@ class ProjectedBase
   // Rows of h as the mail has them. In a cluster every CTA publishes its part of every exchange, zeros if nothing else: that
   // a peer has published tells that it has read.
   FASTRNN_DEVICE int published_width() const { return Exchange::kInShared ? p_.H_padded : p_.P_padded; }
-  FASTRNN_DEVICE int read_width() const {
-    return mutated(Mutation::other_width) ? p_.P_padded : p_.H_padded;
-  }
+  FASTRNN_DEVICE int read_width() const { return mutated(Mutation::other_width) ? p_.P_padded : p_.H_padded; }
 
   Weights<M0> w0_;
   Weights<M1> w1_;
@@ -134,9 +131,9 @@ class ProjectedForward : public ProjectedBase<D, T, ExchangeOf, false, Projected
 
   FASTRNN_DEVICE void project(int s) {
     const int t = walk_.at(s), e = 2 * s + 1;
-    const int buffer = this->sum(
-        this->w1_, e, t, d_.middle_mail, nullptr, p_.H, this->read_width(), this->idle(),
-        [&](int x) { return t < rows_.length[x] ? From::mail : From::zero; });
+    const int buffer =
+        this->sum(this->w1_, e, t, d_.middle_mail, nullptr, p_.H, this->read_width(), this->idle(),
+                  [&](int x) { return t < rows_.length[x] ? From::mail : From::zero; });
     FASTRNN_UNROLL
     for (int i = 0; i < T::kPerThread; i++) {
       const Element x = this->projected(i);
@@ -209,17 +206,18 @@ class ProjectedBackward : public ProjectedBase<D, T, ExchangeOf, true, Projected
       saved_[i].gate[g] = D::load(row_at<const Elem>(d_.tape, t, x.n) + g * p_.H + x.j);
     const int before = walk_.backwards ? t - 1 : t + 1;
     saved_[i].c = prim::load_constant(row_at<const float>(d_.cells, t, x.n) + x.j);
-    saved_[i].c_prev = reset_at(p_, t, x.n)                ? 0.f
-                       : before < 0 || before >= x.length ? this->load(d_.c0, x, p_.H)
+    saved_[i].c_prev = reset_at(p_, t, x.n) ? 0.f
+                       : before < 0 || before >= x.length
+                           ? this->load(d_.c0, x, p_.H)
                            : prim::load_constant(row_at<const float>(d_.cells, before, x.n) + x.j);
     dcells_[i] = d_.dcells.data ? prim::load_constant(row_at<const float>(d_.dcells, t, x.n) + x.j) : 0.f;
   }
 
   FASTRNN_DEVICE void state(int s) {
     const int t = walk_.at(s), done = walk_.before(t), e = 2 * s;
-    const int buffer =
-        this->sum(this->w0_, e, done, d_.gradient_mail, nullptr, p_.H, 4 * p_.H_padded, e == 0 || this->idle(),
-                  [&](int x) { return gradient_after(p_, rows_.n[x], rows_.length[x], done); });
+    const int buffer = this->sum(
+        this->w0_, e, done, d_.gradient_mail, nullptr, p_.H, 4 * p_.H_padded, e == 0 || this->idle(),
+        [&](int x) { return gradient_after(p_, rows_.n[x], rows_.length[x], done); });
     FASTRNN_UNROLL
     for (int i = 0; i < T::kPerThread; i++) {
       const Element x = this->projected(i);
@@ -240,18 +238,16 @@ class ProjectedBackward : public ProjectedBase<D, T, ExchangeOf, true, Projected
 
   FASTRNN_DEVICE void gates(int s) {
     const int t = walk_.at(s), e = 2 * s + 1;
-    const int buffer =
-        this->sum(this->w1_, e, t, d_.state_mail, nullptr, p_.P, p_.P_padded, false,
-                  [&](int x) { return t < rows_.length[x] ? From::mail : From::zero; });
+    const int buffer = this->sum(this->w1_, e, t, d_.state_mail, nullptr, p_.P, p_.P_padded, false,
+                                 [&](int x) { return t < rows_.length[x] ? From::mail : From::zero; });
     FASTRNN_UNROLL
     for (int i = 0; i < T::kPerThread; i++) {
       const Element x = this->element(i);
       float g[4] = {}, middle = 0.f;
       if (t < x.length) {
         const Saved& v = saved_[i];
-        const LstmGrad<float> r =
-            lstm_backward<A>(v.gate[0], v.gate[1], v.gate[2], v.gate[3], v.c, v.c_prev,
-                             sums_.get(buffer, x.unit, x.local), dc_[i] + dcells_[i]);
+        const LstmGrad<float> r = lstm_backward<A>(v.gate[0], v.gate[1], v.gate[2], v.gate[3], v.c, v.c_prev,
+                                                   sums_.get(buffer, x.unit, x.local), dc_[i] + dcells_[i]);
         g[0] = r.i;
         g[1] = r.f;
         g[2] = r.g;

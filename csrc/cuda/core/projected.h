@@ -15,11 +15,11 @@ struct ProjectedForwardDirection {
   Rows wx;                                  // W_ih x + b_ih + b_hh (4H)
   const void *h0 = nullptr, *c0 = nullptr;  // (N, P), (N, H), null: zeros
   void *h_n = nullptr, *c_n = nullptr;
-  Rows y;                // P
-  Rows tape;             // activated gates (4H), or null data
-  Rows cells;            // c_t in fp32 (H), or null data
-  Mail middle_mail;      // m_t (H)
-  Mail state_mail;       // h_t (P); may be y itself
+  Rows y;            // P
+  Rows tape;         // activated gates (4H), or null data
+  Rows cells;        // c_t in fp32 (H), or null data
+  Mail middle_mail;  // m_t (H)
+  Mail state_mail;   // h_t (P); may be y itself
   bool reverse = false;
 };
 struct ProjectedForwardParams : ProjectedShape {
@@ -35,8 +35,8 @@ struct ProjectedBackwardDirection {
   void *dh0 = nullptr, *dc0 = nullptr;
   Rows tape, cells;  // from forward
   const void* c0 = nullptr;
-  Rows dgates;         // gradient of wx (4H); zero past a row's end
-  Rows dh;             // all that reaches h_t (P), and m_t (H): dW_hr is their product; dh is zero past a row's end
+  Rows dgates;  // gradient of wx (4H); zero past a row's end
+  Rows dh;      // all that reaches h_t (P), and m_t (H): dW_hr is their product; dh is zero past a row's end
   Rows middle;
   Mail gradient_mail;  // dgates (4H); may be `dgates` itself
   Mail state_mail;     // dh (P); may be `dh` itself
