@@ -34,6 +34,7 @@ __all__ = [
     "emulated",
     "launcher_of",
     "missing",
+    "most_rows",
     "on_its_device",
     "padded",
     "pair_line",
@@ -144,6 +145,7 @@ def pair_line(hidden: int) -> int:
 
 _numbers: dict[int, tuple[int, ...]] = {}
 _chosen: dict[tuple[object, ...], Plan] = {}
+_most: dict[tuple[object, ...], int] = {}
 
 
 def _device(ordinal: int) -> tuple[int, ...]:
@@ -210,6 +212,23 @@ def refusal(need: Need) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def most_rows(need: Need) -> int:
+    """The largest batch of a layer that has to run whole, as statistics over it do; 0 if none."""
+    key = (need, _current(), _format(need.dtype))
+    if key not in _most:
+        fits, beyond = 0, 1
+        while beyond <= 1 << 16 and not refusal(need._replace(size=beyond)):
+            fits, beyond = beyond, 2 * beyond
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            if refusal(need._replace(size=middle)):
+                beyond = middle
+            else:
+                fits = middle
+        _most[key] = fits
+    return _most[key]
 
 
 def describe_plans(need: Need, training: bool) -> str:
