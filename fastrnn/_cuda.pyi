@@ -3,6 +3,7 @@
 version: str
 emulated: bool
 flag_bytes: int
+row_statistics: int
 
 def device(ordinal: int) -> tuple[int, ...]: ...
 def plans(
@@ -20,6 +21,8 @@ def pack(
     packed: int,
     H: int,
     ctas: int,
+    projection: int,
+    P: int,
 ) -> None: ...
 def prepare_mail(ordinal: int, stream: int, mail: int, bytes: int) -> None: ...
 def clear(ordinal: int, stream: int, words: int, bytes: int) -> None: ...
@@ -92,4 +95,36 @@ def bnlstm_backward(
     shape: tuple[int, ...],
     directions: tuple[int, ...],
     options: tuple[float, ...],
+) -> None: ...
+def projected_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    P: int,
+) -> None: ...
+def projected_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    P: int,
+) -> None: ...
+def pair_line(units: int) -> int: ...
+def layer_norm_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    eps: float,
+) -> None: ...
+def layer_norm_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
 ) -> None: ...

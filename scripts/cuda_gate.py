@@ -29,9 +29,14 @@ ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads\n.*?Used (?P<registers>\d+) registers"
 )
 WORDS = re.compile(
-    r"(Lstm|GruILb[01]|RnnILb[01]|RhnILb[01]|Bf16x3|Bf16|Fp16|Tf32|Sentinel|Flags|Local|Cluster)"
+    r"(LayerNormLstm|LayerNormGru|Lstm|GruILb[01]|RnnILb[01]|RhnILb[01]|Bf16x3|Bf16|Fp16|Tf32"
+    r"|Sentinel|Flags|Local|Cluster)"
 )
-WANTED = re.compile(r"(bnlstm_)?(forward|backward)_kernelINS0_(.*?)EEv|(pack|mask_state)_kernel")
+WANTED = re.compile(
+    r"(bnlstm_|projected_)?(forward|backward)_kernelINS0_(.*?)EEv|(pack|mask_state)_kernel"
+)
+# Cells that are no template argument of their kernels.
+FAMILIES = {"bnlstm_": "BnLstm", "projected_": "ProjectedLstm"}
 # The last template argument: the kernel has regularisers.
 REGULARISED = "ELb0ELb1E"
 
@@ -46,11 +51,11 @@ def short(name: str) -> str:
     found = WANTED.search(name)
     if not found:
         return name
-    batch, direction, arguments, other = found.groups()
+    family, direction, arguments, other = found.groups()
     if other:
         return f"{other} " + name.split("INS0_")[-1].split("EE")[0].lstrip("0123456789")
     numbers = re.findall(r"Li(\d+)E", arguments.split("TileI")[-1])
-    words = ["BnLstm"] * bool(batch) + WORDS.findall(arguments)
+    words = ([FAMILIES[family]] if family else []) + WORDS.findall(arguments)
     kind = " regularised" if arguments.endswith(REGULARISED) else ""
     return f"{direction} {' '.join(words)} <{','.join(numbers)}>{kind}"
 
@@ -98,8 +103,10 @@ def products(name: str) -> int:
     """Tensor core instructions of a kernel whose loops over its tile are unrolled."""
     cell, number_format = name.split()[1:3]
     units, row_tiles, chunks = map(int, name.split("<")[1].rstrip(">").split(",")[:3])
-    three = cell.startswith("Gru") or cell == "RhnILb0"
+    three = "Gru" in cell or cell == "RhnILb0"
     gates = 4 if cell.endswith("Lstm") else 3 if three else 2 if cell == "RhnILb1" else 1
+    if cell == "ProjectedLstm":
+        gates = 5  # with the projection
     of_a_chunk = 3 if number_format == "Bf16x3" else 2
     return gates * units // 16 * chunks * row_tiles * of_a_chunk
 

@@ -120,10 +120,16 @@ void bind(py::module_& m) {
   });
   m.def("packed_bytes",
         [](const py::tuple& name, int ctas) { return packed_bytes(read_kernel(name), ctas); });
+  // projection, P: of an LSTM with projection, or zeros.
   m.def("pack", [](int ordinal, intptr_t stream, const py::tuple& name, intptr_t weights, intptr_t packed,
-                   int H, int ctas) {
+                   int H, int ctas, intptr_t projection, int P) {
     const Kernel& kernel = read_kernel(name);
-    const PackJob job{reinterpret_cast<const void*>(weights), reinterpret_cast<void*>(packed), H, ctas};
+    const PackJob job{reinterpret_cast<const void*>(weights),
+                      reinterpret_cast<void*>(packed),
+                      H,
+                      ctas,
+                      reinterpret_cast<const void*>(projection),
+                      P};
     py::gil_scoped_release release;
     check(select_device(ordinal), "selecting the device");
     check(pack(kernel, job, reinterpret_cast<void*>(stream)), "packing weights");
@@ -150,4 +156,6 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   fastrnn::cuda::bind_regularised(m);
   fastrnn::cuda::bind_rhn(m);
   fastrnn::cuda::bind_bnlstm(m);
+  fastrnn::cuda::bind_projected(m);
+  fastrnn::cuda::bind_layer_norm(m);
 }

@@ -17,6 +17,8 @@ void bind(py::module_& m);
 void bind_regularised(py::module_& m);
 void bind_rhn(py::module_& m);
 void bind_bnlstm(py::module_& m);
+void bind_projected(py::module_& m);
+void bind_layer_norm(py::module_& m);
 
 inline void check(const Status& status, const char* what) {
   if (!status.ok())

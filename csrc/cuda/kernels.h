@@ -43,6 +43,10 @@ KernelList rhn_forward();
 KernelList rhn_backward();
 KernelList bnlstm_forward();
 KernelList bnlstm_backward();
+KernelList lstm_projected_forward();
+KernelList lstm_projected_backward();
+KernelList layer_norm_forward();
+KernelList layer_norm_backward();
 
 // The kernel that packs weights of a format; takes PackParams by value.
 const void* pack_function(Format format);

@@ -131,6 +131,20 @@ Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* st
   return launch_with(kernel, params, stream, params.N);
 }
 
+Status launch(const Kernel& kernel, const ProjectedForwardParams& params, void* stream) {
+  return launch_with(kernel, params, stream);
+}
+Status launch(const Kernel& kernel, const ProjectedBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, stream);
+}
+
+Status launch(const Kernel& kernel, const LayerNormForwardParams& params, void* stream) {
+  return launch_with(kernel, params, stream);
+}
+Status launch(const Kernel& kernel, const LayerNormBackwardParams& params, void* stream) {
+  return launch_with(kernel, params, stream);
+}
+
 Status mask_state(Format format, const MaskStateParams& params, void* stream) {
   MaskStateParams copy = params;
   void* arguments[] = {&copy};

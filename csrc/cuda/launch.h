@@ -4,7 +4,9 @@
 #include <cstddef>
 
 #include "core/bnlstm.h"
+#include "core/layernorm.h"
 #include "core/noise.h"
+#include "core/projected.h"
 #include "core/rhn.h"
 #include "kernels.h"
 #include "plan.h"
@@ -45,13 +47,19 @@ Status launch(const Kernel& kernel, const RhnForwardParams& params, void* stream
 Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* stream);
 Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* stream);
 Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const ProjectedForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const ProjectedBackwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const LayerNormForwardParams& params, void* stream);
+Status launch(const Kernel& kernel, const LayerNormBackwardParams& params, void* stream);
 // Masked initial states of one direction; before its forward launch, on the same stream.
 Status mask_state(Format format, const MaskStateParams& params, void* stream);
 
 struct PackJob {
-  const void* weights;  // W_hh (G * H, H) in the format's tensor type
-  void* packed;         // packed_bytes()
-  int H, ctas;          // ctas: the plan's
+  const void* weights;               // W_hh (G * H, H) in the format's tensor type
+  void* packed;                      // packed_bytes()
+  int H, ctas;                       // ctas: the plan's
+  const void* projection = nullptr;  // W_hr (P, H) of an LSTM with projection, whose W_hh is (4H, P)
+  int P = 0;
 };
 size_t packed_bytes(const Kernel& kernel, int ctas);
 Status pack(const Kernel& kernel, const PackJob& job, void* stream);

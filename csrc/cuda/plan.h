@@ -89,6 +89,9 @@ inline double step_time(const PlanProblem& q, const Plan& p, const Device& devic
     cycles += m.hop[static_cast<int>(p.exchange)] + std::max(read, multiply) +
               0.25 * std::min(read, multiply) + sums + m.epilogue + m.epilogue_element * p.tile.units * rows;
   }
+  // Each norm inside the step is one more exchange, of little data.
+  const int norms = q.cell == CellKind::lstm_layer_norm ? 2 : q.cell == CellKind::gru_layer_norm ? 1 : 0;
+  cycles += norms * (m.hop[static_cast<int>(p.exchange)] + m.epilogue);
   return q.depth * cycles / m.mhz;
 }
 
@@ -108,6 +111,14 @@ inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
     if (narrow) return {FASTRNN_TILES_16BIT_BNLSTM_FORWARD(FASTRNN_LISTED)};
     if (q.backward) return {FASTRNN_TILES_32BIT_BNLSTM_BACKWARD(FASTRNN_LISTED)};
     return {FASTRNN_TILES_32BIT_BNLSTM_FORWARD(FASTRNN_LISTED)};
+  }
+  if (is_layer_norm(q.cell)) {
+    if (narrow) return {FASTRNN_TILES_16BIT_LAYER_NORM(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_LAYER_NORM(FASTRNN_LISTED)};
+  }
+  if (q.cell == CellKind::lstm_projected) {
+    if (narrow) return {FASTRNN_TILES_16BIT_PROJECTED(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_PROJECTED(FASTRNN_LISTED)};
   }
   if (is_rhn(q.cell)) {
     if (narrow) return {FASTRNN_TILES_16BIT_RHN(FASTRNN_LISTED)};

@@ -36,6 +36,10 @@ inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan)
       rhn_backward(),
       bnlstm_forward(),
       bnlstm_backward(),
+      lstm_projected_forward(),
+      lstm_projected_backward(),
+      layer_norm_forward(),
+      layer_norm_backward(),
   };
   for (const KernelList& list : lists)
     for (int i = 0; i < list.count; i++) {
@@ -48,9 +52,7 @@ inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan)
 }
 
 // Which kernels take which parameters.
-inline bool is_plain(const Kernel& k) {
-  return !k.regularised && !is_rhn(k.cell) && k.cell != CellKind::bnlstm;
-}
+inline bool is_plain(const Kernel& k) { return !k.regularised && k.cell <= CellKind::rnn_relu; }
 inline bool takes(const Kernel& k, const ForwardParams&) { return is_plain(k) && !k.backward; }
 inline bool takes(const Kernel& k, const BackwardParams&) { return is_plain(k) && k.backward; }
 inline bool takes(const Kernel& k, const RegularisedForwardParams&) { return k.regularised && !k.backward; }
@@ -62,6 +64,18 @@ inline bool takes(const Kernel& k, const BnLstmForwardParams&) {
 }
 inline bool takes(const Kernel& k, const BnLstmBackwardParams&) {
   return k.cell == CellKind::bnlstm && k.backward;
+}
+inline bool takes(const Kernel& k, const ProjectedForwardParams&) {
+  return k.cell == CellKind::lstm_projected && !k.backward;
+}
+inline bool takes(const Kernel& k, const ProjectedBackwardParams&) {
+  return k.cell == CellKind::lstm_projected && k.backward;
+}
+inline bool takes(const Kernel& k, const LayerNormForwardParams&) {
+  return is_layer_norm(k.cell) && !k.backward;
+}
+inline bool takes(const Kernel& k, const LayerNormBackwardParams&) {
+  return is_layer_norm(k.cell) && k.backward;
 }
 
 inline int shared_bytes(const Kernel& k, int extent) {
@@ -85,6 +99,8 @@ inline PackParams pack_params(const Kernel& kernel, const PackJob& job) {
   p.H = job.H;
   p.H_padded = round_up(job.H, vector_elements(kernel.format));
   p.ctas = job.ctas;
+  p.projection = job.projection;
+  p.P = job.P;
   return p;
 }
 

@@ -54,6 +54,25 @@
   X(Sentinel, 16, 2, 4, 4, 2, 4) /* 64 rows, H to 128 */ \
   X(Sentinel, 16, 2, 4, 4, 8)    /* 16 rows, H to 512 */
 
+// LSTM with projection: K up to H in both matmuls of a step, one of which has 16 rows more to hold.
+#define FASTRNN_TILES_16BIT_PROJECTED(X)     \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 512 */ \
+  X(Sentinel, 16, 2, 2, 2, 8)                \
+  X(Sentinel, 16, 1, 4, 3, 8) /* H to 1024 */
+#define FASTRNN_TILES_32BIT_PROJECTED(X)     \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 256 */ \
+  X(Sentinel, 16, 1, 4, 3, 8) /* H to 512 */
+
+// Layer norm, LSTM and GRU.
+#define FASTRNN_TILES_16BIT_LAYER_NORM(X)     \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 512 */  \
+  X(Sentinel, 16, 2, 2, 2, 8)                 \
+  X(Sentinel, 16, 1, 4, 4, 8) /* H to 1024 */ \
+  X(Local, 64, 1, 1, 0, 4)    /* H to 64 in one CTA */
+#define FASTRNN_TILES_32BIT_LAYER_NORM(X)    \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 256 */ \
+  X(Sentinel, 16, 1, 4, 4, 8) /* H to 512 */
+
 // The other protocol, for LSTM in bfloat16 only: to compare with.
 #define FASTRNN_TILES_FLAGS(X) \
   X(Flags, 16, 1, 2, 2, 8)     \

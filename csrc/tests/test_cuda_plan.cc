@@ -2,7 +2,9 @@
 // weight once, where the kernels look for it.
 #include "../cuda/core/backward.cuh"
 #include "../cuda/core/forward.cuh"
+#include "../cuda/core/layernorm.cuh"
 #include "../cuda/core/pack.cuh"
+#include "../cuda/core/projected.cuh"
 #include "../cuda/plan.h"
 #include "check.h"
 
@@ -137,6 +139,54 @@ TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
   CHECK_EQ(candidates(q, kH100).front().tile.rows(), 64);
   q.H = 513;
   for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+}
+
+TEST(projected_layers_have_tiles_of_their_own) {
+  PlanProblem q;
+  q.cell = CellKind::lstm_projected;
+  for (const bool backward : {false, true})
+    for (const Format format : {Format::bf16, Format::fp16, Format::tf32, Format::bf16x3}) {
+      q.backward = backward, q.format = format;
+      q.H = element_bytes(format) == 2 ? 1024 : 512;
+      CHECK(candidates(q, kH100).front().possible());
+      CHECK(candidates(q, kA100).front().possible());
+      q.H++;
+      for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+    }
+  const TileShape tile{16, 1, 4, 3, 8};
+  for (const bool backward : {false, true})
+    CHECK_EQ(shared_bytes(CellKind::lstm_projected, tile, backward, Format::bf16, ExchangeKind::sentinel, 1),
+             (backward ? ProjectedBackward<Bf16, Tile<16, 1, 4, 3, 8>, Sentinel>::kLayout.bytes
+                       : ProjectedForward<Bf16, Tile<16, 1, 4, 3, 8>, Sentinel>::kLayout.bytes));
+}
+
+template <class Layer>
+static void agrees_with_layer_norm(const TileShape& tile, bool backward, ExchangeKind exchange) {
+  const bool lstm = Layer::kGeometry.phase[0].gates.count == 4;
+  const CellKind cell = lstm ? CellKind::lstm_layer_norm : CellKind::gru_layer_norm;
+  CHECK_EQ(shared_bytes(cell, tile, backward, Format::bf16, exchange, 1), Layer::kSharedBytes);
+}
+TEST(layer_norm_has_tiles_of_its_own) {
+  PlanProblem q;
+  for (const CellKind cell : {CellKind::lstm_layer_norm, CellKind::gru_layer_norm})
+    for (const Format format : {Format::bf16, Format::fp16, Format::tf32, Format::bf16x3}) {
+      q.format = format;
+      q.H = element_bytes(format) == 2 ? 1024 : 512;
+      for (const bool backward : {false, true}) {
+        q.backward = backward, q.cell = cell;
+        const Plan normed = candidates(q, kH100).front();
+        CHECK(normed.possible());
+        CHECK(candidates(q, kA100).front().possible());
+        q.cell = cell == CellKind::lstm_layer_norm ? CellKind::lstm : CellKind::gru;
+        CHECK(candidates(q, kH100).front().step_us < normed.step_us);
+      }
+      q.cell = cell, q.H++;
+      for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+    }
+  agrees_with_layer_norm<LayerNormForward<LayerNormLstm, Bf16, Tile<64, 1, 1, 0, 4>, Local>>(
+      {64, 1, 1, 0, 4}, false, ExchangeKind::local);
+  agrees_with_layer_norm<LayerNormBackward<LayerNormGru, Bf16, Tile<16, 2, 2, 2, 8>, Sentinel>>(
+      {16, 2, 2, 2, 8}, true, ExchangeKind::sentinel);
 }
 
 TEST(small_layers_stay_in_one_cluster_or_cta) {

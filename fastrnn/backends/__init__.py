@@ -233,12 +233,18 @@ def _cuda_on_cpu() -> str:
     return "" if module is not None and module.emulated else "the input is on cpu"
 
 
+def _acts_in_kernel(p: Problem) -> bool:
+    """Whether there are regularisers that a kernel has to have; weights are dropped before it."""
+    names = p.regularisers.split(", ") if p.regularisers else []
+    return any(not name.startswith("weight dropout") for name in names)
+
+
 def _cuda_need(p: Problem) -> tuple[Any, ...]:
     """The fields of ``cuda_native.Need``."""
     cell = "rhn_uncoupled" if p.cell == "rhn" and p.gates == 3 else p.cell
-    regularised = any(not name.startswith("weight dropout") for name in p.regularisers.split(", "))
-    regularised = regularised and bool(p.regularisers)
-    return cell, p.given or p.dtype, p.batch, p.hidden_size, p.directions, p.depth, regularised
+    cell = "lstm_projected" if p.proj_size and cell == "lstm" else cell
+    sizes = (p.batch, p.hidden_size, p.directions, p.depth)
+    return cell, p.given or p.dtype, *sizes, _acts_in_kernel(p)
 
 
 def _cuda_refusal(*need: Any) -> str:
@@ -268,16 +274,17 @@ def _serves_cuda(p: Problem) -> str:
         return f"it has no {p.dtype} kernels, only float32, bfloat16 and float16"
     if p.transforms:
         return "torch.func transforms need operations they can see into"
-    lacks = [
+    options = [
         name
         for name, used in (
             ("layer_norm", p.cell.endswith("_layer_norm")),
             ("proj_size", p.proj_size),
+            (p.regularisers, _acts_in_kernel(p)),
         )
         if used
     ]
-    if lacks:
-        return f"it has no kernels with {', '.join(lacks)}"
+    if len(options) > 1 and options[0] in ("layer_norm", "proj_size"):
+        return f"it has no kernels with {options[0]} and {' and '.join(options[1:])}"
     if p.process_group:
         return "its kernels see one process, statistics over a process group need collectives"
     if p.gate_masks:

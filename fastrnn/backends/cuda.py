@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrnn.backends import cuda_layer_norm, cuda_projected
 from fastrnn.backends.cuda_grid import Grid, states_before
 from fastrnn.backends.cuda_native import (
-    CELLS,
     Launcher,
     Need,
     launcher_of,
@@ -25,7 +25,9 @@ from fastrnn.backends.cuda_native import (
     padded,
 )
 from fastrnn.backends.cuda_noise import Regulariser
-from fastrnn.backends.rows import Weights, alone, dense
+from fastrnn.backends.cuda_terms import Arriving, Kept, input_gradients, input_terms, weight_list
+from fastrnn.backends.rows import Weights, dense
+from fastrnn.kinds import KINDS
 from fastrnn.noise import tape_slots
 
 __all__ = ["layer_backward", "layer_forward", "layer_forward_train"]
@@ -36,27 +38,28 @@ _Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _PUBLISHED = {"gru_reset_before": ((2, 1), (0, 2))}
 
 
+def _weights(weights: Sequence[Tensor], cell: str, directions: int) -> tuple[Weights, list[Tensor]]:
+    """The weights by kind, and those of layer norm: direction after direction."""
+    norms, per = KINDS[cell].norms, len(weights) // directions
+    plain: list[Tensor] = []
+    normed: list[Tensor] = []
+    for d in range(directions):
+        own = list(weights[d * per : (d + 1) * per])
+        plain += own[: per - norms]
+        normed += own[per - norms :]
+    return Weights(plain, cell, directions), normed
+
+
 def _need(w: Weights, x: Tensor, cell: str, size: int, noise: Regulariser) -> Need:
     """What a kernel is chosen by; modules have told the reasons of what is refused before."""
-    if cell not in CELLS or w.w_hr:
-        what = "projection" if w.w_hr else cell
-        raise ValueError(f"cell: the CUDA kernels have no {what}")
-    return Need(cell, x.dtype, size, w.hidden, w.directions, regularised=noise.acts)
-
-
-def _input_terms(x: Tensor, grid: Grid, w: Weights, cell: str) -> tuple[Tensor, list[Tensor]]:
-    """W_ih x and the biases added to it, (rows, D*G*H), and b_hn of each direction of a GRU."""
-    flat = grid.rows.flat(x)
-    if not w.b_ih:
-        return grid.spread(torch.mm(flat, w.inputs().t())), []
-    b_ih, b_hh = torch.stack(w.b_ih).float(), torch.stack(w.b_hh).float()
-    inner: list[Tensor] = []
-    if cell == "gru":
-        at = 2 * w.hidden
-        inner = [b[at:].clone() for b in b_hh]
-        b_hh = torch.cat([b_hh[:, :at], torch.zeros_like(b_hh[:, at:])], 1)
-    bias = (b_ih + b_hh).to(x.dtype).flatten()
-    return grid.spread(torch.addmm(bias, flat, w.inputs().t())), inner
+    special = [
+        name for name, on in (("layer norm", KINDS[cell].norms), ("a projection", w.w_hr)) if on
+    ]
+    if len(special) + (noise.acts and bool(special)) > 1:
+        beside = special[1] if len(special) > 1 else "regularisers"
+        raise ValueError(f"cell: the CUDA kernels have {special[0]}, but not beside {beside}")
+    kind = "lstm_projected" if w.w_hr else cell
+    return Need(kind, x.dtype, size, w.hidden, w.directions, regularised=noise.acts)
 
 
 def _forward(
@@ -77,10 +80,17 @@ def _forward(
 ) -> _Forward:
     """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
     directions, size, _ = h0.shape
-    w = Weights(weights, cell, directions)
+    w, norms = _weights(weights, cell, directions)
     drawn = Regulariser(noise, seed, x)
     need = _need(w, x, cell, size, drawn)
     grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
+    if w.w_hr:
+        assert c0 is not None
+        return cuda_projected.forward(x, h0, c0, w, grid, need, want_cells, want_gates, plan)
+    if norms:
+        return cuda_layer_norm.forward(
+            x, h0, c0, w, norms, grid, need, want_cells, want_gates, plan
+        )
     hidden, slots = w.hidden, tape_slots(cell, noise, plan) if want_gates else 0
     h0, c0 = h0.contiguous(), dense(c0)
     y = x.new_empty((grid.count, directions * hidden))
@@ -93,7 +103,7 @@ def _forward(
         gates = x.new_empty((directions, grid.count, slots * hidden))
     if size:
         launcher = launcher_of(need, x, False, plan)
-        wx, inner = _input_terms(x, grid, w, cell)
+        wx, inner = input_terms(x, grid, w, cell)
         addresses = launcher.pack(w.w_hh)
         masked = drawn.initial(launcher, grid, h0) if drawn.masks_state else None
         phases = 2 if cell == "gru_reset_before" else 1
@@ -204,7 +214,7 @@ def layer_backward(
     noise: str = "",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
     directions, size, _ = h0.shape
-    w = Weights(weights, cell, directions)
+    w, norms = _weights(weights, cell, directions)
     drawn = Regulariser(noise, seed, x)
     need = _need(w, x, cell, size, drawn)
     if not size:
@@ -223,27 +233,40 @@ def layer_backward(
     h0, c0 = h0.contiguous(), dense(c0)
     states = grid.spread(grid.rows.flat(y).contiguous())
     launcher = launcher_of(need, x, True, plan)
-    dgates, recurrent, dh0, dc0 = _gate_gradients(
-        launcher, drawn, grid, w, cell, x, states, h0, c0,
-        None if c0 is None or cells is None else grid.spread(grid.rows.flat(cells).contiguous()),
+    kept = Kept(
+        states,
+        None if cells is None or c0 is None else grid.spread(grid.rows.flat(cells).contiguous()),
         gates,
+        h0,
+        c0,
+    )
+    arriving = Arriving(
         None if dy is None else grid.spread(grid.rows.flat(dy.to(x.dtype)).contiguous()),
         None if dcells is None else grid.spread(grid.rows.flat(dcells.float()).contiguous()),
         dense(dh_n),
         dense(dc_n),
+    )
+    if w.w_hr:
+        dx, dh0, dc0, dweights = cuda_projected.backward(
+            launcher, grid, w, x, kept, arriving, need_dx, need_dw
+        )
+        return dx, dh0 if need_dstate else None, dc0 if need_dstate else None, dweights
+    if norms:
+        dx, dh0, dc0, dweights = cuda_layer_norm.backward(
+            launcher, grid, w, norms, x, kept, arriving, need_dx, need_dw
+        )
+        return dx, dh0 if need_dstate else None, dc0 if need_dstate else None, dweights
+    dgates, recurrent, dh0, dc0 = _gate_gradients(
+        launcher, drawn, grid, w, cell, x, states, h0, c0,
+        kept.cells, gates, *arriving,
     )  # fmt: skip
     # In the rows of x: packed data have fewer.
-    own = grid.gather(dgates)
-    dx = torch.mm(own, w.inputs()).view(x.shape) if need_dx else None
-    dweights: list[Tensor] = []
+    dx, dw_ih = input_gradients(x, grid, w, grid.gather(dgates), need_dx, need_dw)
+    dweights = []
     if need_dw:
-        dw_ih = torch.mm(own.t(), grid.rows.without_padding(x)).chunk(directions)
         dw_hh = _recurrent_products(launcher, drawn, grid, w, cell, recurrent, states, h0, gates)
-        db_ih = dgates.sum(0).chunk(directions)
-        db_hh = recurrent.sum(0).chunk(directions)
-        for d in range(directions):
-            dweights += [alone(dw_ih[d]), dw_hh[d]]
-            dweights += [alone(db_ih[d]), alone(db_hh[d])] if w.b_ih else []
+        biases = [list(t.sum(0).chunk(directions)) for t in (dgates, recurrent) if w.b_ih]
+        dweights = weight_list(dw_ih, dw_hh, *biases)
     if not need_dstate:
         return dx, None, None, dweights
     return dx, dh0, dc0, dweights

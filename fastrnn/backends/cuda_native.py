@@ -37,6 +37,7 @@ __all__ = [
     "most_rows",
     "on_its_device",
     "padded",
+    "pair_line",
     "raise_if_failed",
     "refusal",
 ]
@@ -51,6 +52,9 @@ CELLS = {
     "rhn": 5,
     "rhn_uncoupled": 6,
     "bnlstm": 7,
+    "lstm_projected": 8,
+    "lstm_layer_norm": 9,
+    "gru_layer_norm": 10,
 }
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1}
 _NAMES = ("bf16", "fp16", "tf32", "bf16x3")
@@ -137,6 +141,11 @@ def padded(hidden: int, dtype: torch.dtype) -> int:
     """A hidden size as rows of 16-byte vectors have it."""
     vector = 16 // dtype.itemsize
     return -(-hidden // vector) * vector
+
+
+def pair_line(hidden: int) -> int:
+    """Floats of a row in the mail of row statistics."""
+    return int(_cuda.pair_line(hidden))
 
 
 _numbers: dict[int, tuple[int, ...]] = {}
@@ -296,21 +305,25 @@ class Launcher:
         """The library's number of the kernel's format."""
         return self.plan.kernel[1]
 
-    def pack(self, matrices: Sequence[Tensor]) -> list[int]:
+    def pack(self, matrices: Sequence[Tensor], projections: Sequence[Tensor] = ()) -> list[int]:
         """Recurrent weights as the kernel wants them, kept here: addresses of each direction's.
 
-        ``matrices``: of each direction (G*H, H), or (L, G*H, H) for the slabs of L micro-steps.
+        ``matrices``: of each direction (G*H, H), or (L, G*H, H) for the slabs of L micro-steps;
+        ``projections``: of an LSTM that has them (P, H), and then the matrices are (4*H, P).
         """
+        width = projections[0].size(0) if projections else 0
+        folded = [p.contiguous() for p in projections]
         slabs = [m.contiguous().view(-1, *m.shape[-2:]) for m in matrices]
         depth = slabs[0].size(0)
         size = _cuda.packed_bytes(self.plan.kernel, self.plan.ctas)
         self.packed = matrices[0].new_empty((len(slabs), depth * size), dtype=torch.uint8)
         addresses = [self.packed.data_ptr() + d * depth * size for d in range(len(slabs))]
-        for own, to in zip(slabs, addresses, strict=True):
+        for d, (own, to) in enumerate(zip(slabs, addresses, strict=True)):
+            onto = folded[d].data_ptr() if folded else 0
             for level, matrix in enumerate(own.unbind(0)):
                 _cuda.pack(
                     *self.where, self.plan.kernel, matrix.data_ptr(), to + level * size,
-                    self.need.hidden, self.plan.ctas,
+                    self.need.hidden, self.plan.ctas, onto, width,
                 )  # fmt: skip
         return addresses
 

@@ -58,6 +58,9 @@ def stack_steps(steps: Sequence[Tensor], state: Tensor, x: Tensor, reverse: bool
 
 def normalised(term: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     """Layer norm of (N, K) over K, differentiable to any order, which torch's is only twice."""
+    if term.dtype == torch.float16:  # whose range ends before the slope of 1 / sqrt(var + eps) at 0
+        bias = None if bias is None else bias.float()
+        return normalised(term.float(), gain.float(), bias).half()
     centred = term - term.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     scaled = centred * torch.rsqrt(variance + LAYER_NORM_EPS) * gain

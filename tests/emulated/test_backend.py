@@ -17,6 +17,9 @@ MODULES: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"num_layers": 2, "bidirectional": True}),
     ("LSTM", {"batch_first": True, "bias": False}),
     ("LSTM", {"recompute": True}),
+    ("LSTM", {"proj_size": 3, "num_layers": 2}),
+    ("LSTM", {"layer_norm": True, "bidirectional": True}),
+    ("GRU", {"layer_norm": True, "batch_first": True}),
     ("GRU", {"num_layers": 2}),
     ("GRU", {"reset_after": False, "bidirectional": True}),
     ("RNN", {"nonlinearity": "relu"}),
@@ -85,12 +88,16 @@ def test_explain() -> None:
     [
         (fastrnn.LSTM(3, 65), "no bf16x3 kernel takes a hidden size of 65"),
         (fastrnn.GRU(3, 5, dtype=torch.float64), "it has no torch.float64 kernels"),
-        (fastrnn.LSTM(3, 5, proj_size=2), "it has no kernels with proj_size"),
-        (fastrnn.GRU(3, 5, layer_norm=True), "it has no kernels with layer_norm"),
+        (fastrnn.LSTM(3, 65, proj_size=2), "no bf16x3 kernel takes a hidden size of 65"),
+        (fastrnn.LSTM(3, 5, proj_size=2, zoneout=0.1), "no kernels with proj_size and zoneout"),
+        (
+            fastrnn.LSTM(3, 5, proj_size=2, layer_norm=True),
+            "no kernels with layer_norm and proj_size",
+        ),
         (fastrnn.GRU(3, 65, zoneout=0.1), "no regularised bf16x3 kernel takes a hidden size of 65"),
         (fastrnn.BNLSTM(3, 65, max_length=3), "no bf16x3 kernel takes a hidden size of 65"),
     ],
-    ids=["large", "float64", "proj_size", "layer_norm", "zoneout", "bnlstm"],
+    ids=["large", "float64", "proj_size", "both", "layer_norm", "zoneout", "bnlstm"],
 )
 def test_what_it_does_not_serve(
     rnn: torch.nn.Module, why: str, monkeypatch: pytest.MonkeyPatch
@@ -107,8 +114,9 @@ def test_what_it_does_not_serve(
 def test_the_operators_refuse_what_they_lack() -> None:
     x, h = torch.randn(2, 1, 3), torch.randn(1, 1, 2)
     weights = [torch.randn(20, 3), torch.randn(20, 2), torch.randn(2, 5)]
-    rest = (None, None, None, None, "lstm", False, False, "cuda")
-    with pytest.raises(ValueError, match="the CUDA kernels have no projection"):
+    weights += [torch.randn(20), torch.randn(20), torch.randn(5), torch.randn(5)]
+    rest = (None, None, None, None, "lstm_layer_norm", False, False, "cuda")
+    with pytest.raises(ValueError, match="have layer norm, but not beside a projection"):
         torch.ops.fastrnn.layer_forward(x, h, torch.randn(1, 1, 5), weights, *rest)
 
 

@@ -18,9 +18,15 @@ enum class CellKind : int32_t {
   rnn_relu = 4,
   rhn = 5,
   rhn_uncoupled = 6,
-  bnlstm = 7
+  bnlstm = 7,
+  lstm_projected = 8,
+  lstm_layer_norm = 9,
+  gru_layer_norm = 10
 };
 FASTRNN_CONSTEXPR bool is_rhn(CellKind c) { return c == CellKind::rhn || c == CellKind::rhn_uncoupled; }
+FASTRNN_CONSTEXPR bool is_layer_norm(CellKind c) {
+  return c == CellKind::lstm_layer_norm || c == CellKind::gru_layer_norm;
+}
 enum class Format : int32_t { bf16 = 0, fp16 = 1, tf32 = 2, bf16x3 = 3 };
 enum class ExchangeKind : int32_t { local = 0, cluster = 1, sentinel = 2, flags = 3 };
 
@@ -36,6 +42,9 @@ FASTRNN_CONSTEXPR int chunk_elements(Format f) { return 4 * vector_elements(f); 
 struct GateRun {
   int first = 0, count = 0;
 };
+
+// The number of the run whose rows are those of W_hr.
+constexpr int kProjection = 4;
 
 // What the matmuls of a step are; cells.cuh has the arithmetic.
 struct CellShape {
@@ -66,6 +75,19 @@ FASTRNN_CONSTEXPR CellShape cell_shape(CellKind cell) {
     s.gates = 4;
     s.tape = 8;
     s.sums[0] = s.published[0] = {0, 4};
+    return s;
+  }
+  if (is_layer_norm(cell)) {
+    s.gates = cell == CellKind::lstm_layer_norm ? 4 : 3;
+    s.tape = 2 * s.gates;
+    s.sums[0] = s.published[0] = {0, s.gates};
+    return s;
+  }
+  if (cell == CellKind::lstm_projected) {
+    s.gates = s.tape = 4;
+    s.phases = 2;
+    s.sums[0] = s.published[1] = {0, 4};
+    s.sums[1] = s.published[0] = {kProjection, 1};
     return s;
   }
   s.gates = cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
@@ -187,13 +209,20 @@ FASTRNN_CONSTEXPR BatchLayout batch_layout(const Geometry& g, Format format, int
   return s;
 }
 
+// Layer norm: units whose part of a row's sums is one pair of floats, and a row of pairs in whole vectors.
+constexpr int kSegment = 16;
+FASTRNN_CONSTEXPR int pair_line(int units) { return round_up(2 * ceil_div(units, kSegment), 4); }
+// After the layout: two planes of a CTA's own pairs.
+FASTRNN_CONSTEXPR int pair_bytes(const TileShape& t) { return 2 * t.rows() * pair_line(t.units) * 4; }
+
 // Shared memory of a CTA of any kernel. `extent`: micro-steps of a highway layer, rows of a batch-normalised layer's batch,
 // else 1.
 FASTRNN_CONSTEXPR int shared_bytes(CellKind cell, const TileShape& tile, bool backward, Format format,
                                    ExchangeKind exchange, int extent) {
   const Geometry g = geometry_of(cell_shape(cell), tile, backward);
   if (cell == CellKind::bnlstm) return batch_layout(g, format, mail_buffers(exchange), extent).bytes;
-  return shared_layout(g, format, mail_buffers(exchange), extent).bytes;
+  return shared_layout(g, format, mail_buffers(exchange), extent).bytes +
+         (is_layer_norm(cell) ? pair_bytes(tile) : 0);
 }
 
 }  // namespace fastrnn::cuda

@@ -24,6 +24,9 @@ enum class Mutation : int {
   dead_rows_counted,      // statistics divide by all rows, not by those that reach the step
   statistics_barrier,     // none between the statistics and their reader
   rows_missing,           // statistics leave out the rows of the last pass
+  other_width,            // the projection's matmul reads as many columns as the state has
+  segment_tail,           // the last 16 units of a row count as 16 though there are fewer
+  own_segment,            // statistics of a row are those of the CTA's own units
   count
 };
 

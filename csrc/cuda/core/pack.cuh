@@ -1,4 +1,4 @@
-// W_hh (G * H, H) as the kernels want it: for each CTA, warp and phase, the tensor core operand of each 16 gate rows and
+// W_hh (G * H, H), and W_hr where there is one, as the kernels want them: for each CTA, warp and phase, the tensor core operand of each 16 gate rows and
 // each chunk of K, a lane's two vectors 32 lanes apart, so that a warp's load is 512 contiguous bytes.
 //
 // Warp w of CTA c has slice (w + c) % warps of K: CTAs that run side by side then read different parts of the exchanged
@@ -14,22 +14,31 @@ struct PackParams {
   Vec4* packed = nullptr;         // ctas * geometry.cta_vectors()
   Geometry geometry;
   int H = 0, H_padded = 0, ctas = 0;
+  const void* projection = nullptr;  // W_hr (P, H); W_hh is (4H, P) then
+  int P = 0;
+  FASTRNN_DEVICE int state_width() const { return P ? P : H; }
 };
 
-// Where in W_hh the weight between a row of a CTA's tile and element k of the exchanged rows is; row -1: padding.
+// The weight between a row of a CTA's tile and element k of the exchanged rows: its matrix (false: W_hh) and place there,
+// or row -1: padding.
 struct WeightAt {
+  bool projects;
   int row, column;
 };
 FASTRNN_DEVICE WeightAt weight_at(const PackParams& p, const PhaseShape& phase, int cta, int tile_row,
                                   int k) {
   const int units = p.geometry.tile.units, unit = cta * units + tile_row % units;
+  if (p.P && phase.gates.first == kProjection) {
+    const int row = p.geometry.backward ? k : unit, column = p.geometry.backward ? unit : k;
+    return {true, row < p.P && column < p.H ? row : -1, column};
+  }
   if (!p.geometry.backward) {
     const int gate = phase.gates.first + tile_row / units;
-    return {unit < p.H && k < p.H ? gate * p.H + unit : -1, k};
+    return {false, unit < p.H && k < p.state_width() ? gate * p.H + unit : -1, k};
   }
   const int value = k / p.H_padded, j = k % p.H_padded;
-  const bool exists = value < phase.in && j < p.H && unit < p.H;
-  return {exists ? (phase.gates.first + value) * p.H + j : -1, unit};
+  const bool exists = value < phase.in && j < p.H && unit < p.state_width();
+  return {false, exists ? (phase.gates.first + value) * p.H + j : -1, unit};
 }
 
 template <class D>
@@ -50,8 +59,8 @@ FASTRNN_DEVICE Vec4 packed_vector(const PackParams& p, int64_t index) {
     const auto weight = [&](int k) {
       const WeightAt w = weight_at(p, phase, cta, m * 16 + lane / 4 + r % 2 * 8, k0 + k);
       if (w.row < 0) return 0.f;
-      return D::load(static_cast<const typename D::Elem*>(p.weights) + static_cast<int64_t>(w.row) * p.H +
-                     w.column);
+      const int64_t at = static_cast<int64_t>(w.row) * (w.projects ? p.H : p.state_width()) + w.column;
+      return D::load(static_cast<const typename D::Elem*>(w.projects ? p.projection : p.weights) + at);
     };
     word[r] = D::weight_word(weight, lane % 4, s, r / 2);
   }

@@ -116,14 +116,20 @@ FASTRNN_DEVICE int length_of(const Shape& p, const Place& place, int i) {
   return x.mine && x.j < units ? row_length(p, x.n) : 0;
 }
 
-// Publishes one value per unit; the even unit of a 16-bit pair stores the word of both.
+// Publishes one value per unit, of `width` units; the even unit of a 16-bit pair stores the word of both. The width by
+// reference: nvcc then makes of the plain kernels what it makes of p.H_padded spelt out, to the instruction.
+template <class D, class Exchange>
+FASTRNN_DEVICE void publish(const Shape& p, Exchange& exchange, const Mail& mail, int e, int t,
+                            const Element& x, int value, float v, const int& width) {
+  const uint32_t word = D::word(v);
+  const bool exists = Exchange::kInShared || x.n < p.N;  // a cluster counts padding rows too
+  if (x.mine && exists && x.j < width && x.j % D::kPerWord == 0)
+    exchange.publish(mail, e, t, x.n, x.local, value * width + x.j, word);
+}
 template <class D, class Exchange>
 FASTRNN_DEVICE void publish(const Shape& p, Exchange& exchange, const Mail& mail, int e, int t,
                             const Element& x, int value, float v) {
-  const uint32_t word = D::word(v);
-  const bool exists = Exchange::kInShared || x.n < p.N;  // a cluster counts padding rows too
-  if (x.mine && exists && x.j < p.H_padded && x.j % D::kPerWord == 0)
-    exchange.publish(mail, e, t, x.n, x.local, value * p.H_padded + x.j, word);
+  publish<D>(p, exchange, mail, e, t, x, value, v, p.H_padded);
 }
 
 }  // namespace fastrnn::cuda

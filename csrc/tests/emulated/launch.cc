@@ -87,6 +87,18 @@ Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void*) {
 Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void*) {
   return launch_layer(kernel, params, params.N);
 }
+Status launch(const Kernel& kernel, const ProjectedForwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
+Status launch(const Kernel& kernel, const ProjectedBackwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
+Status launch(const Kernel& kernel, const LayerNormForwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
+Status launch(const Kernel& kernel, const LayerNormBackwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
 Status mask_state(Format format, const MaskStateParams& params, void*) {
   emu::Launch l;
   l.grid = 2;
