@@ -56,3 +56,5 @@
 // rows is arithmetic: the larger the tile, the less it reads for a product. Both fit into 99 KiB of shared memory.
 #define FASTRNN_STEPS_NARROW 4, 4, 1, 2, 4, 4, 4
 #define FASTRNN_STEPS_WIDE 8, 16, 2, 4, 1, 2, 3
+// Threads of a layer-normalised row.
+#define FASTRNN_STEPS_ROW_THREADS 512

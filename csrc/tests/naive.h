@@ -25,7 +25,8 @@ struct Layer {
   Cell cell = Cell::lstm;
   fastrnn::Noise noise;
   bool linear = false, reverse = false, projected = false;
-  bool normed = false;  // layer norm of the recurrent term and of the cell; of the input term it is the caller's
+  bool normed =
+      false;  // layer norm of the recurrent term and of the cell; of the input term it is the caller's
   int64_t T = 0, N = 0, I = 0, H = 0, O = 0;
   std::vector<int64_t> lengths;
   std::vector<uint8_t> reset;  // (T, N), or empty
@@ -115,8 +116,7 @@ struct Layer {
     s.a_hat = part;
     for (size_t r = 0; r < part.size() && !b_hh.empty(); ++r) s.a_hat[r] -= b_hh[r];
     s.a_scale = normalise(s.a_hat);
-    for (size_t r = 0; r < part.size(); ++r)
-      part[r] = ln_hh[r] * s.a_hat[r] + (b_hh.empty() ? 0 : b_hh[r]);
+    for (size_t r = 0; r < part.size(); ++r) part[r] = ln_hh[r] * s.a_hat[r] + (b_hh.empty() ? 0 : b_hh[r]);
     return part;
   }
   // Gradients of the raw recurrent term from those of the part above, whose bias's gradient they are.

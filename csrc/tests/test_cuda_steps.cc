@@ -10,7 +10,8 @@ using BroadTile = ProductTile<4, 2, 2, 1, 1, 1, 2>;
 inline std::vector<StepsOptions> problems() {
   std::vector<StepsOptions> all(6);
   all[0].T = 3, all[0].N = 3, all[0].H = 72;
-  all[1].T = 5, all[1].N = 11, all[1].H = 37, all[1].lengths = all[1].reset = true, all[1].wx_is_float = false;
+  all[1].T = 5, all[1].N = 11, all[1].H = 37, all[1].lengths = all[1].reset = true,
+  all[1].wx_is_float = false;
   all[2] = all[1];
   all[2].H = 48, all[2].reverse = true;
   all[3].directions = 2, all[3].H = 40, all[3].lengths = true, all[3].N = 6;
@@ -71,13 +72,13 @@ inline std::vector<StepsOptions> noisy(bool has_cell, bool has_update, int O, bo
 
 using namespace trial;
 
-#define FASTRNN_STEPS(name, cell)                                                                          \
-  TEST(name##_bf16) { run_all<cell, Bf16, NarrowTile>(problems()); }                                       \
-  TEST(name##_bf16x3_broad_tile) { run_all<cell, Bf16x3, BroadTile>(problems()); }                         \
-  TEST(name##_tf32_linear) { run_all<cell, Tf32, BroadTile, true>({problems()[1]}); }                      \
-  TEST(name##_fp16) { run_all<cell, Fp16, NarrowTile>({problems()[2]}, 1); }                               \
-  TEST(name##_regularised) {                                                                               \
-    run_all<cell, Bf16x3, NarrowTile>(noisy(cell::kHasCell, cell::kTape > 0, 0, false), 1);                \
+#define FASTRNN_STEPS(name, cell)                                                           \
+  TEST(name##_bf16) { run_all<cell, Bf16, NarrowTile>(problems()); }                        \
+  TEST(name##_bf16x3_broad_tile) { run_all<cell, Bf16x3, BroadTile>(problems()); }          \
+  TEST(name##_tf32_linear) { run_all<cell, Tf32, BroadTile, true>({problems()[1]}); }       \
+  TEST(name##_fp16) { run_all<cell, Fp16, NarrowTile>({problems()[2]}, 1); }                \
+  TEST(name##_regularised) {                                                                \
+    run_all<cell, Bf16x3, NarrowTile>(noisy(cell::kHasCell, cell::kTape > 0, 0, false), 1); \
   }
 
 FASTRNN_STEPS(lstm, Lstm)

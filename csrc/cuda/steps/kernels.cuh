@@ -19,8 +19,10 @@ steps_block_kernel(const FASTRNN_GRID_CONSTANT Params value, Params* block) {
 template <class F>
 FASTRNN_DEVICE void each_element(const StepsParams& p, int width, const F& f) {
   const int64_t of_direction = static_cast<int64_t>(p.N) * width, count = p.directions * of_direction;
-  for (int64_t i = prim::block_index() * int64_t{256} + prim::thread_index(); i < count; i += prim::grid_threads())
-    f(static_cast<int>(i / of_direction), static_cast<int>(i % of_direction / width), static_cast<int>(i % width));
+  for (int64_t i = prim::block_index() * int64_t{256} + prim::thread_index(); i < count;
+       i += prim::grid_threads())
+    f(static_cast<int>(i / of_direction), static_cast<int>(i % of_direction / width),
+      static_cast<int>(i % width));
 }
 
 // Both operands of a row hold its first state, whichever step it begins at.
@@ -43,7 +45,8 @@ steps_begin_forward_kernel(const StepsForwardParams* __restrict__ block, int) {
       D::store(static_cast<Elem*>(operand) + static_cast<int64_t>(n) * p.product[0].inner + j, h);
   });
   each_element(p, p.product[1].inner, [&](int direction, int n, int j) {
-    D::store(static_cast<Elem*>(p.work[direction].middle) + static_cast<int64_t>(n) * p.product[1].inner + j, 0.f);
+    D::store(static_cast<Elem*>(p.work[direction].middle) + static_cast<int64_t>(n) * p.product[1].inner + j,
+             0.f);
   });
   if (!p.work[0].c) return;
   each_element(p, p.H, [&](int direction, int n, int j) {
@@ -97,18 +100,22 @@ steps_end_backward_kernel(const StepsBackwardParams* __restrict__ block, int) {
 
 template <class Cell, class D, int Phase, bool kLinear = false>
 FASTRNN_KERNEL(256)
-steps_forward_kernel(const StepsForwardParams* __restrict__ block, int s) {
+steps_forward_kernel(const StepsForwardParams* __restrict__ block, int step) {
   const StepsForwardParams& p = *block;
+  const int s = p.first + step;
   constexpr int kCount = Cell::kShape.sums[Phase].count;
   each_element(p, p.H, [&](int direction, int n, int j) {
     const float* sums = p.work[direction].sums + static_cast<int64_t>(n) * kCount * p.H + j;
-    ForwardUnits<D, kLinear>(p, direction, s).template cell<Cell, Phase>(n, j, [&](int g) { return sums[g * p.H]; });
+    ForwardUnits<D, kLinear>(p, direction, s).template cell<Cell, Phase>(n, j, [&](int g) {
+      return sums[g * p.H];
+    });
   });
 }
 template <class D, bool kLinear = false>
 FASTRNN_KERNEL(256)
-steps_forward_projection_kernel(const StepsForwardParams* __restrict__ block, int s) {
+steps_forward_projection_kernel(const StepsForwardParams* __restrict__ block, int step) {
   const StepsForwardParams& p = *block;
+  const int s = p.first + step;
   each_element(p, p.O, [&](int direction, int n, int j) {
     ForwardUnits<D, kLinear>(p, direction, s)
         .projection(n, j, p.work[direction].sums[static_cast<int64_t>(n) * p.O + j]);
@@ -118,8 +125,9 @@ steps_forward_projection_kernel(const StepsForwardParams* __restrict__ block, in
 // Before the projection's product backward; with s = T, what reaches the initial state.
 template <class D, bool kLinear = false>
 FASTRNN_KERNEL(256)
-steps_backward_projection_kernel(const StepsBackwardParams* __restrict__ block, int s) {
+steps_backward_projection_kernel(const StepsBackwardParams* __restrict__ block, int step) {
   const StepsBackwardParams& p = *block;
+  const int s = p.first + step;
   each_element(p, p.O, [&](int direction, int n, int j) {
     BackwardUnits<D, kLinear>(p, direction, s)
         .projection(n, j, p.work[direction].sums[static_cast<int64_t>(n) * p.O + j]);
@@ -127,8 +135,9 @@ steps_backward_projection_kernel(const StepsBackwardParams* __restrict__ block, 
 }
 template <class Cell, class D, int Phase, bool kLinear = false>
 FASTRNN_KERNEL(256)
-steps_backward_kernel(const StepsBackwardParams* __restrict__ block, int s) {
+steps_backward_kernel(const StepsBackwardParams* __restrict__ block, int step) {
   const StepsBackwardParams& p = *block;
+  const int s = p.first + step;
   each_element(p, p.H, [&](int direction, int n, int j) {
     BackwardUnits<D, kLinear>(p, direction, s)
         .template cell<Cell, Phase>(n, j, p.work[direction].sums[static_cast<int64_t>(n) * p.H + j]);
@@ -138,15 +147,17 @@ steps_backward_kernel(const StepsBackwardParams* __restrict__ block, int s) {
 // A CTA for each row of each direction.
 template <class Cell, class D, int Threads, bool kLinear = false>
 FASTRNN_KERNEL(Threads)
-steps_forward_row_kernel(const StepsForwardParams* __restrict__ block, int s) {
+steps_forward_row_kernel(const StepsForwardParams* __restrict__ block, int step) {
   const StepsForwardParams& p = *block;
+  const int s = p.first + step;
   const int row = prim::block_index();
   ForwardRow<Cell, D, Threads, kLinear>(p, row / p.N, s, row % p.N).run();
 }
 template <class Cell, class D, int Threads, bool kLinear = false>
 FASTRNN_KERNEL(Threads)
-steps_backward_row_kernel(const StepsBackwardParams* __restrict__ block, int s) {
+steps_backward_row_kernel(const StepsBackwardParams* __restrict__ block, int step) {
   const StepsBackwardParams& p = *block;
+  const int s = p.first + step;
   const int row = prim::block_index();
   BackwardRow<Cell, D, Threads, kLinear>(p, row / p.N, s, row % p.N).run();
 }

@@ -17,7 +17,8 @@ namespace fastrnn::cuda {
 template <int MTiles, int NTiles, int WarpsM, int WarpsN, int WarpsK, int Chunks, int Stages>
 struct ProductTile {
   static constexpr StepsTile kShape{MTiles, NTiles, WarpsM, WarpsN, WarpsK, Chunks, Stages};
-  static constexpr int kMTiles = MTiles, kNTiles = NTiles, kWarpsM = WarpsM, kWarpsN = WarpsN, kWarpsK = WarpsK;
+  static constexpr int kMTiles = MTiles, kNTiles = NTiles, kWarpsM = WarpsM, kWarpsN = WarpsN,
+                       kWarpsK = WarpsK;
   static constexpr int kChunks = Chunks, kStages = Stages;
   static constexpr int kOutputs = kShape.outputs(), kRows = kShape.rows(), kThreads = kShape.threads();
   static_assert(MTiles % WarpsM == 0 && NTiles % WarpsN == 0 && Chunks % WarpsK == 0 && Stages >= 2, "warps");
@@ -76,8 +77,8 @@ class Product {
   static constexpr bool kAvailable = kTile.shared_bytes() <= prim::kMostShared;
 
   // weights: of all tiles; operand: of all rows; the CTA's tile of outputs and first row.
-  FASTRNN_DEVICE Product(const Vec4* weights, const void* operand, const StepsProduct& shape, int rows, int tile,
-                         int first_row)
+  FASTRNN_DEVICE Product(const Vec4* weights, const void* operand, const StepsProduct& shape, int rows,
+                         int tile, int first_row)
       : weights_(weights + static_cast<int64_t>(tile) * shape.stages * kTile.weight_vectors()),
         operand_(static_cast<const Elem*>(operand)),
         inner_(shape.inner),
@@ -154,8 +155,7 @@ class Product {
       FASTRNN_UNROLL
       for (int x = 0; x < kN; x++) {
         const Vec4 h = stages_.load(from + kTile.weight_vectors() + (c * T::kNTiles + n0 + x) * 32 + lane);
-        D::template multiply<kM>(
-            &acc[0][x], kN, [&](int m, int s) { return w[m][s]; }, h);
+        D::template multiply<kM>(&acc[0][x], kN, [&](int m, int s) { return w[m][s]; }, h);
       }
     }
   }
@@ -200,20 +200,21 @@ struct ProductPlace {
 // Sums go to the workspace, for the launch of the pointwise part.
 template <class D, class T>
 FASTRNN_KERNEL(T::kThreads)
-steps_product_kernel(const StepsParams* __restrict__ p, int s, int which) {
+steps_product_kernel(const StepsParams* __restrict__ p, int step, int which) {
   if constexpr (Product<D, T>::kAvailable) {
     const StepsProduct shape = p->product[which];
     const int rows = p->N;
     const ProductPlace<T> place(shape.outputs, rows);
     const StepsWork& work = p->work[place.direction];
-    Product<D, T> product(work.weights[which], which ? work.middle : work.operand[s & 1], shape, rows, place.tile,
-                          place.first_row);
+    Product<D, T> product(work.weights[which], which ? work.middle : work.operand[(p->first + step) & 1],
+                          shape, rows, place.tile, place.first_row);
     float* const sums = work.sums;
     product.run();
     for (int e = prim::thread_index(); e < T::kOutputs * T::kRows; e += T::kThreads) {
       const int output = e % T::kOutputs, row = e / T::kOutputs;
       const int o = place.tile * T::kOutputs + output, n = place.first_row + row;
-      if (o < shape.outputs && n < rows) prim::store(sums + static_cast<int64_t>(n) * shape.outputs + o, product.sum(output, row));
+      if (o < shape.outputs && n < rows)
+        prim::store(sums + static_cast<int64_t>(n) * shape.outputs + o, product.sum(output, row));
     }
   } else {
     prim::unavailable();

@@ -26,12 +26,12 @@ struct StepsProblem {
 struct StepsKernels {
   StepsTile tile;
   int row_threads = 256;
-  const void* product = nullptr;     // (const StepsParams*, int step, int which)
-  const void* begin = nullptr;       // this and all below: (const Params*, int step)
+  const void* product = nullptr;  // (const StepsParams*, int step, int which)
+  const void* begin = nullptr;    // this and all below: (const Params*, int step)
   const void* phase[2] = {nullptr, nullptr};
   const void* projection = nullptr;
-  const void* row = nullptr;  // in the place of phase 0, with layer norm
-  const void* end = nullptr;  // backward
+  const void* row = nullptr;    // in the place of phase 0, with layer norm
+  const void* end = nullptr;    // backward
   const void* block = nullptr;  // (Params, Params*)
   const void* pack = nullptr;   // (StepsPack)
 };
@@ -44,8 +44,8 @@ struct StepsLaunch {
 constexpr int kMostStepLaunches = 4;
 struct StepsProgram {
   StepsLaunch begin, step[kMostStepLaunches], end;
-  int count = 0;       // of a step
-  int after = 0;       // launches of step T: what backward sends to the initial state
+  int count = 0;  // of a step
+  int after = 0;  // launches of step T: what backward sends to the initial state
   bool has_end = false;
 };
 
@@ -102,13 +102,17 @@ inline StepsProgram steps_program(const StepsKernels& k, const StepsProblem& q) 
   return p;
 }
 
-// Calls launch(StepsLaunch, step) for all of a call, in their order; false ends it.
+// Calls launch(StepsLaunch, step) for some steps, in their order; false ends it.
 template <class Launch>
-bool steps_run(const StepsProgram& p, int T, const Launch& launch) {
-  if (!launch(p.begin, 0)) return false;
-  for (int s = 0; s < T; s++)
+bool steps_range(const StepsProgram& p, int first, int end, const Launch& launch) {
+  for (int s = first; s < end; s++)
     for (int i = 0; i < p.count; i++)
       if (!launch(p.step[i], s)) return false;
+  return true;
+}
+// What comes behind the last step.
+template <class Launch>
+bool steps_after(const StepsProgram& p, int T, const Launch& launch) {
   for (int i = 0; i < p.after; i++)
     if (!launch(p.step[i], T)) return false;
   return !p.has_end || launch(p.end, T);

@@ -246,7 +246,8 @@ class BackwardRow {
       sum += m;
       hats = A::fma(m, hat_c, hats);
     });
-    const float mean = sums_(0, sum) / static_cast<float>(H_), mean_hat = sums_(1, hats) / static_cast<float>(H_);
+    const float mean = sums_(0, sum) / static_cast<float>(H_),
+                mean_hat = sums_(1, hats) / static_cast<float>(H_);
     each_unit(H_, kThreads, [&](int j) {
       const Factors by = units_.factors(n_, j);
       float dc = units_.arriving_c(n_, j), old = 0.f;

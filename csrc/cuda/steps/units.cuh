@@ -18,7 +18,12 @@ struct StepPlace {
   const Walk walk;
   const int t;
   FASTRNN_DEVICE StepPlace(const Params& params, int d, int step)
-      : p(params), direction(d), s(step), reverse(p.dir[d].reverse), walk{p.T, reverse != Backward}, t(walk.at(s)) {}
+      : p(params),
+        direction(d),
+        s(step),
+        reverse(p.dir[d].reverse),
+        walk{p.T, reverse != Backward},
+        t(walk.at(s)) {}
   // State of a row, as the cell meets it: (N, width) fp32.
   FASTRNN_DEVICE static int64_t at(int n, int width, int j) { return static_cast<int64_t>(n) * width + j; }
 };
@@ -174,7 +179,9 @@ class BackwardUnits {
         draw_(params.noise, q_.reverse) {}
 
   FASTRNN_DEVICE bool live(int n) const { return q_.s < p_.T && q_.t < row_length(p_, n); }
-  FASTRNN_DEVICE bool cleared(int n) const { return reset_at(p_, q_.t, n) && !mutated(Mutation::reset_ignored); }
+  FASTRNN_DEVICE bool cleared(int n) const {
+    return reset_at(p_, q_.t, n) && !mutated(Mutation::reset_ignored);
+  }
   FASTRNN_DEVICE Factors factors(int n, int j) const { return factors_at(draw_, q_.t, n, j); }
 
   // All that reaches h_t: what was carried here, what the product of the step walked before sends, dy. sum is the gradient of the
@@ -187,8 +194,12 @@ class BackwardUnits {
     return live(n) ? dh + optional_row<D>(d_.dy, q_.t, n, j) : dh;
   }
   // What goes to the state before beside the product.
-  FASTRNN_DEVICE void carry_h(int n, int j, float dh) const { w_.h[q_.at(n, p_.O, j)] = cleared(n) ? 0.f : dh; }
-  FASTRNN_DEVICE void carry_c(int n, int j, float dc) const { w_.c[q_.at(n, p_.H, j)] = cleared(n) ? 0.f : dc; }
+  FASTRNN_DEVICE void carry_h(int n, int j, float dh) const {
+    w_.h[q_.at(n, p_.O, j)] = cleared(n) ? 0.f : dh;
+  }
+  FASTRNN_DEVICE void carry_c(int n, int j, float dc) const {
+    w_.c[q_.at(n, p_.H, j)] = cleared(n) ? 0.f : dc;
+  }
 
   // The gradient of the projection's result.
   FASTRNN_DEVICE void projection(int n, int j, float sum) const {
@@ -235,7 +246,8 @@ class BackwardUnits {
     // Without a tape of its own an Elman layer has h_t, which is the same where zoneout is off.
     FASTRNN_UNROLL
     for (int k = 0; k < (Cell::kTape ? Cell::kTape : 1); k++)
-      saved.gate[k] = Cell::kTape || d_.tape.data ? tape(n, j, k) : D::load(row_at<const Elem>(d_.y, q_.t, n) + j);
+      saved.gate[k] =
+          Cell::kTape || d_.tape.data ? tape(n, j, k) : D::load(row_at<const Elem>(d_.y, q_.t, n) + j);
     if (Cell::kReadsPrevious) saved.h_prev = old_state(n, j);
     if (Cell::kHasCell) {
       saved.c = prim::load_constant(row_at<const float>(d_.cells, q_.t, n) + j);
@@ -250,7 +262,8 @@ class BackwardUnits {
     return n_input;
   }
   FASTRNN_DEVICE float arriving_c(int n, int j) const {
-    const float more = d_.dcells.data ? prim::load_constant(row_at<const float>(d_.dcells, q_.t, n) + j) : 0.f;
+    const float more =
+        d_.dcells.data ? prim::load_constant(row_at<const float>(d_.dcells, q_.t, n) + j) : 0.f;
     return w_.c[q_.at(n, p_.H, j)] + more;
   }
 
@@ -281,7 +294,9 @@ class BackwardUnits {
   }
   // Value v of the row that the next step's product reads.
   FASTRNN_DEVICE void operand(int n, int v, int j, float g) const {
-    D::store(static_cast<Elem*>(w_.operand[(q_.s + 1) & 1]) + q_.at(n, p_.product[0].inner, v * p_.H_padded + j), g);
+    D::store(
+        static_cast<Elem*>(w_.operand[(q_.s + 1) & 1]) + q_.at(n, p_.product[0].inner, v * p_.H_padded + j),
+        g);
   }
 
  private:
