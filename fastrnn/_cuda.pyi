@@ -1,4 +1,4 @@
-"""Types of the native CUDA module, csrc/bindings/cuda.cc: sizes, addresses, streams."""
+"""Types of the native CUDA module, csrc/bindings/cuda*.cc: sizes, addresses, streams."""
 
 version: str
 emulated: bool
@@ -8,7 +8,9 @@ def device(ordinal: int) -> tuple[int, ...]: ...
 def plans(
     device: tuple[int, ...], problem: tuple[int, ...]
 ) -> list[tuple[str, str, str, tuple[int, ...], int, int, int, int]]: ...
-def resident_ctas(ordinal: int, kernel: tuple[int, ...], ctas_of_a_cluster: int) -> int: ...
+def resident_ctas(
+    ordinal: int, kernel: tuple[int, ...], ctas_of_a_cluster: int, depth: int
+) -> int: ...
 def packed_bytes(kernel: tuple[int, ...], ctas: int) -> int: ...
 def pack(
     ordinal: int,
@@ -34,4 +36,60 @@ def backward(
     kernel: tuple[int, ...],
     shape: tuple[int, ...],
     directions: tuple[int, ...],
+) -> None: ...
+def regularised_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    noise: tuple[float, ...],
+    masked: tuple[int, ...],
+) -> None: ...
+def regularised_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    noise: tuple[float, ...],
+) -> None: ...
+def mask_states(
+    ordinal: int,
+    stream: int,
+    number_format: int,
+    noise: tuple[float, ...],
+    states: tuple[int, ...],
+) -> None: ...
+def rhn_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    depth: int,
+) -> None: ...
+def rhn_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    depth: int,
+) -> None: ...
+def bnlstm_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    options: tuple[float, ...],
+) -> None: ...
+def bnlstm_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    directions: tuple[int, ...],
+    options: tuple[float, ...],
 ) -> None: ...

@@ -216,6 +216,7 @@ def choose(
     return_cells: bool,
     recompute: bool,
     regularisers: str = "",
+    highway: tuple[int, int, bool] = (1, 0, False),
 ) -> tuple[str, str]:
     """The backend of a call and its plan ("" leaves it to the backend).
 
@@ -223,6 +224,7 @@ def choose(
         sizes: hidden_size, proj_size, directions, num_layers.
         training: gradients are recorded.
         regularisers: names those that have an effect.
+        highway: depth, gates and gate_masks of a Recurrent Highway Network.
     """
     if (
         not _in_force
@@ -247,9 +249,8 @@ def choose(
     ):
         backend = "cpu"
     else:
-        backend = settle(
-            _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
-        )
+        options = (return_cells, recompute, regularisers, highway)
+        backend = settle(_problem(cell, input, batch, sizes, training, *options))
     if backend != "cpu":
         return backend, backend if backend in ("cuda", "triton") else ""
     rounds = cell in _BF16_CELLS and not training and input.dtype == torch.float32
@@ -281,8 +282,9 @@ def _problem(
     return_cells: bool,
     recompute: bool,
     regularisers: str,
+    highway: tuple[int, int, bool],
 ) -> Problem:
-    hidden, proj, directions, layers = sizes
+    (hidden, proj, directions, layers), (depth, gates, gate_masks) = sizes, highway
     return Problem(
         cell=cell,
         device=input.device.type,
@@ -301,7 +303,10 @@ def _problem(
         return_cells=return_cells,
         recompute=recompute and not cell.startswith("rnn"),
         transforms=_under_transforms(),
+        depth=depth,
+        gates=gates,
         regularisers=regularisers,
+        gate_masks=gate_masks,
     )
 
 
@@ -363,15 +368,11 @@ def explain_call(
     return_cells: bool = False,
     recompute: bool = False,
     regularisers: str = "",
-    depth: int = 1,
-    gates: int = 0,
+    highway: tuple[int, int, bool] = (1, 0, False),
 ) -> Explanation:
-    """What ``choose`` would choose with the same arguments, and why; nothing runs.
-
-    depth and gates are those of a Recurrent Highway Network.
-    """
-    problem = _problem(cell, input, batch, sizes, training, return_cells, recompute, regularisers)
-    problem = problem._replace(depth=depth, gates=gates)
+    """What ``choose`` would choose with the same arguments, and why; nothing runs."""
+    options = (return_cells, recompute, regularisers, highway)
+    problem = _problem(cell, input, batch, sizes, training, *options)
     found = decide(problem)
     return Explanation(found.backend, _plan(found.backend, problem), found.reason, found.rejected)
 
@@ -493,7 +494,6 @@ def explain(
         input = input.to(half)
     active = getattr(module, "_active_regularisers", None)
     regularisers = "" if active is None else active()
-    depth, gates = (module.depth, module._gates) if cell == "rhn" else (1, 0)
-    return explain_call(
-        cell, input, batch, sizes, records, return_cells, recompute, regularisers, depth, gates
-    )
+    highway = module._highway() if cell == "rhn" else (1, 0, False)
+    options = (return_cells, recompute, regularisers, highway)
+    return explain_call(cell, input, batch, sizes, records, *options)

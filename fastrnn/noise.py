@@ -31,6 +31,13 @@ class Noise(NamedTuple):
     zoneout_c: float = 0.0
 
     @property
+    def acts(self) -> bool:
+        """Whether there is anything for a kernel to do."""
+        # An inverted mask's expectation is the identity.
+        drops = bool(self.mode) and (self.training or self.mode != "state")
+        return drops or bool(self.zoneout_h or self.zoneout_c)
+
+    @property
     def mixes(self) -> bool:
         """Whether zoneout mixes new and old values, as its expectation does."""
         return not self.training and bool(self.zoneout_h or self.zoneout_c)
@@ -83,11 +90,12 @@ def _parse(text: str) -> Noise:
     return Noise(**fields)
 
 
-def tape_slots(cell: str, noise: str) -> int:
+def tape_slots(cell: str, noise: str, plan: str = "") -> int:
     """Values per unit on the tape.
 
     An Elman layer's derivative needs the value that zoneout mixed with the old one; in training the
-    mask leaves either of the two.
+    mask leaves either of the two. The CUDA kernels with regularisers keep it in any case.
     """
-    mixes = cell.startswith("rnn") and Noise.parse(noise).mixes
-    return 1 if mixes else KINDS[cell].tape
+    drawn = Noise.parse(noise)
+    mixes = drawn.acts if plan.startswith("cuda") else drawn.mixes
+    return 1 if cell.startswith("rnn") and mixes else KINDS[cell].tape

@@ -189,14 +189,22 @@ def solve_ops(p: BNProblem) -> Result:
     return out
 
 
-def check(p: BNProblem, got: Result, note: str = "") -> None:
-    """Apply the tolerance rule to every entry of ``got``."""
+def check(
+    p: BNProblem,
+    got: Result,
+    note: str = "",
+    number_format: str = "",
+    rounded: BNProblem | None = None,
+) -> None:
+    """Apply the tolerance rule to every entry of ``got``; as ``tests.problems.check``."""
     ref64 = solve_reference(p, torch.float64)
-    same = solve_reference(p, p.case.dtype)
+    same = solve_reference(p if rounded is None else rounded, p.case.dtype)
+    wide = torch.float32 if p.case.dtype.itemsize == 2 else p.case.dtype
     for name, value in got.items():
         label = f"{note}{name} of {p.case} (seed {p.case.seed})"
-        assert value.dtype == p.case.dtype, f"{label}: {value.dtype}"
-        assert_close_by_rule(label, value, ref64[name], same[name])
+        expected = wide if name in ("cells", *USED) else p.case.dtype
+        assert value.dtype == expected, f"{label}: {value.dtype}"
+        assert_close_by_rule(label, value, ref64[name], same[name], p.case.dtype, number_format)
         if name in ("y", "cells", "dx") and p.plain.op_lengths is not None:
             past = p.plain.from_layout(value)[p.plain.padding]
             assert not past.any(), f"{label}: not 0 past the end of a sequence"

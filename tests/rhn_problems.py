@@ -216,13 +216,20 @@ def solve_ops(p: Problem) -> Result:
     return out
 
 
-def check(p: Problem, got: Result, note: str = "") -> None:
-    """Apply the tolerance rule to every entry of ``got``."""
-    ref64, same = solve_reference(p, torch.float64), solve_reference(p, p.case.dtype)
+def check(
+    p: Problem,
+    got: Result,
+    note: str = "",
+    number_format: str = "",
+    rounded: Problem | None = None,
+) -> None:
+    """Apply the tolerance rule to every entry of ``got``; as ``tests.problems.check``."""
+    ref64 = solve_reference(p, torch.float64)
+    same = solve_reference(p if rounded is None else rounded, p.case.dtype)
     for name, value in got.items():
         label = f"{note}{name} of {p.case} (seed {p.case.seed})"
         assert value.dtype == p.case.dtype, f"{label}: {value.dtype}"
-        assert_close_by_rule(label, value, ref64[name], same[name])
+        assert_close_by_rule(label, value, ref64[name], same[name], None, number_format)
         if name in ("y", "dx") and p.op_lengths is not None:
             past = p.from_layout(value)[p.padding]
             assert not past.any(), f"{label}: not 0 past the end of a sequence"

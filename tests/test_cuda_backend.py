@@ -71,11 +71,13 @@ def test_reasons_that_need_no_gpu() -> None:
     ("changes", "why"),
     [
         ({"dtype": torch.float64}, "it has no torch.float64 kernels"),
-        ({"cell": "rhn"}, "no kernels with Recurrent Highway Network"),
-        ({"cell": "bnlstm"}, "no kernels with batch-normalised LSTM"),
+        ({"cell": "rhn", "gates": 2, "depth": 3}, ""),
+        ({"cell": "rhn", "gates": 3, "gate_masks": True}, "variational_state masks it for each"),
+        ({"cell": "bnlstm"}, ""),
+        ({"cell": "bnlstm", "process_group": True}, "statistics over a process group"),
         ({"cell": "gru_layer_norm"}, "no kernels with layer_norm"),
         ({"proj_size": 2}, "no kernels with proj_size"),
-        ({"regularisers": "zoneout"}, "no kernels with zoneout"),
+        ({"regularisers": "zoneout 0.1"}, ""),
         ({"hidden_size": 0}, "an input or hidden size of 0"),
         ({"input_size": 0}, "an input or hidden size of 0"),
         ({"transforms": True}, "torch.func transforms"),
@@ -90,7 +92,7 @@ def test_reasons_of_a_machine_with_a_gpu(
     monkeypatch.setattr("fastrnn.backends.cuda_missing", lambda: "")
     monkeypatch.setattr(
         "fastrnn.backends._cuda_refusal",
-        lambda cell, dtype, hidden, directions: "too large in this test" if hidden > 99 else "",
+        lambda cell, dtype, size, hidden, *_: "too large in this test" if hidden > 99 else "",
     )
     found = SERVES["cuda"](problem(**changes))
     assert (why in found) if why else not found, found

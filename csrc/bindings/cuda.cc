@@ -1,109 +1,19 @@
 // Python's door to the CUDA library: integers in (sizes, device addresses, a stream), nothing kept, the GIL released.
-// fastrnn/backends/cuda_native.py is the only caller; it owns every buffer and names the fields in this order.
+// fastrnn/backends/cuda_native.py is the only caller; it owns every buffer. Each launch has a tuple of its shape
+// (Launcher) and one of its directions, whose fields the file of the layer's backend names in this order.
 //
 // Compiled twice: over the CUDA runtime as fastrnn._cuda, and for the tests over the SIMT emulator.
-#include <pybind11/pybind11.h>
+#include "cuda.h"
 
-#include <stdexcept>
-#include <string>
+namespace fastrnn::cuda {
 
-#include "../cuda/launch.h"
-#include "fields.h"
-
-namespace py = pybind11;
-using namespace fastrnn::cuda;
-using fastrnn::Fields;
-
-namespace {
-
-void check(const Status& status, const char* what) {
-  if (!status.ok())
-    throw std::runtime_error(std::string("fastrnn CUDA library: ") + what + ": " + status.text);
-}
-
-Device read_device_numbers(const py::tuple& numbers) {
-  Fields f(numbers);
-  Device d;
-  for (int* to : {&d.sms, &d.shared_bytes, &d.registers, &d.compute_capability, &d.most_clusters})
-    *to = static_cast<int>(f.integer());
-  f.end();
-  return d;
-}
-
-PlanProblem read_problem(Fields& f) {
-  PlanProblem q;
-  q.cell = static_cast<CellKind>(f.integer());
-  q.format = static_cast<Format>(f.integer());
-  q.backward = f.integer() != 0;
-  return q;
-}
-
-// What names a kernel: cell, format, backward, exchange, tile.
-const Kernel& read_kernel(const py::tuple& fields) {
-  Fields f(fields);
-  const PlanProblem q = read_problem(f);
-  Plan p;
-  p.exchange = static_cast<ExchangeKind>(f.integer());
-  for (int* to : {&p.tile.units, &p.tile.row_tiles, &p.tile.chunks, &p.tile.resident, &p.tile.warps})
-    *to = static_cast<int>(f.integer());
-  f.end();
-  const Kernel* kernel = find_kernel(q, p);
-  if (!kernel) throw std::invalid_argument("fastrnn CUDA library: a kernel that is not compiled in");
-  return *kernel;
-}
-
-py::tuple kernel_fields(const PlanProblem& q, const Plan& p) {
-  return py::make_tuple(static_cast<int>(q.cell), static_cast<int>(q.format), q.backward,
-                        static_cast<int>(p.exchange), p.tile.units, p.tile.row_tiles, p.tile.chunks,
-                        p.tile.resident, p.tile.warps);
-}
-
-// (text, refused, exchange, kernel, rows of a group, groups, ctas, launches), the best first.
-py::list plans(const py::tuple& device, const py::tuple& problem) {
-  Fields f(problem);
-  PlanProblem q = read_problem(f);
-  for (int* to : {&q.N, &q.H, &q.directions}) *to = static_cast<int>(f.integer());
-  f.end();
-  py::list out;
-  for (Plan& p : candidates(q, read_device_numbers(device))) {
-    if (p.possible() && !find_kernel(q, p)) p.refused = "it is not compiled in";
-    out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.tile.rows(),
-                              p.groups, p.ctas, p.launches));
-  }
-  return out;
-}
-
-void read_shape(const py::tuple& fields, const Kernel& kernel, Shape& s) {
-  Fields f(fields);
-  for (int* to : {&s.T, &s.N, &s.H, &s.directions, &s.groups, &s.ctas}) *to = static_cast<int>(f.integer());
-  s.H_padded = round_up(s.H, vector_elements(kernel.format));
-  s.lengths = static_cast<const int*>(f.address());
-  s.reset = static_cast<const uint8_t*>(f.address());
-  s.flags = static_cast<uint32_t*>(f.address());
-  s.error = static_cast<uint32_t*>(f.address());
-  f.end();
-  if (s.directions < 1 || s.directions > 2) throw std::invalid_argument("fastrnn CUDA library: directions");
-}
-
-// Address and strides of a tensor's rows, in elements.
-template <class To>
-void read_rows(Fields& f, To& r) {
-  r.data = f.address();
-  r.stride_t = f.integer();
-  r.stride_n = f.integer();
-}
-
-void forward(int ordinal, intptr_t stream, const py::tuple& name, const py::tuple& shape,
-             const py::tuple& directions) {
-  const Kernel& kernel = read_kernel(name);
-  ForwardParams p;
-  read_shape(shape, kernel, p);
+void read_forward(const py::tuple& directions, ForwardParams& p) {
   Fields f(directions);
   for (int i = 0; i < p.directions; i++) {
     ForwardDirection& d = p.dir[i];
     d.reverse = i == 1;
     d.weights = static_cast<const Vec4*>(f.address());
-    d.bias_n = static_cast<const float*>(f.address());
+    d.bias_n = read_floats(f);
     d.h0 = f.address();
     d.c0 = f.address();
     d.h_n = f.address();
@@ -112,16 +22,9 @@ void forward(int ordinal, intptr_t stream, const py::tuple& name, const py::tupl
     for (Mail& mail : d.mail) read_rows(f, mail);
   }
   f.end();
-  py::gil_scoped_release release;
-  check(select_device(ordinal), "selecting the device");
-  check(launch(kernel, p, reinterpret_cast<void*>(stream)), "launching a forward kernel");
 }
 
-void backward(int ordinal, intptr_t stream, const py::tuple& name, const py::tuple& shape,
-              const py::tuple& directions) {
-  const Kernel& kernel = read_kernel(name);
-  BackwardParams p;
-  read_shape(shape, kernel, p);
+void read_backward(const py::tuple& directions, BackwardParams& p) {
   Fields f(directions);
   for (int i = 0; i < p.directions; i++) {
     BackwardDirection& d = p.dir[i];
@@ -139,14 +42,61 @@ void backward(int ordinal, intptr_t stream, const py::tuple& name, const py::tup
     for (Mail& mail : d.mail) read_rows(f, mail);
   }
   f.end();
-  py::gil_scoped_release release;
-  check(select_device(ordinal), "selecting the device");
-  check(launch(kernel, p, reinterpret_cast<void*>(stream)), "launching a backward kernel");
+}
+
+namespace {
+
+Device read_device_numbers(const py::tuple& numbers) {
+  Fields f(numbers);
+  Device d;
+  for (int* to : {&d.sms, &d.shared_bytes, &d.registers, &d.compute_capability, &d.most_clusters})
+    *to = static_cast<int>(f.integer());
+  f.end();
+  return d;
+}
+
+py::tuple kernel_fields(const PlanProblem& q, const Plan& p) {
+  return py::make_tuple(static_cast<int>(q.cell), static_cast<int>(q.format), q.backward, q.regularised,
+                        static_cast<int>(p.exchange), p.tile.units, p.tile.row_tiles, p.tile.chunks,
+                        p.tile.resident, p.tile.warps);
+}
+
+// (text, refused, exchange, kernel, rows of a group, groups, ctas, launches), the best first.
+py::list plans(const py::tuple& device, const py::tuple& problem) {
+  Fields f(problem);
+  PlanProblem q = read_problem(f);
+  for (int* to : {&q.N, &q.H, &q.directions, &q.depth}) *to = static_cast<int>(f.integer());
+  f.end();
+  py::list out;
+  for (Plan& p : candidates(q, read_device_numbers(device))) {
+    if (p.possible() && !find_kernel(q, p)) p.refused = "it is not compiled in";
+    out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.tile.rows(),
+                              p.groups, p.ctas, p.launches));
+  }
+  return out;
+}
+
+void forward(int ordinal, intptr_t stream, const py::tuple& name, const py::tuple& shape,
+             const py::tuple& directions) {
+  const Kernel& kernel = read_kernel(name);
+  ForwardParams p;
+  read_shape(shape, kernel, p);
+  read_forward(directions, p);
+  start(ordinal, stream, kernel, p);
+}
+
+void backward(int ordinal, intptr_t stream, const py::tuple& name, const py::tuple& shape,
+              const py::tuple& directions) {
+  const Kernel& kernel = read_kernel(name);
+  BackwardParams p;
+  read_shape(shape, kernel, p);
+  read_backward(directions, p);
+  start(ordinal, stream, kernel, p);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(FASTRNN_MODULE, m) {
+void bind(py::module_& m) {
   m.doc() = "fastrnn's CUDA kernels; see fastrnn/backends/cuda_native.py";
   m.attr("version") = FASTRNN_VERSION;
 #if defined(FASTRNN_EMU)
@@ -162,10 +112,10 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
     return py::make_tuple(d.sms, d.shared_bytes, d.registers, d.compute_capability, d.most_clusters);
   });
   m.def("plans", &plans);
-  m.def("resident_ctas", [](int ordinal, const py::tuple& name, int ctas_of_a_cluster) {
+  m.def("resident_ctas", [](int ordinal, const py::tuple& name, int ctas_of_a_cluster, int depth) {
     int count = 0;
     check(select_device(ordinal), "selecting the device");
-    check(resident_ctas(read_kernel(name), ctas_of_a_cluster, &count), "counting resident CTAs");
+    check(resident_ctas(read_kernel(name), ctas_of_a_cluster, &count, depth), "counting resident CTAs");
     return count;
   });
   m.def("packed_bytes",
@@ -191,4 +141,13 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   });
   m.def("forward", &forward);
   m.def("backward", &backward);
+}
+
+}  // namespace fastrnn::cuda
+
+PYBIND11_MODULE(FASTRNN_MODULE, m) {
+  fastrnn::cuda::bind(m);
+  fastrnn::cuda::bind_regularised(m);
+  fastrnn::cuda::bind_rhn(m);
+  fastrnn::cuda::bind_bnlstm(m);
 }

@@ -12,12 +12,6 @@ Status status_of(cudaError_t error) {
   return {static_cast<int>(error), error ? cudaGetErrorString(error) : ""};
 }
 
-bool is_plain(const Kernel& k) { return !k.regularised && !is_rhn(k.cell) && k.cell != CellKind::bnlstm; }
-
-int shared_bytes(const Kernel& kernel, int depth) {
-  return shared_bytes(kernel.cell, kernel.tile, kernel.backward, kernel.format, kernel.exchange, depth);
-}
-
 // Attributes live as long as the configuration that points at them.
 struct Configuration {
   cudaLaunchConfig_t config = {};
@@ -46,9 +40,8 @@ cudaError_t allow_shared_memory(const Kernel& kernel, int depth) {
 }
 
 template <class Params>
-Status launch_with(const Kernel& kernel, const Params& params, bool takes_these, void* stream,
-                   int depth = 1) {
-  if (!takes_these) return status_of(cudaErrorInvalidValue);
+Status launch_with(const Kernel& kernel, const Params& params, void* stream, int depth = 1) {
+  if (!takes(kernel, params)) return status_of(cudaErrorInvalidValue);
   if (const cudaError_t error = allow_shared_memory(kernel, depth)) return status_of(error);
   const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, depth, stream);
   Params copy = params;
@@ -112,36 +105,36 @@ Status clear(void* words, size_t bytes, void* stream) {
 }
 
 Status launch(const Kernel& kernel, const ForwardParams& params, void* stream) {
-  return launch_with(kernel, params, is_plain(kernel), stream);
+  return launch_with(kernel, params, stream);
 }
 Status launch(const Kernel& kernel, const BackwardParams& params, void* stream) {
-  return launch_with(kernel, params, is_plain(kernel), stream);
+  return launch_with(kernel, params, stream);
 }
 Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void* stream) {
-  return launch_with(kernel, params, kernel.regularised, stream);
+  return launch_with(kernel, params, stream);
 }
 Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, void* stream) {
-  return launch_with(kernel, params, kernel.regularised, stream);
+  return launch_with(kernel, params, stream);
 }
 
 Status launch(const Kernel& kernel, const RhnForwardParams& params, void* stream) {
-  return launch_with(kernel, params, is_rhn(kernel.cell) && !kernel.backward, stream, params.depth);
+  return launch_with(kernel, params, stream, params.depth);
 }
 Status launch(const Kernel& kernel, const RhnBackwardParams& params, void* stream) {
-  return launch_with(kernel, params, is_rhn(kernel.cell) && kernel.backward, stream, params.depth);
+  return launch_with(kernel, params, stream, params.depth);
 }
 
 Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void* stream) {
-  return launch_with(kernel, params, kernel.cell == CellKind::bnlstm && !kernel.backward, stream);
+  return launch_with(kernel, params, stream);
 }
 Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void* stream) {
-  return launch_with(kernel, params, kernel.cell == CellKind::bnlstm && kernel.backward, stream);
+  return launch_with(kernel, params, stream);
 }
 
 Status mask_state(Format format, const MaskStateParams& params, void* stream) {
   MaskStateParams copy = params;
   void* arguments[] = {&copy};
-  const int grid = ceil_div(params.N * params.H, 256);
+  const int grid = mask_state_blocks(params);
   return status_of(cudaLaunchKernel(mask_state_function(format), dim3(grid), dim3(256), arguments, 0,
                                     static_cast<cudaStream_t>(stream)));
 }

@@ -27,7 +27,6 @@ inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan)
       rnn_tanh_backward(),
       rnn_relu_forward(),
       rnn_relu_backward(),
-#ifndef FASTRNN_EMU  // the emulated module, which tests the Python side, has the plain kernels that Python reaches
       lstm_regularised(),
       gru_regularised(),
       gru_reset_before_regularised(),
@@ -37,7 +36,6 @@ inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan)
       rhn_backward(),
       bnlstm_forward(),
       bnlstm_backward(),
-#endif
   };
   for (const KernelList& list : lists)
     for (int i = 0; i < list.count; i++) {
@@ -47,6 +45,32 @@ inline const Kernel* find_in_table(const PlanProblem& problem, const Plan& plan)
         return &k;
     }
   return nullptr;
+}
+
+// Which kernels take which parameters.
+inline bool is_plain(const Kernel& k) {
+  return !k.regularised && !is_rhn(k.cell) && k.cell != CellKind::bnlstm;
+}
+inline bool takes(const Kernel& k, const ForwardParams&) { return is_plain(k) && !k.backward; }
+inline bool takes(const Kernel& k, const BackwardParams&) { return is_plain(k) && k.backward; }
+inline bool takes(const Kernel& k, const RegularisedForwardParams&) { return k.regularised && !k.backward; }
+inline bool takes(const Kernel& k, const RegularisedBackwardParams&) { return k.regularised && k.backward; }
+inline bool takes(const Kernel& k, const RhnForwardParams&) { return is_rhn(k.cell) && !k.backward; }
+inline bool takes(const Kernel& k, const RhnBackwardParams&) { return is_rhn(k.cell) && k.backward; }
+inline bool takes(const Kernel& k, const BnLstmForwardParams&) {
+  return k.cell == CellKind::bnlstm && !k.backward;
+}
+inline bool takes(const Kernel& k, const BnLstmBackwardParams&) {
+  return k.cell == CellKind::bnlstm && k.backward;
+}
+
+inline int shared_bytes(const Kernel& k, int depth) {
+  return shared_bytes(k.cell, k.tile, k.backward, k.format, k.exchange, depth);
+}
+
+inline int mask_state_blocks(const MaskStateParams& p) {
+  const int64_t elements = static_cast<int64_t>(p.stride_n ? p.T : 1) * p.N * p.H;
+  return static_cast<int>((elements + 255) / 256 < 4096 ? (elements + 255) / 256 : 4096);
 }
 
 inline size_t packed_size(const Kernel& kernel, int ctas) {

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -43,7 +43,9 @@ class Problem(NamedTuple):
     """One call, as far as the choice of a backend depends on it.
 
     ``training`` means that gradients are recorded, not the module's mode. ``regularisers`` names
-    recurrent dropout, zoneout and weight dropout that have an effect on the call.
+    recurrent dropout, zoneout and weight dropout that have an effect on the call. ``given`` is the
+    dtype of the tensors where the other backends compute in the wider ``dtype``; ``gate_masks``
+    that each gate of a Recurrent Highway Network has a mask of the state of its own.
     """
 
     cell: str
@@ -67,6 +69,8 @@ class Problem(NamedTuple):
     gates: int = 0
     process_group: bool = False
     regularisers: str = ""
+    given: torch.dtype | None = None
+    gate_masks: bool = False
 
 
 def _probe_cpu() -> str:
@@ -228,10 +232,18 @@ def _cuda_on_cpu() -> str:
     return "" if module is not None and module.emulated else "the input is on cpu"
 
 
-def _cuda_refusal(cell: str, dtype: torch.dtype, hidden: int, directions: int) -> str:
+def _cuda_need(p: Problem) -> tuple[Any, ...]:
+    """The fields of ``cuda_native.Need``."""
+    cell = "rhn_uncoupled" if p.cell == "rhn" and p.gates == 3 else p.cell
+    regularised = any(not name.startswith("weight dropout") for name in p.regularisers.split(", "))
+    regularised = regularised and bool(p.regularisers)
+    return cell, p.given or p.dtype, p.batch, p.hidden_size, p.directions, p.depth, regularised
+
+
+def _cuda_refusal(*need: Any) -> str:
     from fastrnn.backends import cuda_native
 
-    return cuda_native.refusal(cell, dtype, hidden, directions)
+    return cuda_native.refusal(cuda_native.Need(*need))
 
 
 # As _constant, for each of its arguments.
@@ -251,27 +263,32 @@ def _serves_cuda(p: Problem) -> str:
     lacks = [
         name
         for name, used in (
-            ("Recurrent Highway Network", p.cell == "rhn"),
-            ("batch-normalised LSTM", p.cell == "bnlstm"),
             ("layer_norm", p.cell.endswith("_layer_norm")),
             ("proj_size", p.proj_size),
-            (p.regularisers, p.regularisers),
         )
         if used
     ]
     if lacks:
         return f"it has no kernels with {', '.join(lacks)}"
+    if p.process_group:
+        return "its kernels see one process, statistics over a process group need collectives"
+    if p.gate_masks:
+        return (
+            "its kernels multiply one masked state by the weights of all gates, and with "
+            "tie_gate_masks=False variational_state masks it for each gate anew"
+        )
     if not p.hidden_size or not p.input_size:
         return "it has no kernels for an input or hidden size of 0"
-    return _cuda_refusal(p.cell, p.dtype, p.hidden_size, p.directions)
+    cell, dtype, batch, *sizes = _cuda_need(p)
+    # Others run a batch in parts; statistics need it whole.
+    return _cuda_refusal(cell, dtype, batch if cell == "bnlstm" else 1, *sizes)
 
 
 def cuda_plan(p: Problem) -> str:
     """What the CUDA kernels will do, in words for ``explain``."""
     from fastrnn.backends import cuda_native
 
-    sizes = (p.training, p.batch, p.hidden_size, p.directions)
-    return cuda_native.describe_plans(p.cell, p.dtype, *sizes)
+    return cuda_native.describe_plans(cuda_native.Need(*_cuda_need(p)), p.training)
 
 
 SERVES = {

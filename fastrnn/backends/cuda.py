@@ -10,9 +10,7 @@ The plan is "cuda", or "cuda,<exchange>" for kernels of one exchange only (docs/
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,44 +19,29 @@ from fastrnn.backends.cuda_grid import Grid, states_before
 from fastrnn.backends.cuda_native import (
     CELLS,
     Launcher,
-    choose,
-    missing,
+    Need,
+    launcher_of,
+    on_its_device,
     padded,
-    raise_if_failed,
 )
+from fastrnn.backends.cuda_noise import Regulariser
 from fastrnn.backends.rows import Weights, alone, dense
-from fastrnn.kinds import KINDS
-from fastrnn.noise import Noise
+from fastrnn.noise import tape_slots
 
 __all__ = ["layer_backward", "layer_forward", "layer_forward_train"]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 # Gates whose gradients the phases of a step publish in backward: first, count (core/geometry.h).
 _PUBLISHED = {"gru_reset_before": ((2, 1), (0, 2))}
 
 
-def _launcher(w: Weights, x: Tensor, cell: str, backward: bool, size: int, plan: str) -> Launcher:
-    why = missing()
-    if why:
-        raise RuntimeError(why)
-    ordinal = x.device.index if x.is_cuda else 0
-    raise_if_failed(ordinal)
-    exchange = plan.partition(",")[2]
-    sizes = (size, w.hidden, w.directions)
-    found = choose(cell, x.dtype, backward, *sizes, ordinal, exchange)
-    return Launcher(x, found, w.hidden, w.directions)
-
-
-def _check(cell: str, w: Weights, noise: str) -> None:
-    """What modules never ask for: ``fastrnn.backends`` has told them the reason before."""
+def _need(w: Weights, x: Tensor, cell: str, size: int, noise: Regulariser) -> Need:
+    """What a kernel is chosen by; modules have told the reasons of what is refused before."""
     if cell not in CELLS or w.w_hr:
         what = "projection" if w.w_hr else cell
         raise ValueError(f"cell: the CUDA kernels have no {what}")
-    drawn = Noise.parse(noise)
-    if drawn.mode or drawn.zoneout_h or drawn.zoneout_c:
-        raise ValueError(f"noise: got {noise!r}, the CUDA kernels have no regularisers")
+    return Need(cell, x.dtype, size, w.hidden, w.directions, regularised=noise.acts)
 
 
 def _input_terms(x: Tensor, grid: Grid, w: Weights, cell: str) -> tuple[Tensor, list[Tensor]]:
@@ -89,14 +72,16 @@ def _forward(
     want_cells: bool,
     want_gates: bool,
     plan: str,
+    seed: Tensor | None,
     noise: str,
 ) -> _Forward:
     """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
     directions, size, _ = h0.shape
     w = Weights(weights, cell, directions)
-    _check(cell, w, noise)
+    drawn = Regulariser(noise, seed, x)
+    need = _need(w, x, cell, size, drawn)
     grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
-    hidden, slots = w.hidden, KINDS[cell].tape if want_gates else 0
+    hidden, slots = w.hidden, tape_slots(cell, noise, plan) if want_gates else 0
     h0, c0 = h0.contiguous(), dense(c0)
     y = x.new_empty((grid.count, directions * hidden))
     h_n = torch.empty_like(h0)
@@ -107,13 +92,15 @@ def _forward(
     if slots:
         gates = x.new_empty((directions, grid.count, slots * hidden))
     if size:
-        launcher = _launcher(w, x, cell, False, size, plan)
+        launcher = launcher_of(need, x, False, plan)
         wx, inner = _input_terms(x, grid, w, cell)
-        addresses = launcher.pack([m.contiguous() for m in w.w_hh])
+        addresses = launcher.pack(w.w_hh)
+        masked = drawn.initial(launcher, grid, h0) if drawn.masks_state else None
         phases = 2 if cell == "gru_reset_before" else 1
         wide = padded(hidden, x.dtype)
-        # The mail of the last phase is the output itself, where its rows are whole vectors.
-        shared = launcher.plan.through_memory and wide == hidden
+        # The mail of the last phase is the output itself, where its rows are whole vectors and
+        # states are exchanged as they are.
+        shared = launcher.plan.through_memory and wide == hidden and masked is None
         private = []
         if launcher.plan.through_memory:
             private = [
@@ -123,7 +110,9 @@ def _forward(
                 launcher.prepare_mail(mail)
         for first, end in launcher.parts(size):
             fields: list[int] = []
+            of_first: list[int] = []
             for d in range(directions):
+                of_first.append(grid.state(masked, d, first))
                 fields += [addresses[d], inner[d].data_ptr() if inner else 0]
                 fields += [grid.state(t, d, first) for t in (h0, c0, h_n, c_n)]
                 fields += grid.at(wx, d * w.gates * hidden, first)
@@ -133,26 +122,18 @@ def _forward(
                 mails = [grid.at(mail, d * wide, first) for mail in private]
                 mails += [grid.at(y, d * hidden, first)] * shared
                 fields += [field for mail in (mails + [[0, 0, 0]] * 2)[:2] for field in mail]
-            clear = grid.reset_of(first, end)
-            launcher(grid.steps, end - first, grid.lengths_at(first), clear, tuple(fields))
+            if drawn.acts:
+                noisy = (drawn.fields(first), tuple(of_first))
+                launcher.start("regularised_forward", grid, (first, end), fields, *noisy)
+            else:
+                launcher.start("forward", grid, (first, end), fields)
     y = grid.gather(y).view(*x.shape[:-1], directions * hidden)
     if cells is not None:
         cells = grid.gather(cells).view(y.shape)
     return y, h_n, c_n, cells, gates
 
 
-def _on_its_device(function: _Function) -> _Function:
-    """The library makes the device of a call the current one: torch is told, and puts it back."""
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-            return function(*args)
-
-    return cast("_Function", call)
-
-
-@_on_its_device
+@on_its_device
 def layer_forward(
     x: Tensor,
     h0: Tensor,
@@ -171,11 +152,11 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     return _forward(
         x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, return_cells, False,
-        plan, noise,
+        plan, seed, noise,
     )[:4]  # fmt: skip
 
 
-@_on_its_device
+@on_its_device
 def layer_forward_train(
     x: Tensor,
     h0: Tensor,
@@ -193,11 +174,11 @@ def layer_forward_train(
 ) -> _Forward:
     return _forward(
         x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, True, not recompute,
-        plan, noise,
+        plan, seed, noise,
     )  # fmt: skip
 
 
-@_on_its_device
+@on_its_device
 def layer_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -224,24 +205,26 @@ def layer_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
     directions, size, _ = h0.shape
     w = Weights(weights, cell, directions)
-    _check(cell, w, noise)
+    drawn = Regulariser(noise, seed, x)
+    need = _need(w, x, cell, size, drawn)
     if not size:
         zeros = [torch.zeros_like(t) for t in weights] if need_dw else []
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dx = torch.empty_like(x) if need_dx else None
         return dx, torch.empty_like(h0) if need_dstate else None, dc0, zeros
-    if not KINDS[cell].tape:
+    if not tape_slots(cell, noise, plan):
         gates = None
     elif gates is None or not gates.numel():
         gates = _forward(
             x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, False, True,
-            plan, noise,
+            plan, seed, noise,
         )[4]  # fmt: skip
     grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
     h0, c0 = h0.contiguous(), dense(c0)
     states = grid.spread(grid.rows.flat(y).contiguous())
+    launcher = launcher_of(need, x, True, plan)
     dgates, recurrent, dh0, dc0 = _gate_gradients(
-        grid, w, cell, plan, x, states, h0, c0,
+        launcher, drawn, grid, w, cell, x, states, h0, c0,
         None if c0 is None or cells is None else grid.spread(grid.rows.flat(cells).contiguous()),
         gates,
         None if dy is None else grid.spread(grid.rows.flat(dy.to(x.dtype)).contiguous()),
@@ -255,7 +238,7 @@ def layer_backward(
     dweights: list[Tensor] = []
     if need_dw:
         dw_ih = torch.mm(own.t(), grid.rows.without_padding(x)).chunk(directions)
-        dw_hh = _recurrent_products(grid, w, cell, recurrent, states, h0, gates)
+        dw_hh = _recurrent_products(launcher, drawn, grid, w, cell, recurrent, states, h0, gates)
         db_ih = dgates.sum(0).chunk(directions)
         db_hh = recurrent.sum(0).chunk(directions)
         for d in range(directions):
@@ -267,10 +250,11 @@ def layer_backward(
 
 
 def _gate_gradients(
+    launcher: Launcher,
+    drawn: Regulariser,
     grid: Grid,
     w: Weights,
     cell: str,
-    plan: str,
     x: Tensor,
     y: Tensor,
     h0: Tensor,
@@ -289,8 +273,7 @@ def _gate_gradients(
     recurrent = torch.empty_like(dgates) if twofold else dgates
     dh0 = torch.empty_like(h0)
     dc0 = None if c0 is None else torch.empty_like(c0)
-    launcher = _launcher(w, x, cell, True, grid.size, plan)
-    addresses = launcher.pack([m.contiguous() for m in w.w_hh])
+    addresses = launcher.pack(w.w_hh)
     published = _PUBLISHED.get(cell, ((0, w.gates),))
     wide = padded(hidden, x.dtype)
     shared = launcher.plan.through_memory and wide == hidden
@@ -315,12 +298,17 @@ def _gate_gradients(
             for mail, (_, n) in zip(private, published, strict=False):
                 mails.append(grid.at(mail, d * n * wide, first))
             fields += [field for mail in (mails + [[0, 0, 0]] * 2)[:2] for field in mail]
-        clear = grid.reset_of(first, end)
-        launcher(grid.steps, end - first, grid.lengths_at(first), clear, tuple(fields))
+        if drawn.acts:
+            noisy = drawn.fields(first)
+            launcher.start("regularised_backward", grid, (first, end), fields, noisy)
+        else:
+            launcher.start("backward", grid, (first, end), fields)
     return dgates, recurrent, dh0, dc0
 
 
 def _recurrent_products(
+    launcher: Launcher,
+    drawn: Regulariser,
     grid: Grid,
     w: Weights,
     cell: str,
@@ -334,6 +322,8 @@ def _recurrent_products(
     hidden = w.hidden
     for d, own in enumerate(recurrent.chunk(w.directions, 1)):
         before = states_before(grid, y[:, d * hidden : (d + 1) * hidden], h0[d], d == 1)
+        if drawn.masks_state:
+            before = drawn.of_steps(launcher, grid, before, d)
         if cell != "gru_reset_before":
             found.append(torch.mm(own.t(), before))
             continue

@@ -64,13 +64,17 @@ class Grid:
         """(T, N, width) as the kernels' rows."""
         return (data.transpose(0, 1) if self.batch_first else data).reshape(self.count, -1)
 
+    def padding(self) -> Tensor | None:
+        """(T, N, 1) bool, True past the end of a sequence; None if no sequence ends early."""
+        if self.lengths is None:
+            return None
+        t = torch.arange(self.steps, device=self.lengths.device)
+        return (t[:, None] >= self.lengths).unsqueeze(-1)
+
     def without_padding(self, data: Tensor) -> Tensor:
         """Rows that are zero past the end of a sequence."""
-        if self.lengths is None:
-            return data
-        t = torch.arange(self.steps, device=data.device)
-        dead = (t[:, None] >= self.lengths).unsqueeze(-1)
-        return data.masked_fill(self.as_rows(dead), 0.0)
+        dead = self.padding()
+        return data if dead is None else data.masked_fill(self.as_rows(dead), 0.0)
 
     def at(self, data: Tensor | None, column: int, first: int) -> list[int]:
         """Address of row (0, first) from a column on, and the strides of steps and rows."""
@@ -80,6 +84,14 @@ class Grid:
         elements = first * self.strides[1] * width + column
         address = data.data_ptr() + elements * data.element_size()
         return [address, self.strides[0] * width, self.strides[1] * width]
+
+    def steps_at(self, data: Tensor | None, column: int, first: int) -> list[int]:
+        """``at`` of a dense tensor (steps or micro-steps, N, width), whatever the order of rows."""
+        if data is None:
+            return [0, 0, 0]
+        width = data.size(-1)
+        address = data.data_ptr() + (first * width + column) * data.element_size()
+        return [address, self.size * width, width]
 
     def state(self, data: Tensor | None, direction: int, first: int) -> int:
         """Address of a row of a (D, N, H) state."""

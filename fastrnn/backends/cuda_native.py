@@ -5,14 +5,16 @@ Everything goes to torch's current stream of the tensors' device, and nothing wa
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from fastrnn.backends.cuda_grid import Grid
 from fastrnn.backends.rows import tf32_allowed
-from fastrnn.kinds import KINDS
 
 try:
     from fastrnn import _cuda
@@ -24,20 +26,51 @@ except ImportError as error:  # not built, the usual case on a machine without a
 __all__ = [
     "CELLS",
     "Launcher",
+    "Need",
     "Plan",
     "candidates",
     "choose",
     "describe_plans",
     "emulated",
+    "launcher_of",
     "missing",
+    "on_its_device",
     "padded",
     "raise_if_failed",
     "refusal",
 ]
 
-CELLS = frozenset(name for name, kind in KINDS.items() if not kind.norms)
+# The numbers of csrc/cuda/core/geometry.h.
+CELLS = {
+    "lstm": 0,
+    "gru": 1,
+    "gru_reset_before": 2,
+    "rnn_tanh": 3,
+    "rnn_relu": 4,
+    "rhn": 5,
+    "rhn_uncoupled": 6,
+    "bnlstm": 7,
+}
 _FORMATS = {torch.bfloat16: 0, torch.float16: 1}
 _NAMES = ("bf16", "fp16", "tf32", "bf16x3")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Need(NamedTuple):
+    """What a kernel is chosen by: a layer and its batch.
+
+    Attributes:
+        depth: micro-steps of a highway layer.
+        regularised: recurrent dropout or zoneout act inside the kernel.
+    """
+
+    cell: str
+    dtype: torch.dtype
+    size: int
+    hidden: int
+    directions: int
+    depth: int = 1
+    regularised: bool = False
 
 
 class Plan(NamedTuple):
@@ -110,16 +143,7 @@ def _device(ordinal: int) -> tuple[int, ...]:
     return _numbers[ordinal]
 
 
-def candidates(
-    cell: str,
-    dtype: torch.dtype,
-    backward: bool,
-    size: int,
-    hidden: int,
-    directions: int,
-    ordinal: int,
-    most_ctas: int = 0,
-) -> list[Plan]:
+def candidates(need: Need, backward: bool, ordinal: int, most_ctas: int = 0) -> list[Plan]:
     """All kernels for a layer, those that can run first, the fastest by the cost model first.
 
     ``most_ctas`` stands for the device's own number of multiprocessors where it is not 0.
@@ -127,77 +151,71 @@ def candidates(
     numbers = _device(ordinal)
     if most_ctas:
         numbers = (most_ctas, *numbers[1:])
+    kind = (CELLS[need.cell], _format(need.dtype), backward, need.regularised)
     # An empty batch, which only explain asks about, has the plan of one row.
-    problem = (KINDS[cell].number, _format(dtype), backward, max(size, 1), hidden, directions)
-    return [Plan(*fields) for fields in _cuda.plans(numbers, problem)]
+    sizes = (max(need.size, 1), need.hidden, need.directions, need.depth)
+    return [Plan(*fields) for fields in _cuda.plans(numbers, (*kind, *sizes))]
 
 
-def choose(
-    cell: str,
-    dtype: torch.dtype,
-    backward: bool,
-    size: int,
-    hidden: int,
-    directions: int,
-    ordinal: int,
-    exchange: str = "",
-) -> Plan:
+def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan:
     """The first kernel of ``candidates`` that the driver agrees to hold as a whole.
 
     Raises:
         RuntimeError: none can run; the reasons are in the message.
     """
-    problem = (cell, dtype, backward, size, hidden, directions, ordinal)
-    key = (*problem, _format(dtype), exchange)
+    key = (need, backward, ordinal, _format(need.dtype), exchange)
     found = _chosen.get(key)
     if found is not None:
         return found
     reasons = []
-    for plan in candidates(*problem):
+    for plan in candidates(need, backward, ordinal):
         if exchange and plan.exchange != exchange:
             continue
         if not plan.refused:
-            most = _cuda.resident_ctas(ordinal, plan.kernel, plan.ctas)
-            if directions * plan.groups * plan.ctas > most:
-                same = [p for p in candidates(*problem, most) if p.kernel == plan.kernel]
-                plan = same[0] if most else plan._replace(refused="the driver holds no CTA of it")
+            most = _cuda.resident_ctas(ordinal, plan.kernel, plan.ctas, need.depth)
+            if need.directions * plan.groups * plan.ctas > most:
+                fewer = candidates(need, backward, ordinal, most) if most else []
+                same = [p for p in fewer if p.kernel == plan.kernel]
+                plan = same[0] if same else plan._replace(refused="the driver holds no CTA of it")
         if not plan.refused:
             if len(_chosen) >= 1024:  # as many shapes as no program keeps coming back to
                 _chosen.clear()
             _chosen[key] = plan
             return plan
         reasons.append(f"{plan.exchange} of {plan.rows} rows: {plan.refused}")
+    what = "regularised " if need.regularised else ""
+    depth = f", depth {need.depth}" if need.cell.startswith("rhn") else ""
     raise RuntimeError(
-        f"no {_NAMES[_format(dtype)]} kernel takes a hidden size of {hidden} in {directions} "
-        f"direction(s) ({'; '.join(dict.fromkeys(reasons)) or f'none with exchange {exchange}'})"
+        f"no {what}{_NAMES[_format(need.dtype)]} kernel takes a hidden size of {need.hidden}{depth}"
+        f" in {need.directions} direction(s) "
+        f"({'; '.join(dict.fromkeys(reasons)) or f'none with exchange {exchange}'})"
     )
 
 
-def refusal(cell: str, dtype: torch.dtype, hidden: int, directions: int) -> str:
-    """Why a layer cannot run on the current device, whatever its batch; empty if it can."""
+def refusal(need: Need) -> str:
+    """Why a layer cannot run on the current device; empty if it can."""
     ordinal = _current()
     try:
         for backward in (False, True):
-            choose(cell, dtype, backward, 1, hidden, directions, ordinal)
+            choose(need, backward, ordinal)
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def describe_plans(
-    cell: str, dtype: torch.dtype, training: bool, size: int, hidden: int, directions: int
-) -> str:
+def describe_plans(need: Need, training: bool) -> str:
     """What the kernels will do, and what became of the others, in words for ``explain``."""
     ordinal, words = _current(), []
     for backward in (False, True)[: 1 + training]:
-        problem = (cell, dtype, backward, size, hidden, directions, ordinal)
-        chosen = choose(*problem)
-        others = [p.text for p in candidates(*problem) if p.kernel != chosen.kernel]
+        chosen = choose(need, backward, ordinal)
+        listed = candidates(need, backward, ordinal)
+        others = [p.text for p in listed if p.kernel != chosen.kernel]
         words.append(
             f"{'backward' if backward else 'forward'}: {chosen.text}"
             + (f" (instead of: {' | '.join(others)})" if others else "")
         )
-    return f"{_NAMES[_format(dtype)]}; {'; '.join(words)}"
+    what = ", with regularisers" if need.regularised else ""
+    return f"{_NAMES[_format(need.dtype)]}{what}; {'; '.join(words)}"
 
 
 def _current() -> int:
@@ -241,30 +259,41 @@ def raise_if_failed(ordinal: int = 0) -> None:
 class Launcher:
     """Kernels of one plan on the current stream of a tensor's device, which is the current one."""
 
-    def __init__(self, like: Tensor, plan: Plan, hidden: int, directions: int) -> None:
-        self.plan, self.hidden, self.directions = plan, hidden, directions
-        if like.is_cuda:
-            stream = torch.cuda.current_stream(like.device)
-            self.where = (like.device.index, stream.cuda_stream)
-        elif emulated():
-            self.where = (0, 0)
-        else:
-            raise RuntimeError(f"the input is on {like.device}, these kernels run on a GPU")
-        self.error = _error_word(self.where[0])
-        flags = directions * plan.groups * plan.ctas * _cuda.flag_bytes
+    def __init__(self, like: Tensor, plan: Plan, need: Need) -> None:
+        self.plan, self.need = plan, need
+        self.where, self.error = _place(like)
+        self._kept: list[Tensor] = []
+        flags = need.directions * plan.groups * plan.ctas * _cuda.flag_bytes
         used = plan.exchange == "flags"
         self.flags = like.new_empty(flags, dtype=torch.uint8) if used else None
 
-    def pack(self, matrices: list[Tensor]) -> list[int]:
-        """Recurrent weights as the kernel wants them, kept here: addresses of each direction's."""
+    @property
+    def number_format(self) -> int:
+        """The library's number of the kernel's format."""
+        return self.plan.kernel[1]
+
+    def pack(self, matrices: Sequence[Tensor]) -> list[int]:
+        """Recurrent weights as the kernel wants them, kept here: addresses of each direction's.
+
+        ``matrices``: of each direction (G*H, H), or (L, G*H, H) for the slabs of L micro-steps.
+        """
+        slabs = [m.contiguous().view(-1, *m.shape[-2:]) for m in matrices]
+        depth = slabs[0].size(0)
         size = _cuda.packed_bytes(self.plan.kernel, self.plan.ctas)
-        self.packed = matrices[0].new_empty((len(matrices), size), dtype=torch.uint8)
-        addresses = [self.packed.data_ptr() + d * size for d in range(len(matrices))]
-        for matrix, to in zip(matrices, addresses, strict=True):
-            _cuda.pack(
-                *self.where, self.plan.kernel, matrix.data_ptr(), to, self.hidden, self.plan.ctas
-            )
+        self.packed = matrices[0].new_empty((len(slabs), depth * size), dtype=torch.uint8)
+        addresses = [self.packed.data_ptr() + d * depth * size for d in range(len(slabs))]
+        for own, to in zip(slabs, addresses, strict=True):
+            for level, matrix in enumerate(own.unbind(0)):
+                _cuda.pack(
+                    *self.where, self.plan.kernel, matrix.data_ptr(), to + level * size,
+                    self.need.hidden, self.plan.ctas,
+                )  # fmt: skip
         return addresses
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, whose memory stays its own as long as this launcher."""
+        self._kept.append(tensor)
+        return tensor
 
     def prepare_mail(self, mail: Tensor) -> None:
         _cuda.prepare_mail(*self.where, mail.data_ptr(), mail.numel() * mail.element_size())
@@ -274,31 +303,72 @@ class Launcher:
         each = self.plan.groups * self.plan.rows
         return [(n, min(n + each, size)) for n in range(0, size, each)]
 
-    def __call__(
-        self,
-        steps: int,
-        size: int,
-        lengths: int,
-        reset: Tensor | None,
-        directions: tuple[int, ...],
+    def start(
+        self, run: str, grid: Grid, part: tuple[int, int], directions: Sequence[int], *rest: Any
     ) -> None:
-        """One launch for ``size`` rows; address of their lengths, fields of the directions."""
+        """One launch by the library's function ``run`` for a part of the batch.
+
+        ``directions``: the fields of all directions; ``rest``: what the function takes beside them.
+        """
         flags = 0
         if self.flags is not None:
             flags = self.flags.data_ptr()
             _cuda.clear(*self.where, flags, self.flags.numel())
-        rows, groups = self.plan.rows, self.plan.groups
+        first, end = part
+        reset = grid.reset_of(first, end)
         shape = (
-            steps,
-            size,
-            self.hidden,
-            self.directions,
-            min(groups, -(-size // rows)),
+            grid.steps,
+            end - first,
+            self.need.hidden,
+            self.need.directions,
+            min(self.plan.groups, -(-(end - first) // self.plan.rows)),
             self.plan.ctas,
-            lengths,
+            grid.lengths_at(first),
             0 if reset is None else reset.data_ptr(),
             flags,
             self.error.data_ptr(),
         )
-        run = _cuda.backward if self.plan.kernel[2] else _cuda.forward
-        run(*self.where, self.plan.kernel, shape, directions)
+        function = getattr(_cuda, run)
+        function(*self.where, self.plan.kernel, shape, tuple(directions), *rest)
+
+    def mask_states(self, noise: tuple[Any, ...], states: Sequence[int]) -> None:
+        """The library's function of that name, in the kernel's format."""
+        _cuda.mask_states(*self.where, self.number_format, noise, tuple(states))
+
+
+def _place(like: Tensor) -> tuple[tuple[int, int], Tensor]:
+    """Device and stream of a tensor's calls, and the device's error word."""
+    if like.is_cuda:
+        stream = torch.cuda.current_stream(like.device)
+        where = (like.device.index, stream.cuda_stream)
+    elif emulated():
+        where = (0, 0)
+    else:
+        raise RuntimeError(f"the input is on {like.device}, these kernels run on a GPU")
+    return where, _error_word(where[0])
+
+
+def launcher_of(need: Need, like: Tensor, backward: bool, plan: str) -> Launcher:
+    """The kernel of a layer's forward or backward; ``plan`` is the operator's.
+
+    Raises:
+        RuntimeError: there is none, the library cannot be called, or an earlier launch failed.
+    """
+    why = missing()
+    if why:
+        raise RuntimeError(why)
+    ordinal = like.device.index if like.is_cuda else 0
+    raise_if_failed(ordinal)
+    found = choose(need, backward, ordinal, plan.partition(",")[2])
+    return Launcher(like, found, need)
+
+
+def on_its_device(function: _Function) -> _Function:
+    """The library makes the device of a call the current one: torch is told, and puts it back."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return function(*args)
+
+    return cast("_Function", call)

@@ -83,8 +83,16 @@ def bnlstm(
     hidden = _check(input, flat_weights, flat_statistics, bias, num_layers, directions,
                     input_stats == "sequence", autocast is not None)  # fmt: skip
     dtype = input.dtype if autocast is None else autocast
-    # Statistics of 16-bit values need more digits than those have: all is computed in float32.
-    compute = ops.state_dtype(dtype)
+    grad = torch.is_grad_enabled() and not is_exporting()
+    h0_c0 = () if hx is None else (h0, c0)
+    records = grad and any(t.requires_grad for t in (input, *h0_c0, *flat_weights))
+    # Statistics of 16-bit values need more digits than those have: all is computed in float32, but
+    # where kernels keep statistics, cells and sums in it on their own.
+    wide = ops.state_dtype(dtype)
+    problem = _problem(input, dtype, batch, hidden, directions, num_layers, records, return_cells,
+                       batch_stats and process_group is not None)  # fmt: skip
+    backend = dispatch.settle(problem)
+    compute = dtype if backend == "cuda" else wide
     shape = (num_layers * directions, batch.size, hidden)
     for name, state in (("hidden[0]", h0), ("hidden[1]", c0)):
         if state is not None:
@@ -95,11 +103,6 @@ def bnlstm(
     if h0_noise:
         h0 = h0 + h0_noise * torch.randn_like(h0)
 
-    grad = torch.is_grad_enabled() and not is_exporting()
-    records = grad and any(t.requires_grad for t in (x, h0, c0, *weights))
-    problem = _problem(x, batch, hidden, directions, num_layers, records, return_cells,
-                       batch_stats and process_group is not None)  # fmt: skip
-    backend = dispatch.settle(problem)
     per, last = len(weights) // num_layers, num_layers - 1
     per_statistics = STATISTICS * directions
     h_n: list[Tensor] = []
@@ -111,7 +114,7 @@ def bnlstm(
         statistics = flat_statistics[k * per_statistics : (k + 1) * per_statistics]
         states = slice(k * directions, (k + 1) * directions)
         x, h, c, cells, *used = _layer(
-            backend, x, h0[states], c0[states], own, _given(statistics, first_step, compute),
+            backend, x, h0[states], c0[states], own, _given(statistics, first_step, wide),
             batch, eps, batch_stats, input_stats == "sequence", return_cells and k == last,
             records, process_group, None if cache is None or batch_stats else (cache, k, bias),
         )  # fmt: skip
@@ -135,6 +138,7 @@ def bnlstm(
 
 def _problem(
     input: Tensor,
+    dtype: torch.dtype,
     batch: Batch,
     hidden: int,
     directions: int,
@@ -146,7 +150,8 @@ def _problem(
     return dispatch.Problem(
         cell="bnlstm",
         device=input.device.type,
-        dtype=input.dtype,
+        dtype=ops.state_dtype(dtype),
+        given=dtype,
         training=records,
         steps=batch.steps,
         batch=batch.size,
@@ -182,7 +187,7 @@ def _layer(
 ) -> tuple[Tensor, ...]:
     """y, h_n, c_n, cells and the three used statistics of one layer."""
     _, _, batch_first, batch_sizes, lengths, reset = batch
-    plan = "triton" if backend == "triton" else ""
+    plan = backend if backend in ("cuda", "triton") else ""
     if backend == "reference":
         return reference_bnlstm.layer(
             x, h, c, weights, given, batch_sizes, lengths, reset, eps, batch_stats, sequence,

@@ -95,14 +95,19 @@ def rhn(
     records = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
     records = records and not is_exporting()
     sizes = (hidden, 0, directions, num_layers)
-    backend, plan = dispatch.choose("rhn", input, batch, sizes, records, False, recompute)
+    gates = 2 if couple_carry else 3
+    gate_masks = training and variational_state > 0 and not tie_gate_masks
+    highway = (flat_weights[1].size(0), gates, gate_masks)
+    backend, plan = dispatch.choose(
+        "rhn", input, batch, sizes, records, False, recompute, highway=highway
+    )
     # "bf16" is for kernels this cell does not have: its float32 stays float32.
-    plan = plan if backend == "triton" else ""
-    gates = 1 if tie_gate_masks else 2 if couple_carry else 3
+    plan = "" if backend == "cpu" else plan
+    groups = 1 if tie_gate_masks else gates
     rates = (variational_input, variational_state) if training else (0.0, 0.0)
     return _run_layers(
         backend, plan, input, hx, flat_weights, batch, num_layers, directions,
-        dropout if training else 0.0, rates, gates, records, recompute, cache,
+        dropout if training else 0.0, rates, groups, records, recompute, cache,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, functional
-from fastrnn.backends import triton_plan
+from fastrnn.backends import PLANS
 from fastrnn.functional.bnlstm import _problem
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
@@ -430,7 +430,7 @@ class BNLSTM(RunningStatistics):
         wide = torch.float32 if dtype.itemsize == 2 else dtype
         over_group = self.training and self.process_group is not None
         problem = _problem(
-            input.to(wide), batch, self.hidden_size, 2 if self.bidirectional else 1,
+            input, dtype, batch, self.hidden_size, 2 if self.bidirectional else 1,
             self.num_layers, records, return_cells, over_group,
         )  # fmt: skip
         found = dispatch.decide(problem)
@@ -444,11 +444,11 @@ class BNLSTM(RunningStatistics):
                 for _, inputs in self._layers()
             ]
             plan = "; ".join(dict.fromkeys(texts))
-        elif found.backend == "triton":
-            plan = triton_plan(problem)
+        elif found.backend in ("cuda", "triton"):
+            plan = PLANS[found.backend](problem)
         elif over_group:
             plan += ", all-reduced statistics at each"
-        if wide != dtype:
+        if wide != dtype and found.backend != "cuda":
             plan = f"{dtype} converted to {wide} and back, ".replace("torch.", "") + plan
         return dispatch.Explanation(found.backend, plan, found.reason, found.rejected)
 

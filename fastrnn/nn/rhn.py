@@ -169,6 +169,11 @@ class RHN(Steppable):
     def _gates(self) -> int:
         return 2 if self.couple_carry else 3
 
+    def _highway(self) -> tuple[int, int, bool]:
+        """As ``dispatch.choose`` takes it."""
+        masked = self.training and self.variational_state > 0
+        return self.depth, self._gates, masked and not self.tie_gate_masks
+
     def reset_parameters(self) -> None:
         """Draw all parameters anew: U(-init_range, init_range), but the biases of the gates t and
         c, which are transform_bias and -transform_bias."""

@@ -9,6 +9,9 @@
              T is 1 for a shared input term, and 0 without both ``batch_stats`` and ``record``.
     tape     normalised terms for the backward, where ``record``: opaque
 
+With the plan "cuda" cells and used statistics of 16-bit tensors are float32; other backends take
+float32 and float64 only.
+
 ``batch_stats``: statistics of the batch in each step with two live rows or more. ``sequence``: one
 statistic of the input term for all steps.
 """
@@ -60,12 +63,18 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     directions, size, hidden = h0.shape
     y = x.new_empty((*x.shape[:-1], directions * hidden))
-    cells = torch.empty_like(y) if return_cells or record else x.new_empty((0,))
+    wide = torch.float32 if plan.startswith("cuda") else x.dtype
+    cells = y.new_empty(y.shape if return_cells or record else (0,), dtype=wide)
     if batch_sizes is not None:
         steps, rows = batch_sizes.shape[0], x.shape[0]
     else:
         steps, rows = x.shape[1 if batch_first else 0], x.shape[0] * x.shape[1]
-    tape = x.new_empty((directions, rows if record else 0, -(-4 * hidden // 16) * 32))
+    width = -(-4 * hidden // 16) * 32
+    if plan.startswith("cuda"):
+        # Its kernels know no packed rows, and keep activated gates.
+        rows = rows if batch_sizes is None else steps * size
+        width = 12 * hidden
+    tape = x.new_empty((directions, rows if record else 0, width))
     known = batch_stats or record
     steps = steps if known else 0
     return (
@@ -74,9 +83,9 @@ def _fake_forward(
         x.new_empty((directions, size, hidden)),
         cells,
         tape,
-        x.new_empty((directions, 2, int(known) if sequence else steps, 4 * hidden)),
-        x.new_empty((directions, 2, steps, 4 * hidden)),
-        x.new_empty((directions, 2, steps, hidden)),
+        x.new_empty((directions, 2, int(known) if sequence else steps, 4 * hidden), dtype=wide),
+        x.new_empty((directions, 2, steps, 4 * hidden), dtype=wide),
+        x.new_empty((directions, 2, steps, hidden), dtype=wide),
     )
 
 
@@ -115,8 +124,9 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
 _TRITON = "fastrnn.backends.triton.bnlstm"
-BNLSTM_CPU = register("CPU", "fastrnn.backends.cpu_bnlstm", _SCHEMAS, _TRITON)
-register("CUDA", _TRITON, _SCHEMAS)
+_CUDA = "fastrnn.backends.cuda_bnlstm"
+BNLSTM_CPU = register("CPU", "fastrnn.backends.cpu_bnlstm", _SCHEMAS, _TRITON, _CUDA)
+register("CUDA", _TRITON, _SCHEMAS, cuda=_CUDA)
 torch.library.register_fake("fastrnn::bnlstm_forward", _fake_forward)
 torch.library.register_fake("fastrnn::bnlstm_backward", _fake_backward)
 

@@ -110,7 +110,7 @@ def _fake_layer_forward_train(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden = h0.shape[2] if c0 is None else c0.shape[2]
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
-    width = 0 if recompute else tape_slots(cell, noise) * hidden
+    width = 0 if recompute else tape_slots(cell, noise, plan) * hidden
     dtype = state_dtype(x.dtype)
     if width and plan.startswith("cuda"):
         # Its kernels know no packed rows, and keep activated gates in the dtype of the output.

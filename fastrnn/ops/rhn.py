@@ -10,7 +10,7 @@ carry is coupled, else 3 gates h, t, c, both read from the weights:
     x_mask   (D, g, N, I) or None: factors of x, g = 1 for all gates or G for one each
     s_mask   (D, g, N, H) or None: factors of the state in the matrix products
     y        x's leading sizes + (D*H)
-    gates    the tape of the backward, (D, L, rows, G*H): opaque, empty to recompute
+    gates    the tape of the backward, (D, L, rows, ..): opaque, empty to recompute
 
 Masks are constants: nothing is differentiated by them. Weights are packed by
 ``fastrnn::pack_weights`` with the cell "rhn".
@@ -76,9 +76,15 @@ def _fake_rhn_forward_train(
     directions, _, hidden = h0.shape
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
     depth, width, _ = weights[1].shape
+    dtype = state_dtype(x.dtype)
+    if plan.startswith("cuda"):
+        # Its kernels know no packed rows, and keep the state before each micro-step beside its
+        # gates, in the dtype of the output.
+        rows = rows if batch_sizes is None else batch_sizes.shape[0] * h0.shape[1]
+        width, dtype = width + hidden, x.dtype
     shape = (directions, depth, rows, 0 if recompute else width)
     y = x.new_empty((*x.shape[:-1], directions * hidden))
-    return y, x.new_empty(h0.shape), x.new_empty(shape, dtype=state_dtype(x.dtype))
+    return y, x.new_empty(h0.shape), x.new_empty(shape, dtype=dtype)
 
 
 def _fake_rhn_backward(
@@ -109,8 +115,9 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
 _TRITON = "fastrnn.backends.triton.rhn"
-RHN_CPU = register("CPU", "fastrnn.backends.cpu_rhn", _SCHEMAS, _TRITON)
-register("CUDA", _TRITON, _SCHEMAS)
+_CUDA = "fastrnn.backends.cuda_rhn"
+RHN_CPU = register("CPU", "fastrnn.backends.cpu_rhn", _SCHEMAS, _TRITON, _CUDA)
+register("CUDA", _TRITON, _SCHEMAS, cuda=_CUDA)
 torch.library.register_fake("fastrnn::rhn_forward", _fake_rhn_forward)
 torch.library.register_fake("fastrnn::rhn_forward_train", _fake_rhn_forward_train)
 torch.library.register_fake("fastrnn::rhn_backward", _fake_rhn_backward)

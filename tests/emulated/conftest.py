@@ -9,6 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 LIBRARY = os.environ.get("FASTRNN_EMULATED", "")
 collect_ignore_glob = [] if LIBRARY else ["test_*.py"]
@@ -21,3 +25,11 @@ if LIBRARY:
     spec.loader.exec_module(module)
     assert module.emulated
     sys.modules["fastrnn._cuda"] = module
+
+
+@pytest.fixture(autouse=True)
+def _switch() -> Iterator[None]:
+    """allow_tf32 is put back after each test."""
+    before = torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32 = before

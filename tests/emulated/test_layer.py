@@ -5,42 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.formats import check_in_format
-from tests.problems import PLAIN, Case, Problem, Result, backward, check, forward, forward_train
+from tests.formats import FORMATS, check_in_format, choose_format
+from tests.problems import PLAIN, Case, Problem, backward, forward, forward_train
 from tests.problems import solve_ops as solve
 from tests.test_kernels import LAYOUTS
 from tests.tolerances import assert_same_bits
-
-FORMATS = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "bf16x3": torch.float32,
-}
-
-
-@pytest.fixture(autouse=True)
-def _switch() -> Iterator[None]:
-    """allow_tf32 is put back after each test."""
-    before = torch.backends.cudnn.allow_tf32
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-def choose_format(name: str) -> None:
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-
-
-def compare(p: Problem, got: Result, name: str) -> None:
-    if name in ("tf32", "bf16x3"):
-        check_in_format(p, got, name)
-    else:
-        check(p, got)
 
 
 def verify(p: Problem, name: str) -> None:
@@ -50,7 +23,7 @@ def verify(p: Problem, name: str) -> None:
     tape = forward_train(p)
     gates = tape.pop("gates")
     kept = gates.clone()
-    compare(p, tape | backward(p, tape | {"gates": gates}), name)
+    check_in_format(p, tape | backward(p, tape | {"gates": gates}), name)
     assert_same_bits("gates after backward", gates, kept)
     for key, value in forward(p, return_cells=p.case.is_lstm).items():
         assert_same_bits(f"inference: {key} of {p.case}", value, tape[key])

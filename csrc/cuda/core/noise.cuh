@@ -131,11 +131,16 @@ FASTRNN_KERNEL(256)
 mask_state_kernel(const FASTRNN_GRID_CONSTANT MaskStateParams p) {
   using Elem = typename D::Elem;
   const Draw draw(p.noise, p.reverse);
-  const int count = p.N * p.H;
-  for (int i = prim::block_index() * 256 + prim::thread_index(); i < count; i += prim::grid_threads()) {
-    const int n = i / p.H, length = p.lengths ? prim::load_constant(p.lengths + n) : p.T;
-    const float mask = draw.drop(p.reverse ? length - 1 : 0, n, i % p.H);
-    D::store(static_cast<Elem*>(p.out) + i, D::load(static_cast<const Elem*>(p.h) + i) * mask);
+  const bool all_steps = p.stride_n != 0;
+  const int64_t count = static_cast<int64_t>(all_steps ? p.T : 1) * p.N * p.H;
+  for (int64_t i = prim::block_index() * 256 + prim::thread_index(); i < count; i += prim::grid_threads()) {
+    const int64_t row = i / p.H;
+    const int j = static_cast<int>(i % p.H), n = static_cast<int>(row % p.N), s = static_cast<int>(row / p.N);
+    const int length = p.lengths ? prim::load_constant(p.lengths + n) : p.T;
+    const int t = all_steps ? s : p.reverse ? length - 1 : 0;
+    const int64_t at = all_steps ? s * p.stride_t + n * p.stride_n + j : i;
+    D::store(static_cast<Elem*>(p.out) + at,
+             D::load(static_cast<const Elem*>(p.h) + at) * draw.drop(t, n, j));
   }
 }
 

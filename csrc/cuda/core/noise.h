@@ -48,14 +48,15 @@ struct RegularisedBackwardParams : BackwardParams {
   Noise noise;
 };
 
-// out = h * mask of each row's first step.
+// out = h * mask of each row's first step, of initial states; of each step, of the states before all steps.
 struct MaskStateParams {
-  const void* h = nullptr;  // (N, H)
-  void* out = nullptr;
+  const void* h = nullptr;  // (N, H), or with strides (T, N, H)
+  void* out = nullptr;      // the same shape
   int T = 0, N = 0, H = 0;
   const int* lengths = nullptr;
   bool reverse = false;
   Noise noise;
+  int64_t stride_t = 0, stride_n = 0;  // of rows, in elements; 0: initial states
 };
 
 }  // namespace fastrnn::cuda

@@ -27,13 +27,14 @@ Status run(const void* function, const Params& params, emu::Launch launch) {
 }
 
 template <class Params>
-Status launch_layer(const Kernel& kernel, Params params) {
+Status launch_layer(const Kernel& kernel, Params params, int depth = 1) {
+  if (!takes(kernel, params)) return {1, "a kernel of other parameters"};
   params.error = nullptr;  // its clock is not time: who waits in vain is reported as a deadlock
   emu::Launch l;
   l.grid = params.directions * params.groups * params.ctas;
   l.block = 32 * kernel.tile.warps;
   l.cluster = mail_buffers(kernel.exchange) ? params.ctas : 1;
-  l.shared_bytes = kernel.shared_bytes;
+  l.shared_bytes = shared_bytes(kernel, depth);
   return run(kernel.function, params, l);
 }
 
@@ -67,6 +68,30 @@ Status launch(const Kernel& kernel, const ForwardParams& params, void*) {
 }
 Status launch(const Kernel& kernel, const BackwardParams& params, void*) {
   return launch_layer(kernel, params);
+}
+Status launch(const Kernel& kernel, const RegularisedForwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
+Status launch(const Kernel& kernel, const RegularisedBackwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
+Status launch(const Kernel& kernel, const RhnForwardParams& params, void*) {
+  return launch_layer(kernel, params, params.depth);
+}
+Status launch(const Kernel& kernel, const RhnBackwardParams& params, void*) {
+  return launch_layer(kernel, params, params.depth);
+}
+Status launch(const Kernel& kernel, const BnLstmForwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
+Status launch(const Kernel& kernel, const BnLstmBackwardParams& params, void*) {
+  return launch_layer(kernel, params);
+}
+Status mask_state(Format format, const MaskStateParams& params, void*) {
+  emu::Launch l;
+  l.grid = 2;
+  l.block = 256;
+  return run(mask_state_function(format), params, l);
 }
 
 size_t packed_bytes(const Kernel& kernel, int ctas) { return packed_size(kernel, ctas); }
