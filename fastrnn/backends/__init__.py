@@ -237,7 +237,10 @@ def _cuda_need(p: Problem) -> tuple[Any, ...]:
     cell = "rhn_uncoupled" if p.cell == "rhn" and p.gates == 3 else p.cell
     regularised = any(not name.startswith("weight dropout") for name in p.regularisers.split(", "))
     regularised = regularised and bool(p.regularisers)
-    return cell, p.given or p.dtype, p.batch, p.hidden_size, p.directions, p.depth, regularised
+    normed = cell.endswith("_layer_norm")
+    sizes = (p.batch, p.hidden_size, p.directions, p.depth)
+    cell = cell.removesuffix("_layer_norm")
+    return cell, p.given or p.dtype, *sizes, regularised, p.proj_size, normed
 
 
 def _cuda_refusal(*need: Any) -> str:
@@ -260,16 +263,6 @@ def _serves_cuda(p: Problem) -> str:
         return f"it has no {p.dtype} kernels, only float32, bfloat16 and float16"
     if p.transforms:
         return "torch.func transforms need operations they can see into"
-    lacks = [
-        name
-        for name, used in (
-            ("layer_norm", p.cell.endswith("_layer_norm")),
-            ("proj_size", p.proj_size),
-        )
-        if used
-    ]
-    if lacks:
-        return f"it has no kernels with {', '.join(lacks)}"
     if p.process_group:
         return "its kernels see one process, statistics over a process group need collectives"
     if p.gate_masks:

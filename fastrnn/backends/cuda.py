@@ -1,9 +1,10 @@
 """LSTM, GRU and RNN layers on the native CUDA library: the operators of ``fastrnn.ops.layer``.
 
 The time loop is one launch for both directions (several where the batch does not fit on the device
-at once). Products over all steps at once (input terms, gradients of input and weights) are torch's,
-before and after it. The tape holds activated gates in the layer's own dtype. Weights are packed in
-each call: their order depends on the kernel, which depends on the batch.
+at once), or every step is launched by itself (``fastrnn.backends.cuda_steps``). Products over all
+steps at once (input terms, gradients of input and weights) are torch's, before and after it. The
+tape holds activated gates in the layer's own dtype. Weights are packed in each call: their order
+depends on the kernel, which depends on the batch.
 
 The plan is "cuda", or "cuda,<exchange>" for kernels of one exchange only (docs/cuda-kernels.md).
 """
@@ -15,16 +16,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrnn.backends import cuda_steps
 from fastrnn.backends.cuda_grid import Grid, states_before
 from fastrnn.backends.cuda_native import (
-    CELLS,
     Launcher,
     Need,
     launcher_of,
     on_its_device,
     padded,
+    with_next_plan,
 )
 from fastrnn.backends.cuda_noise import Regulariser
+from fastrnn.backends.cuda_steps import NormedInput
 from fastrnn.backends.rows import Weights, alone, dense
 from fastrnn.noise import tape_slots
 
@@ -38,23 +41,34 @@ _PUBLISHED = {"gru_reset_before": ((2, 1), (0, 2))}
 
 def _need(w: Weights, x: Tensor, cell: str, size: int, noise: Regulariser) -> Need:
     """What a kernel is chosen by; modules have told the reasons of what is refused before."""
-    if cell not in CELLS or w.w_hr:
-        what = "projection" if w.w_hr else cell
-        raise ValueError(f"cell: the CUDA kernels have no {what}")
-    return Need(cell, x.dtype, size, w.hidden, w.directions, regularised=noise.acts)
+    return Need(
+        cell.removesuffix("_layer_norm"), x.dtype, size, w.hidden, w.directions,
+        regularised=noise.acts, out=w.out if w.w_hr else 0, normed=bool(w.norms),
+    )  # fmt: skip
+
+
+def _tape_width(w: Weights, cell: str, noise: str, plan: str, x: Tensor) -> int:
+    """Elements of a row of the tape."""
+    if w.w_hr or w.norms:
+        return cuda_steps.tape_columns(cell, w.hidden, x.element_size(), bool(w.w_hr))[2]
+    return tape_slots(cell, noise, plan) * w.hidden
 
 
 def _input_terms(x: Tensor, grid: Grid, w: Weights, cell: str) -> tuple[Tensor, list[Tensor]]:
     """W_ih x and the biases added to it, (rows, D*G*H), and b_hn of each direction of a GRU."""
     flat = grid.rows.flat(x)
+    normed = NormedInput(flat, w) if w.norms else None
     if not w.b_ih:
-        return grid.spread(torch.mm(flat, w.inputs().t())), []
+        plain = torch.mm(flat, w.inputs().t()) if normed is None else normed.terms(None)
+        return grid.spread(plain.to(x.dtype)), []
     b_ih, b_hh = torch.stack(w.b_ih).float(), torch.stack(w.b_hh).float()
     inner: list[Tensor] = []
-    if cell == "gru":
+    if cell.startswith("gru") and cell != "gru_reset_before":
         at = 2 * w.hidden
         inner = [b[at:].clone() for b in b_hh]
         b_hh = torch.cat([b_hh[:, :at], torch.zeros_like(b_hh[:, at:])], 1)
+    if normed is not None:
+        return grid.spread(normed.terms(b_ih + b_hh).to(x.dtype)), inner
     bias = (b_ih + b_hh).to(x.dtype).flatten()
     return grid.spread(torch.addmm(bias, flat, w.inputs().t())), inner
 
@@ -81,19 +95,23 @@ def _forward(
     drawn = Regulariser(noise, seed, x)
     need = _need(w, x, cell, size, drawn)
     grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
-    hidden, slots = w.hidden, tape_slots(cell, noise, plan) if want_gates else 0
+    hidden, width = w.hidden, _tape_width(w, cell, noise, plan, x) if want_gates else 0
     h0, c0 = h0.contiguous(), dense(c0)
-    y = x.new_empty((grid.count, directions * hidden))
+    y = x.new_empty((grid.count, directions * w.out))
     h_n = torch.empty_like(h0)
     c_n = None if c0 is None else torch.empty_like(c0)
     cells = gates = None
     if c0 is not None and want_cells:
         cells = x.new_empty((grid.count, directions * hidden), dtype=torch.float32)
-    if slots:
-        gates = x.new_empty((directions, grid.count, slots * hidden))
+    if width:
+        gates = x.new_empty((directions, grid.count, width))
     if size:
         launcher = launcher_of(need, x, False, plan)
         wx, inner = _input_terms(x, grid, w, cell)
+    if size and launcher.plan.exchange == "steps":
+        states = (h0, c0, h_n, c_n)
+        cuda_steps.forward(launcher, drawn, grid, w, cell, wx, inner, states, y, gates, cells)
+    elif size:
         addresses = launcher.pack(w.w_hh)
         masked = drawn.initial(launcher, grid, h0) if drawn.masks_state else None
         phases = 2 if cell == "gru_reset_before" else 1
@@ -127,13 +145,14 @@ def _forward(
                 launcher.start("regularised_forward", grid, (first, end), fields, *noisy)
             else:
                 launcher.start("forward", grid, (first, end), fields)
-    y = grid.gather(y).view(*x.shape[:-1], directions * hidden)
+    y = grid.gather(y).view(*x.shape[:-1], directions * w.out)
     if cells is not None:
-        cells = grid.gather(cells).view(y.shape)
+        cells = grid.gather(cells).view(*x.shape[:-1], directions * hidden)
     return y, h_n, c_n, cells, gates
 
 
 @on_its_device
+@with_next_plan
 def layer_forward(
     x: Tensor,
     h0: Tensor,
@@ -157,6 +176,7 @@ def layer_forward(
 
 
 @on_its_device
+@with_next_plan
 def layer_forward_train(
     x: Tensor,
     h0: Tensor,
@@ -179,6 +199,7 @@ def layer_forward_train(
 
 
 @on_its_device
+@with_next_plan
 def layer_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -212,7 +233,7 @@ def layer_backward(
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dx = torch.empty_like(x) if need_dx else None
         return dx, torch.empty_like(h0) if need_dstate else None, dc0, zeros
-    if not tape_slots(cell, noise, plan):
+    if not _tape_width(w, cell, noise, plan, x):
         gates = None
     elif gates is None or not gates.numel():
         gates = _forward(
@@ -223,27 +244,46 @@ def layer_backward(
     h0, c0 = h0.contiguous(), dense(c0)
     states = grid.spread(grid.rows.flat(y).contiguous())
     launcher = launcher_of(need, x, True, plan)
-    dgates, recurrent, dh0, dc0 = _gate_gradients(
-        launcher, drawn, grid, w, cell, x, states, h0, c0,
-        None if c0 is None or cells is None else grid.spread(grid.rows.flat(cells).contiguous()),
-        gates,
-        None if dy is None else grid.spread(grid.rows.flat(dy.to(x.dtype)).contiguous()),
-        None if dcells is None else grid.spread(grid.rows.flat(dcells.float()).contiguous()),
-        dense(dh_n),
-        dense(dc_n),
-    )  # fmt: skip
+    if c0 is not None and cells is not None:
+        cells = grid.spread(grid.rows.flat(cells).contiguous())
+    dy = None if dy is None else grid.spread(grid.rows.flat(dy.to(x.dtype)).contiguous())
+    if dcells is not None:
+        dcells = grid.spread(grid.rows.flat(dcells.float()).contiguous())
+    dh_n, dc_n = dense(dh_n), dense(dc_n)
+    if launcher.plan.exchange == "steps":
+        found = cuda_steps.backward(
+            launcher, drawn, grid, w, cell, states, (h0, c0, dh_n, dc_n), cells, gates, dy, dcells
+        )
+    else:
+        found = _gate_gradients(
+            launcher, drawn, grid, w, cell, x, states, h0, c0, cells, gates, dy, dcells, dh_n, dc_n
+        )
+    dgates, recurrent, dh0, dc0 = found[:4]
     # In the rows of x: packed data have fewer.
     own = grid.gather(dgates)
+    norms: list[list[Tensor]] = []
+    if w.norms:
+        normed = NormedInput(grid.rows.without_padding(x), w)
+        raw, dgain = normed.backward(own)
+        own = raw.to(x.dtype)
     dx = torch.mm(own, w.inputs()).view(x.shape) if need_dx else None
     dweights: list[Tensor] = []
     if need_dw:
         dw_ih = torch.mm(own.t(), grid.rows.without_padding(x)).chunk(directions)
         dw_hh = _recurrent_products(launcher, drawn, grid, w, cell, recurrent, states, h0, gates)
         db_ih = dgates.sum(0).chunk(directions)
-        db_hh = recurrent.sum(0).chunk(directions)
+        db_hh: Sequence[Tensor] = recurrent.sum(0).chunk(directions)
+        if w.norms:
+            assert gates is not None
+            db_hh, norms = cuda_steps.norm_gradients(grid, w, cell, found, gates)
         for d in range(directions):
             dweights += [alone(dw_ih[d]), dw_hh[d]]
-            dweights += [alone(db_ih[d]), alone(db_hh[d])] if w.b_ih else []
+            if w.b_ih:
+                dweights += [alone(db_ih[d]), alone(db_hh[d].to(x.dtype))]
+            if w.w_hr:
+                dweights.append(_projection_product(grid, w, cell, found, gates, d))
+            if w.norms:
+                dweights += [g.to(x.dtype) for g in (dgain[d], *norms[d])]
     if not need_dstate:
         return dx, None, None, dweights
     return dx, dh0, dc0, dweights
@@ -265,9 +305,9 @@ def _gate_gradients(
     dcells: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the gates' input terms and of their recurrent ones, (rows, D*G*H), which differ
-    for a GRU only; and of the initial states."""
+) -> cuda_steps.Gradients:
+    """Gradients of the gates' input terms and of their recurrent ones, which differ for a GRU only;
+    and of the initial states."""
     directions, hidden, twofold = w.directions, w.hidden, cell == "gru"
     dgates = x.new_empty((grid.count, directions * w.gates * hidden))
     recurrent = torch.empty_like(dgates) if twofold else dgates
@@ -303,7 +343,18 @@ def _gate_gradients(
             launcher.start("regularised_backward", grid, (first, end), fields, noisy)
         else:
             launcher.start("backward", grid, (first, end), fields)
-    return dgates, recurrent, dh0, dc0
+    return cuda_steps.Gradients(dgates, recurrent, dh0, dc0, None, None)
+
+
+def _projection_product(
+    grid: Grid, w: Weights, cell: str, found: cuda_steps.Gradients, gates: Tensor | None, d: int
+) -> Tensor:
+    """Gradient of W_hr."""
+    assert found.dmid is not None
+    assert gates is not None
+    middle = cuda_steps.tape_columns(cell, w.hidden, gates.element_size(), True)[0]
+    mid = grid.without_padding(gates[d][:, middle : middle + w.hidden])
+    return torch.mm(found.dmid[:, d * w.out : (d + 1) * w.out].t(), mid)
 
 
 def _recurrent_products(
@@ -321,7 +372,7 @@ def _recurrent_products(
     found = []
     hidden = w.hidden
     for d, own in enumerate(recurrent.chunk(w.directions, 1)):
-        before = states_before(grid, y[:, d * hidden : (d + 1) * hidden], h0[d], d == 1)
+        before = states_before(grid, y[:, d * w.out : (d + 1) * w.out], h0[d], d == 1)
         if drawn.masks_state:
             before = drawn.of_steps(launcher, grid, before, d)
         if cell != "gru_reset_before":

@@ -25,6 +25,7 @@ except ImportError as error:  # not built, the usual case on a machine without a
 
 __all__ = [
     "CELLS",
+    "GridTooLarge",
     "Launcher",
     "Need",
     "Plan",
@@ -38,6 +39,7 @@ __all__ = [
     "padded",
     "raise_if_failed",
     "refusal",
+    "with_next_plan",
 ]
 
 # The numbers of csrc/cuda/core/geometry.h.
@@ -62,6 +64,8 @@ class Need(NamedTuple):
     Attributes:
         depth: micro-steps of a highway layer.
         regularised: recurrent dropout or zoneout act inside the kernel.
+        out: outputs of a projection; 0: none.
+        normed: layer norm.
     """
 
     cell: str
@@ -71,6 +75,8 @@ class Need(NamedTuple):
     directions: int
     depth: int = 1
     regularised: bool = False
+    out: int = 0
+    normed: bool = False
 
 
 class Plan(NamedTuple):
@@ -135,6 +141,9 @@ def padded(hidden: int, dtype: torch.dtype) -> int:
 
 _numbers: dict[int, tuple[int, ...]] = {}
 _chosen: dict[tuple[object, ...], Plan] = {}
+# Kernels whose cooperative launch the driver refused in this process.
+_too_large: set[tuple[int, ...]] = set()
+_REFUSED = "too many blocks in cooperative launch"  # the runtime's words for its error 720
 
 
 def _device(ordinal: int) -> tuple[int, ...]:
@@ -153,7 +162,7 @@ def candidates(need: Need, backward: bool, ordinal: int, most_ctas: int = 0) -> 
         numbers = (most_ctas, *numbers[1:])
     kind = (CELLS[need.cell], _format(need.dtype), backward, need.regularised)
     # An empty batch, which only explain asks about, has the plan of one row.
-    sizes = (max(need.size, 1), need.hidden, need.directions, need.depth)
+    sizes = (max(need.size, 1), need.hidden, need.directions, need.depth, need.out, need.normed)
     return [Plan(*fields) for fields in _cuda.plans(numbers, (*kind, *sizes))]
 
 
@@ -171,7 +180,10 @@ def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan
     for plan in candidates(need, backward, ordinal):
         if exchange and plan.exchange != exchange:
             continue
-        if not plan.refused:
+        if plan.kernel in _too_large:
+            plan = plan._replace(refused="the driver refused its grid as too large")
+        # A step that is launched by itself waits for nobody.
+        if not plan.refused and plan.exchange != "steps":
             most = _cuda.resident_ctas(ordinal, plan.kernel, plan.ctas, need.depth)
             if need.directions * plan.groups * plan.ctas > most:
                 fewer = candidates(need, backward, ordinal, most) if most else []
@@ -256,11 +268,36 @@ def raise_if_failed(ordinal: int = 0) -> None:
     )
 
 
+class GridTooLarge(RuntimeError):
+    """The driver does not hold a kernel's whole grid at once; other kernels may do."""
+
+    def __init__(self, kernel: tuple[int, ...]) -> None:
+        super().__init__("fastrnn CUDA library: " + _REFUSED)
+        self.kernel = kernel
+
+
+def with_next_plan(function: _Function) -> _Function:
+    """Again with the next plan, where the driver refuses the grid of the one that was chosen."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return function(*args, **kwargs)
+            except GridTooLarge as error:
+                if error.kernel in _too_large:
+                    raise
+                _too_large.add(error.kernel)
+                _chosen.clear()
+
+    return cast("_Function", call)
+
+
 class Launcher:
     """Kernels of one plan on the current stream of a tensor's device, which is the current one."""
 
     def __init__(self, like: Tensor, plan: Plan, need: Need) -> None:
-        self.plan, self.need = plan, need
+        self.plan, self.need, self._like = plan, need, like
         self.where, self.error = _place(like)
         self._kept: list[Tensor] = []
         flags = need.directions * plan.groups * plan.ctas * _cuda.flag_bytes
@@ -329,7 +366,29 @@ class Launcher:
             self.error.data_ptr(),
         )
         function = getattr(_cuda, run)
-        function(*self.where, self.plan.kernel, shape, tuple(directions), *rest)
+        try:
+            function(*self.where, self.plan.kernel, shape, tuple(directions), *rest)
+        except RuntimeError as error:
+            if _REFUSED not in str(error):
+                raise
+            raise GridTooLarge(self.plan.kernel) from error
+
+    def steps(
+        self,
+        run: str,
+        shape: tuple[int, ...],
+        weights: tuple[int, ...],
+        directions: Sequence[int],
+        noise: tuple[Any, ...],
+    ) -> None:
+        """All launches of a call by the library's function ``run``, with scratch of its own."""
+        size = _cuda.steps_workspace_bytes(self.plan.kernel, shape)
+        device = self._like.device
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        getattr(_cuda, run)(
+            *self.where, self.plan.kernel, shape, weights, tuple(directions), noise,
+            workspace.data_ptr(),
+        )  # fmt: skip
 
     def mask_states(self, noise: tuple[Any, ...], states: Sequence[int]) -> None:
         """The library's function of that name, in the kernel's format."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastrnn.kinds import KINDS
 from fastrnn.noise import tape_slots
 
 __all__ = ["layer_backward", "layer_forward", "layer_forward_train", "pack_weights"]
@@ -113,6 +114,11 @@ def _fake_layer_forward_train(
     width = 0 if recompute else tape_slots(cell, noise, plan) * hidden
     dtype = state_dtype(x.dtype)
     if width and plan.startswith("cuda"):
+        from fastrnn.backends.cuda_steps import tape_columns
+
+        plain = len(weights) // h0.shape[0] - KINDS[cell].norms
+        if plain % 2 or KINDS[cell].norms:
+            width = tape_columns(cell, hidden, x.dtype.itemsize, plain % 2 == 1)[2]
         # Its kernels know no packed rows, and keep activated gates in the dtype of the output.
         rows = rows if batch_sizes is None else batch_sizes.shape[0] * h0.shape[1]
         dtype = x.dtype
