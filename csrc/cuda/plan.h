@@ -205,6 +205,11 @@ inline Plan steps_plan(const PlanProblem& q, const Device& device, bool wide) {
   p.shared_bytes = tile.shared_bytes();
   if (p.shared_bytes > device.shared_bytes)
     p.refused = "a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory";
+  for (int i = 0; i < problem.products(); i++) {
+    const StepsMatrix m = problem.matrix(i);
+    if (int64_t{q.directions} * q.N * std::max(m.outputs, m.inner()) > INT32_MAX)
+      p.refused = "a step has more elements than 2^31";
+  }
   p.step_us = steps_time(problem, tile, device.sms);
   return p;
 }

@@ -170,6 +170,9 @@ TEST(beyond_capacity_every_step_is_launched) {
     CHECK(all.back().refused.find(normed ? "no layer norm" : "no projection") != std::string::npos);
   }
   q = PlanProblem{};
+  q.N = 1 << 20, q.H = 4096;
+  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  q = PlanProblem{};
   q.cell = CellKind::rhn, q.H = 4096;
   for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible() && p.exchange != ExchangeKind::steps);
 }

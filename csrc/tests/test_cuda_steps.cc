@@ -104,4 +104,31 @@ TEST(gru_layer_norm) {
   run_all<Gru<true>, Bf16x3, BroadTile>(noisy(false, true, 0, true), 1);
 }
 
+// The tests are tested: each planted error makes one of two schedules fail.
+template <class Cell, class D>
+static bool caught(StepsOptions o, Mutation m) {
+  o.mutation = m;
+  for (o.seed = 1; o.seed <= 2; o.seed++) {
+    const StepsTrial<Cell, D, NarrowTile> trial(o);
+    if (trial.failure.empty()) continue;
+    std::printf("  mutation %d: %s\n", static_cast<int>(m), trial.failure.c_str());
+    return true;
+  }
+  return false;
+}
+TEST(mutations_are_caught) {
+  const StepsOptions plain = problems()[1];
+  CHECK(!(caught<Lstm, Bf16>(plain, Mutation::none)));
+  for (const Mutation m : {Mutation::dropped_barrier, Mutation::reduction_tail, Mutation::k_permutation,
+                           Mutation::reset_ignored})
+    CHECK((caught<Lstm, Bf16>(plain, m)));
+  const StepsOptions normed = with({plain, plain}, 0, true).front();
+  CHECK(!(caught<Lstm, Bf16>(normed, Mutation::none)));
+  CHECK((caught<Lstm, Bf16>(normed, Mutation::statistics_barrier)));
+  StepsOptions masked = plain;
+  masked.noise.mode = fastrnn::Drop::state, masked.noise.training = true, masked.noise.drop = 0.3;
+  CHECK(!(caught<Gru<true>, Bf16>(masked, Mutation::none)));
+  CHECK((caught<Gru<true>, Bf16>(masked, Mutation::other_step_mask)));
+}
+
 int main(int argc, char** argv) { return check::run(argc, argv); }

@@ -15,14 +15,14 @@ steps_block_kernel(const FASTRNN_GRID_CONSTANT Params value, Params* block) {
   for (int i = prim::thread_index(); i < static_cast<int>(sizeof(Params) / 4); i += 256) to[i] = from[i];
 }
 
-// Calls f(direction, n, j) for each of `width` columns of all rows.
+// Calls f(direction, n, j) for each of `width` columns of all rows. In 32 bits, since there are divisions: plan.h refuses more.
 template <class F>
 FASTRNN_DEVICE void each_element(const StepsParams& p, int width, const F& f) {
-  const int64_t of_direction = static_cast<int64_t>(p.N) * width, count = p.directions * of_direction;
-  for (int64_t i = prim::block_index() * int64_t{256} + prim::thread_index(); i < count;
-       i += prim::grid_threads())
-    f(static_cast<int>(i / of_direction), static_cast<int>(i % of_direction / width),
-      static_cast<int>(i % width));
+  const unsigned of_direction = static_cast<unsigned>(p.N) * width, count = p.directions * of_direction;
+  for (unsigned i = prim::block_index() * 256u + prim::thread_index(); i < count; i += prim::grid_threads()) {
+    const unsigned rest = i % of_direction;
+    f(static_cast<int>(i / of_direction), static_cast<int>(rest / width), static_cast<int>(rest % width));
+  }
 }
 
 // Both operands of a row hold its first state, whichever step it begins at.
