@@ -70,7 +70,8 @@ py::list plans(const py::tuple& device, const py::tuple& problem) {
   f.end();
   py::list out;
   for (Plan& p : candidates(q, read_device_numbers(device))) {
-    if (p.possible() && p.exchange != ExchangeKind::steps && !find_kernel(q, p)) p.refused = "it is not compiled in";
+    if (p.possible() && p.exchange != ExchangeKind::steps && !find_kernel(q, p))
+      p.refused = "it is not compiled in";
     out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.tile.rows(),
                               p.groups, p.ctas, p.launches));
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -181,14 +182,27 @@ def test_autocast() -> None:
 # torch's own, raised while it traces
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_whole(packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GRU", {}),
+        ("RNN", {"recurrent_dropout": 0.4, "zoneout": 0.3}),
+        ("RHN", {"depth": 2, "variational_state": 0.3}),
+        ("BNLSTM", {"max_length": 2}),
+    ],
+    ids=["GRU", "regularised", "RHN", "BNLSTM"],
+)
+def test_compiled_whole(name: str, options: dict[str, Any], packed: bool) -> None:
     """One graph, in which the layer is an operator, forward and backward."""
-    rnn = fastrnn.GRU(3, 5, dtype=torch.bfloat16)
+    rnn = getattr(fastrnn, name)(3, 5, **options, dtype=torch.bfloat16)
     x: Any = torch.randn(3, 2, 3, dtype=torch.bfloat16)
     if packed:
         x = pack_sequence([x[:, 0], x[:2, 1]])
+    again = deepcopy(rnn)  # a call moves running statistics
+    torch.manual_seed(5)
     expected = solve(rnn, x, "cuda")
-    got = solve(torch.compile(rnn, fullgraph=True, backend="aot_eager"), x, "cuda")
+    torch.manual_seed(5)
+    got = solve(torch.compile(again, fullgraph=True, backend="aot_eager"), x, "cuda")
     for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert_same_bits(f"result {index}", a, b)
 

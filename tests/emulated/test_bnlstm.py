@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn.backends import cuda_native
 from tests.bnlstm_problems import (
     UPSTREAM,
     USED,
@@ -93,6 +94,18 @@ def test_gradients_of_one_output(upstream: str) -> None:
     verify(BNProblem(BNCase(T=2, H=5, upstream=(upstream,), plan="cuda")), "bf16x3")
 
 
+@pytest.mark.parametrize("need", range(3))
+def test_gradients_not_asked_for(need: int) -> None:
+    p = BNProblem(BNCase(torch.bfloat16, T=2, N=3, H=5, plan="cuda"))
+    tape = forward(p, record=True)
+    got, full = backward(p, tape, tuple(i == need for i in range(3))), backward(p, tape)
+    wanted = (("dx",), ("dh0", "dc0"), tuple(k for k in full if k.startswith("d_")))[need]
+    for name in wanted:
+        assert_same_bits(name, got[name], full[name])
+    for name in got.keys() - set(wanted):
+        assert got[name].numel() == 0, name
+
+
 def test_same_bits_twice() -> None:
     p = BNProblem(BNCase(torch.bfloat16, T=2, N=9, H=37, directions=2, lengths=True, plan="cuda"))
     expected = solve_ops(p)
@@ -129,7 +142,7 @@ def test_module(stats: str, dtype: torch.dtype) -> None:
 
 
 def test_more_rows_than_a_plan_takes() -> None:
-    """The reason is the plan's; the number of rows is its business."""
+    """The number of rows is the plan's business."""
     rnn = fastrnn.BNLSTM(3, 65, max_length=2, dtype=torch.bfloat16)
     x = torch.randn(2, 2, 3).bfloat16()
     with fastrnn.use_backend("cuda"):
@@ -139,6 +152,13 @@ def test_more_rows_than_a_plan_takes() -> None:
         plan = fastrnn.explain(small, x).plan
         assert plan.startswith("bf16; forward: sentinel, 16 units x")
         assert "; backward: sentinel" in plan
+        need = cuda_native.Need("bnlstm", torch.bfloat16, 1, 5, 1)
+        most = cuda_native.most_rows(need)
+        assert not cuda_native.refusal(need._replace(size=most))
+        assert cuda_native.refusal(need._replace(size=most + 1))
+        small(torch.randn(2, most, 3).bfloat16())
+        with pytest.raises(RuntimeError, match=f"up to {most} rows with a hidden size of 5: got"):
+            small(torch.randn(2, most + 1, 3).bfloat16())
 
 
 def test_gradient_of_a_gradient() -> None:

@@ -77,6 +77,18 @@ def test_gradients_of_one_output(upstream: str) -> None:
     verify(Problem(Case(torch.float16, T=3, H=8, upstream=(upstream,), plan="cuda")), "fp16")
 
 
+@pytest.mark.parametrize("need", range(3))
+def test_gradients_not_asked_for(need: int) -> None:
+    p = Problem(Case(torch.bfloat16, T=2, N=3, H=5, s_mask="tied", plan="cuda"))
+    tape = forward_train(p)
+    got, full = backward(p, tape, tuple(i == need for i in range(3))), backward(p, tape)
+    wanted = (("dx",), ("dh0",), tuple(k for k in full if k.startswith("dw")))[need]
+    for name in wanted:
+        assert_same_bits(name, got[name], full[name])
+    for name in got.keys() - set(wanted):
+        assert got[name].numel() == 0, name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_several_launches(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that holds one group of rows at a time, and the batch is three of them."""
