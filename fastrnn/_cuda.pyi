@@ -128,3 +128,24 @@ def layer_norm_backward(
     shape: tuple[int, ...],
     directions: tuple[int, ...],
 ) -> None: ...
+def steps_workspace_bytes(kernel: tuple[int, ...], shape: tuple[int, ...]) -> int: ...
+def steps_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    directions: tuple[int, ...],
+    noise: tuple[float, ...],
+    workspace: int,
+) -> None: ...
+def steps_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    directions: tuple[int, ...],
+    noise: tuple[float, ...],
+    workspace: int,
+) -> None: ...

@@ -37,6 +37,8 @@ WANTED = re.compile(
 )
 # Cells that are no template argument of their kernels.
 FAMILIES = {"bnlstm_": "BnLstm", "projected_": "ProjectedLstm"}
+# A layer that runs step by step: its products, and everything pointwise.
+STEPS = re.compile(r"(steps_\w+?)_kernelI(.*?)EEv")
 # The last template argument: the kernel has regularisers.
 REGULARISED = "ELb0ELb1E"
 
@@ -48,6 +50,11 @@ def find_nvcc() -> str | None:
 
 def short(name: str) -> str:
     """Direction, cell, format, tile and exchange of a mangled kernel name."""
+    found = STEPS.search(name)
+    if found:
+        kind, arguments = found.groups()
+        numbers = re.findall(r"Li(\d+)E", arguments)
+        return " ".join([kind, *WORDS.findall(arguments), f"<{','.join(numbers)}>"])
     found = WANTED.search(name)
     if not found:
         return name
@@ -101,6 +108,11 @@ def judge(text: str) -> tuple[list[str], dict[str, int]]:
 
 def products(name: str) -> int:
     """Tensor core instructions of a kernel whose loops over its tile are unrolled."""
+    if name.startswith("steps_"):
+        number_format = name.split()[1]
+        m, n, warps_m, warps_n, warps_k, chunks = map(int, name.split("<")[1].split(",")[:6])
+        each = 3 if number_format == "Bf16x3" else 2
+        return m // warps_m * (n // warps_n) * (chunks // warps_k) * each
     cell, number_format = name.split()[1:3]
     units, row_tiles, chunks = map(int, name.split("<")[1].rstrip(">").split(",")[:3])
     three = "Gru" in cell or cell == "RhnILb0"
@@ -118,6 +130,10 @@ def inspect(cuobjdump: str, target: Path) -> tuple[list[str], int]:
     for part in dump.stdout.split("Function : ")[1:]:
         name = short(part.split("\n", 1)[0])
         if name.startswith(("pack", "mask_state")):
+            continue
+        if name.startswith("steps_") and not name.startswith("steps_product"):
+            if re.search(r"\b(LDL|STL)\b", part):
+                complaints.append(f"{name}: local memory in the machine code")
             continue
         if (
             "BPT.TRAP" in part and "HMMA" not in part
@@ -138,9 +154,10 @@ def inspect(cuobjdump: str, target: Path) -> tuple[list[str], int]:
 
 def link(nvcc: str, arch: str, out: Path) -> list[str]:
     """Complaints about the library as a whole: with the launches, is every name defined?"""
-    _, _, error = compile_one(nvcc, SOURCES.parent / "launch.cu", arch, out)
-    if error:
-        return [error]
+    for source in sorted(SOURCES.parent.glob("*.cu")):
+        _, _, error = compile_one(nvcc, source, arch, out)
+        if error:
+            return [error]
     command = [nvcc, "-shared", f"-arch=sm_{arch}", "-Xlinker", "--no-undefined"]
     command += [*map(str, sorted(out.glob("*.o"))), "-o", str(out / "kernels.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

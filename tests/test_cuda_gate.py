@@ -58,6 +58,19 @@ def test_batch_normalised_kernels_are_named(gate):
     assert gate.products(gate.short(name)) == 32
 
 
+def test_kernels_of_single_steps_are_named(gate):
+    product = (
+        "_ZN7fastrnn4cuda20steps_product_kernelINS0_4Bf16ENS0_11ProductTileILi4ELi4ELi1ELi2ELi4ELi4ELi4E"
+        "EEEEvPKNS0_11StepsParamsEii"
+    )
+    row = (
+        "_ZN7fastrnn4cuda24steps_forward_row_kernelINS0_4LstmENS0_4Fp16ELi512ELb0EEEvPKNS0_"
+        "18StepsForwardParamsEi"
+    )
+    assert gate.short(product) == "steps_product Bf16 <4,4,1,2,4,4,4>"
+    assert gate.short(row) == "steps_forward_row Lstm Fp16 <512>"
+
+
 def test_silence_is_no_proof(gate):
     assert gate.judge("") == (["ptxas named no kernel"], {})
 
@@ -72,6 +85,8 @@ def test_silence_is_no_proof(gate):
         ("backward Lstm Bf16x3 Sentinel <16,2,4,4,8>", 96),
         ("forward GruILb0 Tf32 Sentinel <16,1,8,4,8>", 48),
         ("forward RnnILb1 Fp16 Local <64,1,1,0,2>", 8),
+        ("steps_product Bf16 <8,16,2,4,1,2,3>", 64),
+        ("steps_product Bf16x3 <4,4,1,2,4,4,4>", 24),
     ],
 )
 def test_products_of_a_tile(gate, name, count):

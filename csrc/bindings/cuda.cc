@@ -65,11 +65,13 @@ py::tuple kernel_fields(const PlanProblem& q, const Plan& p) {
 py::list plans(const py::tuple& device, const py::tuple& problem) {
   Fields f(problem);
   PlanProblem q = read_problem(f);
-  for (int* to : {&q.N, &q.H, &q.directions, &q.depth}) *to = static_cast<int>(f.integer());
+  for (int* to : {&q.N, &q.H, &q.directions, &q.depth, &q.O}) *to = static_cast<int>(f.integer());
+  q.normed = f.integer() != 0;
   f.end();
   py::list out;
   for (Plan& p : candidates(q, read_device_numbers(device))) {
-    if (p.possible() && !find_kernel(q, p)) p.refused = "it is not compiled in";
+    if (p.possible() && p.exchange != ExchangeKind::steps && !find_kernel(q, p))
+      p.refused = "it is not compiled in";
     out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.rows, p.groups,
                               p.ctas, p.launches));
   }
@@ -158,4 +160,5 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   fastrnn::cuda::bind_bnlstm(m);
   fastrnn::cuda::bind_projected(m);
   fastrnn::cuda::bind_layer_norm(m);
+  fastrnn::cuda::bind_steps(m);
 }

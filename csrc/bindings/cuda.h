@@ -19,6 +19,7 @@ void bind_rhn(py::module_& m);
 void bind_bnlstm(py::module_& m);
 void bind_projected(py::module_& m);
 void bind_layer_norm(py::module_& m);
+void bind_steps(py::module_& m);
 
 inline void check(const Status& status, const char* what) {
   if (!status.ok())
@@ -70,6 +71,9 @@ void read_rows(Fields& f, To& r) {
 }
 
 inline const float* read_floats(Fields& f) { return static_cast<const float*>(f.address()); }
+
+// Mode, per sequence, address of the seed on the device, layer, number of the launch's first row, three probabilities.
+Noise read_noise(const py::tuple& fields);
 
 // Of LSTM, GRU and RNN, with and without regularisers.
 void read_forward(const py::tuple& directions, ForwardParams& p);

@@ -2,9 +2,7 @@
 #include "cuda.h"
 
 namespace fastrnn::cuda {
-namespace {
 
-// Mode, per sequence, address of the seed on the device, layer, number of the launch's first row, three probabilities.
 Noise read_noise(const py::tuple& fields) {
   Fields f(fields);
   const auto mode = static_cast<DropKind>(f.integer());
@@ -17,6 +15,8 @@ Noise read_noise(const py::tuple& fields) {
   n.first_row = first_row;
   return n;
 }
+
+namespace {
 
 // masked: addresses of each direction's masked initial state, or zeros.
 void forward(int ordinal, intptr_t stream, const py::tuple& name, const py::tuple& shape,

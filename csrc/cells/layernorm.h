@@ -9,6 +9,8 @@
 
 namespace fastrnn {
 
+constexpr double kLayerNormEps = 1e-5;
+
 // A normalised term of its own, as GRU's candidate needs them.
 template <class A, class V>
 FASTRNN_CELL V layer_norm_term(V hat, V gamma, V bias) {

@@ -24,7 +24,6 @@ enum class Cell : int32_t {
 // Cells that normalise their terms over a row's features; float and double only.
 constexpr bool normalises(Cell c) { return c == Cell::lstm_layer_norm || c == Cell::gru_layer_norm; }
 constexpr bool is_lstm(Cell c) { return c == Cell::lstm || c == Cell::lstm_layer_norm; }
-constexpr double kLayerNormEps = 1e-5;
 
 // Tensor type; compute is float for all but f64. f32_bf16: float tensors, but weights and the
 // operands that meet them are rounded to bfloat16 (inference only).

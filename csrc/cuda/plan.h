@@ -1,8 +1,8 @@
 // Which kernel a problem gets, and why not the others. Plain C++; the device is described by numbers, nothing is asked.
 //
-// Every CTA must be resident at once, since they wait for each other: a plan never has more CTAs than the device takes, and
-// where no tile allows that the problem is refused, with the reason, instead of hanging. A batch too large for one launch
-// runs as several, one after another.
+// The CTAs of a persistent kernel must be resident at once, since they wait for each other: its plan never has more CTAs than the
+// device takes, and where no tile allows that it is refused, with the reason, instead of hanging. A batch too large for one
+// launch runs as several, one after another. Plans of the kind "steps" launch every step anew, and take any size.
 //
 // The order among the possible plans comes from a cost model of a step (docs/cuda-kernels.md), whose constants are
 // cost_model.h.
@@ -14,6 +14,7 @@
 
 #include "core/geometry.h"
 #include "cost_model.h"
+#include "steps/estimate.h"
 #include "tiles.h"
 
 namespace fastrnn::cuda {
@@ -33,7 +34,14 @@ struct PlanProblem {
   int N = 1, H = 1, directions = 1;
   int depth = 1;             // micro-steps of a highway layer
   bool regularised = false;  // recurrent dropout or zoneout inside the kernel
+  int O = 0;                 // outputs of a projection; 0: none
+  bool normed = false;       // layer norm
 };
+
+inline bool takes_steps(const PlanProblem& q) { return q.cell <= CellKind::rnn_relu; }
+inline StepsProblem steps_problem(const PlanProblem& q) {
+  return {q.cell, q.format, q.backward, q.normed, q.N, q.H, q.O, q.directions};
+}
 
 struct Plan {
   ExchangeKind exchange = ExchangeKind::sentinel;
@@ -42,6 +50,7 @@ struct Plan {
   int groups = 0, ctas = 0;  // of a launch, for each direction
   int launches = 0;          // one after another, each with its part of the batch
   int shared_bytes = 0;
+  int of_a_step = 0;    // steps: launches of each step; the tile is its products'
   double step_us = 0;   // the model's, all launches together
   std::string refused;  // why this kernel cannot run; empty: it can
   bool possible() const { return refused.empty(); }
@@ -49,16 +58,23 @@ struct Plan {
 };
 
 inline const char* name_of(ExchangeKind e) {
-  static const char* const names[] = {"local", "cluster", "sentinel", "flags"};
+  static const char* const names[] = {"local", "cluster", "sentinel", "flags", "steps"};
   return names[static_cast<int>(e)];
 }
 
 inline std::string Plan::text() const {
   char s[240];
-  std::snprintf(s, sizeof s,
-                "%s, %d units x %d rows a CTA, %d groups x %d CTAs, %d launch%s, %d KiB of shared memory",
-                name_of(exchange), tile.units, rows, groups, ctas, launches, launches == 1 ? "" : "es",
-                shared_bytes / 1024);
+  if (exchange == ExchangeKind::steps)
+    std::snprintf(s, sizeof s,
+                  "steps, %d launches a step in CUDA graphs, products of %d outputs x %d rows in %d x %d "
+                  "CTAs, %d KiB of "
+                  "shared memory",
+                  of_a_step, tile.units, tile.rows(), groups, ctas, shared_bytes / 1024);
+  else
+    std::snprintf(s, sizeof s,
+                  "%s, %d units x %d rows a CTA, %d groups x %d CTAs, %d launch%s, %d KiB of shared memory",
+                  name_of(exchange), tile.units, rows, groups, ctas, launches, launches == 1 ? "" : "es",
+                  shared_bytes / 1024);
   return possible() ? s : std::string(s) + ": " + refused;
 }
 
@@ -160,6 +176,8 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
   p.rows = whole_batch ? q.N : p.tile.rows();
   p.shared_bytes =
       shared_bytes(q.cell, p.tile, q.backward, q.format, p.exchange, whole_batch ? q.N : q.depth);
+  if (q.O) return refuse("it has no projection");
+  if (q.normed) return refuse("it has no layer norm");
   if (padded > most) return refuse("its warps reduce over up to " + std::to_string(most) + " units");
   if (p.shared_bytes > device.shared_bytes)
     return refuse((whole_batch ? "statistics are over the whole batch, and with " + std::to_string(q.N) +
@@ -188,10 +206,35 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
   return p;
 }
 
+// A layer that runs step by step: nothing waits, so nothing has to be resident.
+inline Plan steps_plan(const PlanProblem& q, const Device& device, bool wide) {
+  const StepsTile tile = steps_tile(wide);
+  const StepsProblem problem = steps_problem(q);
+  Plan p;
+  p.exchange = ExchangeKind::steps;
+  p.tile = {tile.outputs(), tile.n_tiles, tile.chunks, 0, tile.threads() / 32};
+  p.groups = ceil_div(q.N, tile.rows());
+  p.ctas = ceil_div(problem.matrix(0).outputs, tile.outputs());
+  p.launches = 1;
+  p.of_a_step = 2 * problem.products();
+  p.shared_bytes = tile.shared_bytes();
+  if (p.shared_bytes > device.shared_bytes)
+    p.refused = "a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory";
+  for (int i = 0; i < problem.products(); i++) {
+    const StepsMatrix m = problem.matrix(i);
+    if (int64_t{q.directions} * q.N * std::max(m.outputs, m.inner()) > INT32_MAX)
+      p.refused = "a step has more elements than 2^31";
+  }
+  p.step_us = steps_time(problem, tile, device.sms);
+  return p;
+}
+
 // All kernels, the possible ones first, fastest first; the others carry the reason.
 inline std::vector<Plan> candidates(const PlanProblem& q, const Device& device) {
   std::vector<Plan> all;
   for (const Compiled& c : compiled_tiles(q)) all.push_back(plan_with(q, device, c));
+  for (const bool wide : {false, true})
+    if (takes_steps(q)) all.push_back(steps_plan(q, device, wide));
   std::stable_sort(all.begin(), all.end(), [](const Plan& a, const Plan& b) {
     if (a.possible() != b.possible()) return a.possible();
     return a.possible() && a.step_us < b.step_us;

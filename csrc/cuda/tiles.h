@@ -77,3 +77,11 @@
 #define FASTRNN_TILES_FLAGS(X) \
   X(Flags, 16, 1, 2, 2, 8)     \
   X(Flags, 16, 1, 4, 4, 8)
+
+// Products of layers that run step by step (steps/tile.h): 16 outputs, 8 rows, warps over outputs, rows and slices of a stage, chunks
+// of a stage, stages. A step of few rows is the reading of the weights: all CTAs share that, with few outputs each. A step of many
+// rows is arithmetic: the larger the tile, the less it reads for a product. Both fit into 99 KiB of shared memory.
+#define FASTRNN_STEPS_NARROW 4, 4, 1, 2, 4, 4, 4
+#define FASTRNN_STEPS_WIDE 8, 16, 2, 4, 1, 2, 3
+// Threads of a layer-normalised row.
+#define FASTRNN_STEPS_ROW_THREADS 512

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../cells/layernorm.h"
 #include "../cells/philox.h"
 #include "../cpu/layer.h"
 
@@ -24,15 +25,19 @@ struct Layer {
   Cell cell = Cell::lstm;
   fastrnn::Noise noise;
   bool linear = false, reverse = false, projected = false;
+  bool normed =
+      false;  // layer norm of the recurrent term and of the cell; of the input term it is the caller's
   int64_t T = 0, N = 0, I = 0, H = 0, O = 0;
   std::vector<int64_t> lengths;
   std::vector<uint8_t> reset;  // (T, N), or empty
   Doubles w_ih, w_hh, b_ih, b_hh, w_hr;
+  Doubles ln_hh, ln_c, ln_bias_c;
   Doubles x, h0, c0;
   Doubles y, cells, h_n, c_n;      // forward's results
   Doubles dy, dcells, dh_n, dc_n;  // what arrives
   Doubles dx, dh0, dc0;            // backward's results
   Doubles dw_ih, dw_hh, db_ih, db_hh, dw_hr;
+  Doubles dln_hh, dln_c, dln_bias_c;
 
   // The factor of what is kept or dropped, by its definition in docs/maths.md.
   double random(fastrnn::Mask kind, double p, double kept, int64_t t, int64_t n, int64_t u) const {
@@ -69,6 +74,9 @@ struct Layer {
     db_ih.assign(gates * H, 0);
     db_hh.assign(gates * H, 0);
     dw_hr.assign(projected ? O * H : 0, 0);
+    dln_hh.assign(normed ? gates * H : 0, 0);
+    dln_c.assign(normed && cell == Cell::lstm ? H : 0, 0);
+    dln_bias_c = dln_c;
     for (int64_t n = 0; n < N; ++n) row(n);
   }
 
@@ -80,7 +88,48 @@ struct Layer {
     Doubles a, un,
         m;  // activated gates (G, H); GRU's recurrent part of n; LSTM's output before projection
     Doubles tanh_c;
+    Doubles a_hat, c_hat;  // normalised recurrent term and cell, and 1 / their deviations
+    double a_scale, c_scale;
   };
+
+  // v becomes its normalised self; returns 1 / deviation.
+  static double normalise(Doubles& v) {
+    double mean = 0, square = 0;
+    for (double e : v) mean += e / v.size();
+    for (double e : v) square += (e - mean) * (e - mean) / v.size();
+    const double scale = 1 / std::sqrt(square + fastrnn::kLayerNormEps);
+    for (double& e : v) e = (e - mean) * scale;
+    return scale;
+  }
+  // Gradient of what was normalised from that of the result.
+  static Doubles normalise_back(Doubles d, const Doubles& hat, double scale) {
+    double mean = 0, mean_hat = 0;
+    for (size_t i = 0; i < d.size(); ++i) mean += d[i] / d.size(), mean_hat += d[i] * hat[i] / d.size();
+    for (size_t i = 0; i < d.size(); ++i) d[i] = scale * (d[i] - mean - hat[i] * mean_hat);
+    return d;
+  }
+  // W_hh h, or its normalised form times the gains, with the bias: all gates of a step.
+  Doubles recurrent_parts(Step& s, const Doubles& h) const {
+    Doubles part(gate_count(cell) * H);
+    for (size_t r = 0; r < part.size(); ++r) part[r] = state_part(r, h);
+    if (!normed) return part;
+    s.a_hat = part;
+    for (size_t r = 0; r < part.size() && !b_hh.empty(); ++r) s.a_hat[r] -= b_hh[r];
+    s.a_scale = normalise(s.a_hat);
+    for (size_t r = 0; r < part.size(); ++r) part[r] = ln_hh[r] * s.a_hat[r] + (b_hh.empty() ? 0 : b_hh[r]);
+    return part;
+  }
+  // Gradients of the raw recurrent term from those of the part above, whose bias's gradient they are.
+  Doubles recurrent_parts_back(const Step& s, const Doubles& d) {
+    Doubles scaled = d;
+    for (size_t r = 0; r < d.size(); ++r) {
+      dln_hh[r] += d[r] * s.a_hat[r];
+      scaled[r] *= ln_hh[r];
+    }
+    scaled = normalise_back(scaled, s.a_hat, s.a_scale);
+    for (size_t r = 0; r < d.size(); ++r) db_hh[r] += d[r] - scaled[r];  // accumulate() adds the latter
+    return scaled;
+  }
 
   double sigmoid(double v) const { return linear ? 0.5 + 0.25 * v : 1 / (1 + std::exp(-v)); }
   double sigmoid_slope(double s) const { return linear ? 0.25 : s * (1 - s); }
@@ -122,7 +171,7 @@ struct Layer {
 
   Step step(int64_t t, int64_t n, Doubles& h, Doubles& c) {
     const int64_t at = t * N + n;
-    Step s{t, !reset.empty() && reset[at] != 0, {}, {}, {}, {}, {}, {}};
+    Step s{t, !reset.empty() && reset[at] != 0, {}, {}, {}, {}, {}, {}, {}, {}, 1, 1};
     if (s.cleared) {
       h.assign(O, 0);
       c.assign(H, 0);
@@ -148,16 +197,22 @@ struct Layer {
     s.a.resize(4 * H);
     s.m.resize(H);
     s.tanh_c.resize(H);
-    const Doubles read = masked(s.h, s.t, at % N);
+    const Doubles parts = recurrent_parts(s, masked(s.h, s.t, at % N));
     for (int64_t r = 0; r < 4 * H; ++r) {
-      const double v = input_part(r, at) + state_part(r, read);
+      const double v = input_part(r, at) + parts[r];
       s.a[r] = r / H == 2 ? tanh_(v) : sigmoid(v);
     }
     for (int64_t j = 0; j < H; ++j) {
       const double update = drop(fastrnn::Drop::update, s.t, at % N, j);
       c[j] = (s.a[H + j] * s.c[j] + s.a[j] * s.a[2 * H + j] * update) *
              drop(fastrnn::Drop::cell, s.t, at % N, j);
-      s.tanh_c[j] = tanh_(c[j]);
+    }
+    if (normed) {
+      s.c_hat = c;
+      s.c_scale = normalise(s.c_hat);
+    }
+    for (int64_t j = 0; j < H; ++j) {
+      s.tanh_c[j] = tanh_(normed ? ln_c[j] * s.c_hat[j] + ln_bias_c[j] : c[j]);
       s.m[j] = s.a[3 * H + j] * s.tanh_c[j];
     }
     if (!projected) {
@@ -174,11 +229,12 @@ struct Layer {
     s.a.resize(3 * H);
     s.un.resize(H);
     Doubles read = masked(s.h, s.t, at % N);
-    for (int64_t r = 0; r < 2 * H; ++r) s.a[r] = sigmoid(input_part(r, at) + state_part(r, read));
+    const Doubles parts = recurrent_parts(s, read);
+    for (int64_t r = 0; r < 2 * H; ++r) s.a[r] = sigmoid(input_part(r, at) + parts[r]);
     if (cell == Cell::gru_reset_before)
       for (int64_t j = 0; j < H; ++j) read[j] *= s.a[j];
     for (int64_t j = 0; j < H; ++j) {
-      s.un[j] = state_part(2 * H + j, read);
+      s.un[j] = cell == Cell::gru ? parts[2 * H + j] : state_part(2 * H + j, read);
       const double gate = cell == Cell::gru ? s.a[j] : 1;
       s.a[2 * H + j] = tanh_(input_part(2 * H + j, at) + gate * s.un[j]);
     }
@@ -247,7 +303,15 @@ struct Layer {
           dw_hr[o * H + j] += dh[o] * s.m[j];
         }
     }
-    Doubles da(4 * H);
+    Doubles da(4 * H), by_output(H);
+    for (int64_t j = 0; j < H; ++j) {
+      by_output[j] = dm[j] * s.a[3 * H + j] * tanh_slope(s.tanh_c[j]);
+      if (!normed) continue;
+      dln_c[j] += by_output[j] * s.c_hat[j];
+      dln_bias_c[j] += by_output[j];
+      by_output[j] *= ln_c[j];
+    }
+    if (normed) by_output = normalise_back(by_output, s.c_hat, s.c_scale);
     for (int64_t j = 0; j < H; ++j) {
       const double i = s.a[j], f = s.a[H + j], g = s.a[2 * H + j], o = s.a[3 * H + j];
       double reaches = dc[j] + dcells[at * H + j];
@@ -257,8 +321,7 @@ struct Layer {
         reaches *= w;
       }
       const double update = drop(fastrnn::Drop::update, s.t, at % N, j);
-      const double d =
-          (reaches + dm[j] * o * tanh_slope(s.tanh_c[j])) * drop(fastrnn::Drop::cell, s.t, at % N, j);
+      const double d = (reaches + by_output[j]) * drop(fastrnn::Drop::cell, s.t, at % N, j);
       da[j] = d * update * g * sigmoid_slope(i);
       da[H + j] = d * s.c[j] * sigmoid_slope(f);
       da[2 * H + j] = d * update * i * tanh_slope(g);
@@ -266,7 +329,8 @@ struct Layer {
       dc[j] = d * f;
     }
     dh.assign(O, 0);
-    accumulate(0, 4 * H, da.data(), da.data(), at, masked(s.h, s.t, at % N), dh);
+    const Doubles da_h = normed ? recurrent_parts_back(s, da) : da;
+    accumulate(0, 4 * H, da.data(), da_h.data(), at, masked(s.h, s.t, at % N), dh);
     dh = masked(dh, s.t, at % N);
   }
 
@@ -284,13 +348,20 @@ struct Layer {
       dn_h[j] = da[2 * H + j] * (after ? s.a[j] : 1);
       if (!after) read[j] *= s.a[j];
     }
-    accumulate(2 * H, H, da.data() + 2 * H, dn_h.data(), at, read, dread);
+    if (!normed) accumulate(2 * H, H, da.data() + 2 * H, dn_h.data(), at, read, dread);
     for (int64_t j = 0; j < H; ++j) {
       const double r = s.a[j];
       da[j] = (after ? da[2 * H + j] * s.un[j] : dread[j] * operand[j]) * sigmoid_slope(r);
       sum[j] = dread[j] * (after ? 1 : r);
     }
-    accumulate(0, 2 * H, da.data(), da.data(), at, operand, sum);
+    if (normed) {
+      Doubles d(da.begin(), da.begin() + 2 * H);
+      d.insert(d.end(), dn_h.begin(), dn_h.end());
+      const Doubles da_h = recurrent_parts_back(s, d);
+      accumulate(0, 3 * H, da.data(), da_h.data(), at, operand, sum);
+    } else {
+      accumulate(0, 2 * H, da.data(), da.data(), at, operand, sum);
+    }
     sum = masked(sum, s.t, at % N);
     for (int64_t j = 0; j < H; ++j) dh[j] = before[j] + sum[j];
   }

@@ -6,11 +6,29 @@
 #include "../cuda/core/pack.cuh"
 #include "../cuda/core/projected.cuh"
 #include "../cuda/plan.h"
+#include "../cuda/steps/product.cuh"
 #include "check.h"
 
 using namespace fastrnn::cuda;
 
+// Plans of persistent kernels: a layer of these cells can always be run step by step.
+static std::vector<Plan> persistent(const PlanProblem& q, const Device& device) {
+  std::vector<Plan> all;
+  for (const Plan& p : candidates(q, device))
+    if (p.exchange != ExchangeKind::steps) all.push_back(p);
+  return all;
+}
+
 static const Device kH100{}, kA100{108, 166912, 65536, 80, 0}, kSmall{24, 101376, 65536, 86, 0};
+
+// A format whose packed words are the weights themselves, in TF32's order.
+struct Plain : Format32 {
+  static constexpr Format kFormat = Format::tf32;
+  template <class Weight>
+  static uint32_t weight_word(Weight weight, int q, int s, int high) {
+    return prim::float_bits(weight(4 * q + 2 * s + high));
+  }
+};
 
 template <class Visit>
 static void each_problem(Visit visit) {
@@ -39,8 +57,13 @@ TEST(plans_fit_the_device_and_the_problem) {
         if (!p.possible()) continue;
         CHECK(p.step_us >= before);
         before = p.step_us;
-        CHECK(q.directions * p.groups * p.ctas <= device.sms);
         CHECK(p.shared_bytes <= device.shared_bytes);
+        if (p.exchange == ExchangeKind::steps) {
+          CHECK(p.groups * p.tile.rows() >= q.N && (p.groups - 1) * p.tile.rows() < q.N);
+          CHECK_EQ(p.launches, 1);
+          continue;
+        }
+        CHECK(q.directions * p.groups * p.ctas <= device.sms);
         CHECK(p.groups >= 1 && p.launches * p.groups * p.rows >= q.N);
         CHECK((p.launches * p.groups - p.launches) * p.rows < q.N);  // no launch more than needed
         const bool rounded = p.exchange == ExchangeKind::cluster;
@@ -62,7 +85,7 @@ TEST(refusals_say_why) {
   };
   PlanProblem q;
   q.H = 2049;
-  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  for (const Plan& p : persistent(q, kH100)) CHECK(!p.possible());
   CHECK(refused(q, kH100, ExchangeKind::sentinel, "its warps reduce over up to 2048 units"));
   q.H = 65;
   CHECK(refused(q, kH100, ExchangeKind::local, "its warps reduce over up to 64 units"));
@@ -80,10 +103,10 @@ TEST(regularised_layers_have_tiles_of_their_own) {
   for (const Format format : {Format::bf16, Format::fp16, Format::tf32, Format::bf16x3}) {
     q.format = format;
     q.H = element_bytes(format) == 2 ? 1024 : 512;
-    CHECK(candidates(q, kH100).front().possible());
-    CHECK(candidates(q, kA100).front().possible());
+    CHECK(persistent(q, kH100).front().possible());
+    CHECK(persistent(q, kA100).front().possible());
     q.H++;
-    for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+    for (const Plan& p : persistent(q, kH100)) CHECK(!p.possible());
   }
 }
 
@@ -189,6 +212,80 @@ TEST(layer_norm_has_tiles_of_its_own) {
       {16, 2, 2, 2, 8}, true, ExchangeKind::sentinel);
 }
 
+TEST(beyond_capacity_every_step_is_launched) {
+  PlanProblem q;
+  for (const bool backward : {false, true})
+    for (const Device& device : {kH100, kA100, kSmall})
+      for (const int N : {1, 30, 1000}) {
+        q.backward = backward, q.N = N, q.H = 4096;
+        const Plan p = candidates(q, device).front();
+        CHECK(p.possible() && p.exchange == ExchangeKind::steps);
+        CHECK_EQ(p.of_a_step, 2);
+      }
+  CHECK(candidates(q, kH100).front().tile.rows() > 32);  // arithmetic decides
+  q.N = 8;
+  CHECK_EQ(candidates(q, kH100).front().tile.rows(), 32);  // the weights do
+  q.H = 512;
+  CHECK(candidates(q, kH100).front().exchange != ExchangeKind::steps);
+  for (const bool normed : {false, true}) {
+    q.O = normed ? 0 : 256, q.normed = normed;
+    const std::vector<Plan> all = candidates(q, kH100);
+    CHECK(all.front().exchange == ExchangeKind::steps);
+    CHECK_EQ(all.front().of_a_step, normed ? 2 : 4);
+    CHECK(all.back().refused.find(normed ? "no layer norm" : "no projection") != std::string::npos);
+  }
+  q = PlanProblem{};
+  q.N = 1 << 20, q.H = 4096;
+  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  q = PlanProblem{};
+  q.cell = CellKind::rhn, q.H = 4096;
+  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible() && p.exchange != ExchangeKind::steps);
+}
+
+// Each weight of a product's matrix is where a lane of the tensor core looks for it, once.
+static void steps_round_trip(CellKind cell, bool backward, int H, int O, int which) {
+  const StepsTile tile{2, 1, 1, 1, 1, 2, 2};
+  StepsPack p;
+  p.tile = tile;
+  p.matrix = steps_matrix(cell, backward, O > 0, Format::tf32, H, O ? O : H, which);
+  const StepsMatrix& m = p.matrix;
+  const int rows = cell_shape(cell).gates * H > O ? cell_shape(cell).gates * H : O;
+  std::vector<float> w(size_t(rows) * m.columns);
+  for (size_t i = 0; i < w.size(); i++) w[i] = float(i + 1);
+  p.weights = w.data();
+  std::vector<uint8_t> seen(w.size());
+  size_t found = 0;
+  for (int64_t v = 0; v < steps_packed_vectors(tile, m, Format::tf32); v++) {
+    const Vec4 packed = steps_packed_vector<Plain>(p, v);
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+    const int stages = steps_stages(tile, m.inner(), Format::tf32), lane = v % 32, s = v / 32 % 2;
+    const int m_tile = v / 64 % tile.m_tiles, chunk = v / 64 / tile.m_tiles % (tile.chunks * stages);
+    const int cta = v / tile.weight_vectors() / stages;
+    for (int r = 0; r < 4; r++) {
+      const float number = prim::bits_float(words[r]);
+      if (number == 0) continue;
+      const int k = chunk * 16 + 4 * (lane % 4) + 2 * s + r / 2;
+      const int o = cta * tile.outputs() + m_tile * 16 + lane / 4 + r % 2 * 8;
+      const int inner = k / m.inner_padded * m.inner_units + k % m.inner_padded;
+      const size_t expected = m.transposed ? size_t(m.first_row + inner) * m.columns + o
+                                           : size_t(m.first_row + o) * m.columns + inner;
+      CHECK_EQ(static_cast<size_t>(number) - 1, expected);
+      seen[expected]++;
+      found++;
+    }
+  }
+  CHECK_EQ(found, size_t(m.outputs) * m.values * m.inner_units);
+  CHECK(std::all_of(seen.begin(), seen.end(), [](uint8_t n) { return n <= 1; }));
+}
+TEST(packing_of_products_round_trips) {
+  for (const bool backward : {false, true})
+    for (int H = 1; H <= 70; H += 9) {
+      for (int cell = 0; cell < 5; cell++) steps_round_trip(static_cast<CellKind>(cell), backward, H, 0, 0);
+      steps_round_trip(CellKind::gru_reset_before, backward, H, 0, 1);
+      for (const int which : {0, 1}) steps_round_trip(CellKind::lstm, backward, H, 21, which);
+    }
+}
+
 TEST(small_layers_stay_in_one_cluster_or_cta) {
   PlanProblem q;
   q.H = 64, q.N = 8;
@@ -197,6 +294,8 @@ TEST(small_layers_stay_in_one_cluster_or_cta) {
   q.N = 1000;
   CHECK(candidates(q, kH100).front().exchange == ExchangeKind::local);
   q.H = 1024;
+  CHECK(candidates(q, kH100).front().exchange == ExchangeKind::steps);
+  q.N = 16;
   CHECK(candidates(q, kH100).front().exchange == ExchangeKind::sentinel);
 }
 
@@ -226,15 +325,6 @@ TEST(shared_memory_is_what_the_plan_says) {
   agrees<Gru<true>, Tf32, Tile<64, 1, 1, 0, 2>, Local>(ExchangeKind::local);
   CHECK_EQ(static_cast<int>(Lstm::kTape), 4);
 }
-
-// A format whose packed words are the weights themselves, in TF32's order.
-struct Plain : Format32 {
-  static constexpr Format kFormat = Format::tf32;
-  template <class Weight>
-  static uint32_t weight_word(Weight weight, int q, int s, int high) {
-    return prim::float_bits(weight(4 * q + 2 * s + high));
-  }
-};
 
 // Weight number i + 1 at W_hh[i]: every one is found exactly once, between the units and gates that its place says.
 static void round_trip(CellKind cell, bool backward, const TileShape& tile, int H) {

@@ -240,23 +240,22 @@ def _acts_in_kernel(p: Problem) -> bool:
 
 
 def _cuda_need(p: Problem) -> tuple[Any, ...]:
-    """The fields of ``cuda_native.Need``."""
+    """The arguments of ``cuda_need.need_of``."""
     cell = "rhn_uncoupled" if p.cell == "rhn" and p.gates == 3 else p.cell
-    cell = "lstm_projected" if p.proj_size and cell == "lstm" else cell
     sizes = (p.batch, p.hidden_size, p.directions, p.depth)
-    return cell, p.given or p.dtype, *sizes, _acts_in_kernel(p)
+    return cell, p.given or p.dtype, *sizes, _acts_in_kernel(p), p.proj_size
 
 
 def _cuda_refusal(*need: Any) -> str:
-    from fastrnn.backends import cuda_native
+    from fastrnn.backends import cuda_native, cuda_need
 
-    return cuda_native.refusal(cuda_native.Need(*need))
+    return cuda_native.refusal(cuda_need.need_of(*need))
 
 
 def _cuda_most_rows(*need: Any) -> int:
-    from fastrnn.backends import cuda_native
+    from fastrnn.backends import cuda_native, cuda_need
 
-    return cuda_native.most_rows(cuda_native.Need(*need))
+    return cuda_native.most_rows(cuda_need.need_of(*need))
 
 
 # As _constant, for each of their arguments.
@@ -274,17 +273,6 @@ def _serves_cuda(p: Problem) -> str:
         return f"it has no {p.dtype} kernels, only float32, bfloat16 and float16"
     if p.transforms:
         return "torch.func transforms need operations they can see into"
-    options = [
-        name
-        for name, used in (
-            ("layer_norm", p.cell.endswith("_layer_norm")),
-            ("proj_size", p.proj_size),
-            (p.regularisers, _acts_in_kernel(p)),
-        )
-        if used
-    ]
-    if len(options) > 1 and options[0] in ("layer_norm", "proj_size"):
-        return f"it has no kernels with {options[0]} and {' and '.join(options[1:])}"
     if p.process_group:
         return "its kernels see one process, statistics over a process group need collectives"
     if p.gate_masks:
@@ -311,9 +299,9 @@ def _serves_cuda(p: Problem) -> str:
 
 def cuda_plan(p: Problem) -> str:
     """What the CUDA kernels will do, in words for ``explain``."""
-    from fastrnn.backends import cuda_native
+    from fastrnn.backends import cuda_native, cuda_need
 
-    return cuda_native.describe_plans(cuda_native.Need(*_cuda_need(p)), p.training)
+    return cuda_native.describe_plans(cuda_need.need_of(*_cuda_need(p)), p.training)
 
 
 SERVES = {

@@ -1,9 +1,10 @@
 """LSTM, GRU and RNN layers on the native CUDA library: the operators of ``fastrnn.ops.layer``.
 
 The time loop is one launch for both directions (several where the batch does not fit on the device
-at once). Products over all steps at once (input terms, gradients of input and weights) are torch's,
-before and after it. The tape holds activated gates in the layer's own dtype. Weights are packed in
-each call: their order depends on the kernel, which depends on the batch.
+at once), or every step is launched by itself (``fastrnn.backends.cuda_steps``). Products over all
+steps at once (input terms, gradients of input and weights) are torch's, before and after it. The
+tape holds activated gates in the layer's own dtype. Weights are packed in each call: their order
+depends on the kernel, which depends on the batch.
 
 The plan is "cuda", or "cuda,<exchange>" for kernels of one exchange only (docs/cuda-kernels.md).
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrnn.backends import cuda_layer_norm, cuda_projected
+from fastrnn.backends import cuda_layer_norm, cuda_projected, cuda_steps
 from fastrnn.backends.cuda_grid import Grid, states_before
 from fastrnn.backends.cuda_native import (
     Launcher,
@@ -23,14 +24,24 @@ from fastrnn.backends.cuda_native import (
     launcher_of,
     on_its_device,
     padded,
+    with_next_plan,
 )
+from fastrnn.backends.cuda_need import layer_need
 from fastrnn.backends.cuda_noise import Regulariser
-from fastrnn.backends.cuda_terms import Arriving, Kept, input_gradients, input_terms, weight_list
+from fastrnn.backends.cuda_steps import NormedInput
+from fastrnn.backends.cuda_terms import (
+    Arriving,
+    Kept,
+    input_gradients,
+    input_terms,
+    split_bias,
+    weight_list,
+)
 from fastrnn.backends.rows import Weights, dense
 from fastrnn.kinds import KINDS
 from fastrnn.noise import tape_slots
 
-__all__ = ["layer_backward", "layer_forward", "layer_forward_train"]
+__all__ = ["layer_backward", "layer_forward", "layer_forward_train", "tape_width"]
 
 _Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -38,28 +49,31 @@ _Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _PUBLISHED = {"gru_reset_before": ((2, 1), (0, 2))}
 
 
-def _weights(weights: Sequence[Tensor], cell: str, directions: int) -> tuple[Weights, list[Tensor]]:
-    """The weights by kind, and those of layer norm: direction after direction."""
-    norms, per = KINDS[cell].norms, len(weights) // directions
-    plain: list[Tensor] = []
-    normed: list[Tensor] = []
-    for d in range(directions):
-        own = list(weights[d * per : (d + 1) * per])
-        plain += own[: per - norms]
-        normed += own[per - norms :]
-    return Weights(plain, cell, directions), normed
-
-
-def _need(w: Weights, x: Tensor, cell: str, size: int, noise: Regulariser) -> Need:
+def _need(w: Weights, x: Tensor, cell: str, size: int, noise: Regulariser, plan: str) -> Need:
     """What a kernel is chosen by; modules have told the reasons of what is refused before."""
-    special = [
-        name for name, on in (("layer norm", KINDS[cell].norms), ("a projection", w.w_hr)) if on
-    ]
-    if len(special) + (noise.acts and bool(special)) > 1:
-        beside = special[1] if len(special) > 1 else "regularisers"
-        raise ValueError(f"cell: the CUDA kernels have {special[0]}, but not beside {beside}")
-    kind = "lstm_projected" if w.w_hr else cell
-    return Need(kind, x.dtype, size, w.hidden, w.directions, regularised=noise.acts)
+    return layer_need(
+        cell, x.dtype, size, w.hidden, w.directions, out=w.out if w.w_hr else 0,
+        regularised=noise.acts, exchange=plan.partition(",")[2],
+    )  # fmt: skip
+
+
+def tape_width(need: Need, cell: str, noise: str, plan: str) -> int:
+    """Elements of a row of the tape."""
+    itemsize = need.dtype.itemsize
+    if need.out or need.normed:
+        return cuda_steps.tape_columns(cell, need.hidden, itemsize, bool(need.out))[2]
+    statistics = 12 // itemsize if KINDS[cell].norms else 0  # three float32
+    return tape_slots(cell, noise, plan) * need.hidden + statistics
+
+
+def _input_terms(x: Tensor, grid: Grid, w: Weights, cell: str) -> tuple[Tensor, list[Tensor]]:
+    """W_ih x, normalised where the layer is, and the biases added to it, (rows, D*G*H), and b_hn of
+    each direction of a GRU."""
+    if not w.norms:
+        return input_terms(x, grid, w, cell)
+    bias, inner = split_bias(w, cell.startswith("gru"))
+    normed = NormedInput(grid.rows.flat(x), w)
+    return grid.spread(normed.terms(bias).to(x.dtype)), inner
 
 
 def _forward(
@@ -80,30 +94,35 @@ def _forward(
 ) -> _Forward:
     """y, h_n, c_n, cells, gates; None for what the cell or the call does not have."""
     directions, size, _ = h0.shape
-    w, norms = _weights(weights, cell, directions)
+    w = Weights(weights, cell, directions)
     drawn = Regulariser(noise, seed, x)
-    need = _need(w, x, cell, size, drawn)
+    need = _need(w, x, cell, size, drawn, plan)
     grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
-    if w.w_hr:
+    if need.cell == "lstm_projected":
         assert c0 is not None
         return cuda_projected.forward(x, h0, c0, w, grid, need, want_cells, want_gates, plan)
-    if norms:
+    if need.cell.endswith("_layer_norm"):
+        norms = [norm for own in w.norms for norm in own]
         return cuda_layer_norm.forward(
             x, h0, c0, w, norms, grid, need, want_cells, want_gates, plan
         )
-    hidden, slots = w.hidden, tape_slots(cell, noise, plan) if want_gates else 0
+    hidden, width = w.hidden, tape_width(need, cell, noise, plan) if want_gates else 0
     h0, c0 = h0.contiguous(), dense(c0)
-    y = x.new_empty((grid.count, directions * hidden))
+    y = x.new_empty((grid.count, directions * w.out))
     h_n = torch.empty_like(h0)
     c_n = None if c0 is None else torch.empty_like(c0)
     cells = gates = None
     if c0 is not None and want_cells:
         cells = x.new_empty((grid.count, directions * hidden), dtype=torch.float32)
-    if slots:
-        gates = x.new_empty((directions, grid.count, slots * hidden))
+    if width:
+        gates = x.new_empty((directions, grid.count, width))
     if size:
         launcher = launcher_of(need, x, False, plan)
-        wx, inner = input_terms(x, grid, w, cell)
+        wx, inner = _input_terms(x, grid, w, cell)
+    if size and launcher.plan.exchange == "steps":
+        states = (h0, c0, h_n, c_n)
+        cuda_steps.forward(launcher, drawn, grid, w, cell, wx, inner, states, y, gates, cells)
+    elif size:
         addresses = launcher.pack(w.w_hh)
         masked = drawn.initial(launcher, grid, h0) if drawn.masks_state else None
         phases = 2 if cell == "gru_reset_before" else 1
@@ -137,13 +156,14 @@ def _forward(
                 launcher.start("regularised_forward", grid, (first, end), fields, *noisy)
             else:
                 launcher.start("forward", grid, (first, end), fields)
-    y = grid.gather(y).view(*x.shape[:-1], directions * hidden)
+    y = grid.gather(y).view(*x.shape[:-1], directions * w.out)
     if cells is not None:
-        cells = grid.gather(cells).view(y.shape)
+        cells = grid.gather(cells).view(*x.shape[:-1], directions * hidden)
     return y, h_n, c_n, cells, gates
 
 
 @on_its_device
+@with_next_plan
 def layer_forward(
     x: Tensor,
     h0: Tensor,
@@ -167,6 +187,7 @@ def layer_forward(
 
 
 @on_its_device
+@with_next_plan
 def layer_forward_train(
     x: Tensor,
     h0: Tensor,
@@ -189,6 +210,7 @@ def layer_forward_train(
 
 
 @on_its_device
+@with_next_plan
 def layer_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -214,15 +236,15 @@ def layer_backward(
     noise: str = "",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
     directions, size, _ = h0.shape
-    w, norms = _weights(weights, cell, directions)
+    w = Weights(weights, cell, directions)
     drawn = Regulariser(noise, seed, x)
-    need = _need(w, x, cell, size, drawn)
+    need = _need(w, x, cell, size, drawn, plan)
     if not size:
         zeros = [torch.zeros_like(t) for t in weights] if need_dw else []
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dx = torch.empty_like(x) if need_dx else None
         return dx, torch.empty_like(h0) if need_dstate else None, dc0, zeros
-    if not tape_slots(cell, noise, plan):
+    if not tape_width(need, cell, noise, plan):
         gates = None
     elif gates is None or not gates.numel():
         gates = _forward(
@@ -246,27 +268,50 @@ def layer_backward(
         dense(dh_n),
         dense(dc_n),
     )
-    if w.w_hr:
+    if need.cell == "lstm_projected":
         dx, dh0, dc0, dweights = cuda_projected.backward(
             launcher, grid, w, x, kept, arriving, need_dx, need_dw
         )
         return dx, dh0 if need_dstate else None, dc0 if need_dstate else None, dweights
-    if norms:
+    if need.cell.endswith("_layer_norm"):
+        norms = [norm for own in w.norms for norm in own]
         dx, dh0, dc0, dweights = cuda_layer_norm.backward(
             launcher, grid, w, norms, x, kept, arriving, need_dx, need_dw
         )
         return dx, dh0 if need_dstate else None, dc0 if need_dstate else None, dweights
-    dgates, recurrent, dh0, dc0 = _gate_gradients(
-        launcher, drawn, grid, w, cell, x, states, h0, c0,
-        kept.cells, gates, *arriving,
-    )  # fmt: skip
+    dy, dcells, dh_n, dc_n = arriving
+    if launcher.plan.exchange == "steps":
+        found = cuda_steps.backward(
+            launcher, drawn, grid, w, cell, states, (h0, c0, dh_n, dc_n), kept.cells, gates, dy,
+            dcells,
+        )  # fmt: skip
+    else:
+        found = _gate_gradients(
+            launcher, drawn, grid, w, cell, x, states, h0, c0, kept.cells, gates, *arriving
+        )
+    dgates, recurrent, dh0, dc0 = found[:4]
     # In the rows of x: packed data have fewer.
-    dx, dw_ih = input_gradients(x, grid, w, grid.gather(dgates), need_dx, need_dw)
+    own, dgain = grid.gather(dgates), None
+    if w.norms:
+        raw, dgain = NormedInput(grid.rows.without_padding(x), w).backward(own)
+        own = raw.to(x.dtype)
+    dx, dw_ih = input_gradients(x, grid, w, own, need_dx, need_dw)
     dweights = []
     if need_dw:
         dw_hh = _recurrent_products(launcher, drawn, grid, w, cell, recurrent, states, h0, gates)
-        biases = [list(t.sum(0).chunk(directions)) for t in (dgates, recurrent) if w.b_ih]
-        dweights = weight_list(dw_ih, dw_hh, *biases)
+        db_ih = list(dgates.sum(0).chunk(directions)) if w.b_ih else []
+        db_hh = list(recurrent.sum(0).chunk(directions)) if w.b_ih else []
+        dw_hr = [
+            _projection_product(grid, w, cell, found, gates, d) for d in range(directions) if w.w_hr
+        ]
+        of_norms: list[list[Tensor]] = []
+        if dgain is not None:
+            assert gates is not None
+            biases, norm_gradients = cuda_steps.norm_gradients(grid, w, cell, found, gates)
+            db_hh = [b.to(x.dtype) for b in biases] if w.b_ih else []
+            each = [[dgain[d], *norm_gradients[d]] for d in range(directions)]
+            of_norms = [[g.to(x.dtype) for g in kind] for kind in zip(*each, strict=True)]
+        dweights = weight_list(dw_ih, dw_hh, db_ih, db_hh, dw_hr, *of_norms)
     if not need_dstate:
         return dx, None, None, dweights
     return dx, dh0, dc0, dweights
@@ -288,9 +333,9 @@ def _gate_gradients(
     dcells: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the gates' input terms and of their recurrent ones, (rows, D*G*H), which differ
-    for a GRU only; and of the initial states."""
+) -> cuda_steps.Gradients:
+    """Gradients of the gates' input terms and of their recurrent ones, which differ for a GRU only;
+    and of the initial states."""
     directions, hidden, twofold = w.directions, w.hidden, cell == "gru"
     dgates = x.new_empty((grid.count, directions * w.gates * hidden))
     recurrent = torch.empty_like(dgates) if twofold else dgates
@@ -326,7 +371,18 @@ def _gate_gradients(
             launcher.start("regularised_backward", grid, (first, end), fields, noisy)
         else:
             launcher.start("backward", grid, (first, end), fields)
-    return dgates, recurrent, dh0, dc0
+    return cuda_steps.Gradients(dgates, recurrent, dh0, dc0, None, None)
+
+
+def _projection_product(
+    grid: Grid, w: Weights, cell: str, found: cuda_steps.Gradients, gates: Tensor | None, d: int
+) -> Tensor:
+    """Gradient of W_hr."""
+    assert found.dmid is not None
+    assert gates is not None
+    middle = cuda_steps.tape_columns(cell, w.hidden, gates.element_size(), True)[0]
+    mid = grid.without_padding(gates[d][:, middle : middle + w.hidden])
+    return torch.mm(found.dmid[:, d * w.out : (d + 1) * w.out].t(), mid)
 
 
 def _recurrent_products(
@@ -344,7 +400,7 @@ def _recurrent_products(
     found = []
     hidden = w.hidden
     for d, own in enumerate(recurrent.chunk(w.directions, 1)):
-        before = states_before(grid, y[:, d * hidden : (d + 1) * hidden], h0[d], d == 1)
+        before = states_before(grid, y[:, d * w.out : (d + 1) * w.out], h0[d], d == 1)
         if drawn.masks_state:
             before = drawn.of_steps(launcher, grid, before, d)
         if cell != "gru_reset_before":

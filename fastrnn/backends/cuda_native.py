@@ -25,11 +25,13 @@ except ImportError as error:  # not built, the usual case on a machine without a
 
 __all__ = [
     "CELLS",
+    "GridTooLarge",
     "Launcher",
     "Need",
     "Plan",
     "candidates",
     "choose",
+    "current",
     "describe_plans",
     "emulated",
     "launcher_of",
@@ -40,6 +42,7 @@ __all__ = [
     "pair_line",
     "raise_if_failed",
     "refusal",
+    "with_next_plan",
 ]
 
 # The numbers of csrc/cuda/core/geometry.h.
@@ -67,6 +70,8 @@ class Need(NamedTuple):
     Attributes:
         depth: micro-steps of a highway layer.
         regularised: recurrent dropout or zoneout act inside the kernel.
+        out: outputs of a projection; 0: none.
+        normed: layer norm.
     """
 
     cell: str
@@ -76,6 +81,8 @@ class Need(NamedTuple):
     directions: int
     depth: int = 1
     regularised: bool = False
+    out: int = 0
+    normed: bool = False
 
     @property
     def extent(self) -> int:
@@ -150,6 +157,9 @@ def pair_line(hidden: int) -> int:
 
 _numbers: dict[int, tuple[int, ...]] = {}
 _chosen: dict[tuple[object, ...], Plan] = {}
+# Kernels whose cooperative launch the driver refused in this process.
+_too_large: set[tuple[int, ...]] = set()
+_REFUSED = "too many blocks in cooperative launch"  # the runtime's words for its error 720
 _most: dict[tuple[object, ...], int] = {}
 
 
@@ -169,7 +179,7 @@ def candidates(need: Need, backward: bool, ordinal: int, most_ctas: int = 0) -> 
         numbers = (most_ctas, *numbers[1:])
     kind = (CELLS[need.cell], _format(need.dtype), backward, need.regularised)
     # An empty batch, which only explain asks about, has the plan of one row.
-    sizes = (max(need.size, 1), need.hidden, need.directions, need.depth)
+    sizes = (max(need.size, 1), need.hidden, need.directions, need.depth, need.out, need.normed)
     return [Plan(*fields) for fields in _cuda.plans(numbers, (*kind, *sizes))]
 
 
@@ -187,7 +197,10 @@ def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan
     for plan in candidates(need, backward, ordinal):
         if exchange and plan.exchange != exchange:
             continue
-        if not plan.refused:
+        if plan.kernel in _too_large:
+            plan = plan._replace(refused="the driver refused its grid as too large")
+        # A step that is launched by itself waits for nobody.
+        if not plan.refused and plan.exchange != "steps":
             most = _cuda.resident_ctas(ordinal, plan.kernel, plan.ctas, need.extent)
             if need.directions * plan.groups * plan.ctas > most:
                 fewer = candidates(need, backward, ordinal, most) if most else []
@@ -210,7 +223,7 @@ def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan
 
 def refusal(need: Need) -> str:
     """Why a layer cannot run on the current device; empty if it can."""
-    ordinal = _current()
+    ordinal = current()
     try:
         for backward in (False, True):
             choose(need, backward, ordinal)
@@ -221,7 +234,7 @@ def refusal(need: Need) -> str:
 
 def most_rows(need: Need) -> int:
     """The largest batch of a layer that has to run whole, as statistics over it do; 0 if none."""
-    key = (need, _current(), _format(need.dtype))
+    key = (need, current(), _format(need.dtype))
     if key not in _most:
         fits, beyond = 0, 1
         while beyond <= 1 << 16 and not refusal(need._replace(size=beyond)):
@@ -238,7 +251,7 @@ def most_rows(need: Need) -> int:
 
 def describe_plans(need: Need, training: bool) -> str:
     """What the kernels will do, and what became of the others, in words for ``explain``."""
-    ordinal, words = _current(), []
+    ordinal, words = current(), []
     for backward in (False, True)[: 1 + training]:
         chosen = choose(need, backward, ordinal)
         listed = candidates(need, backward, ordinal)
@@ -251,7 +264,8 @@ def describe_plans(need: Need, training: bool) -> str:
     return f"{_NAMES[_format(need.dtype)]}{what}; {'; '.join(words)}"
 
 
-def _current() -> int:
+def current() -> int:
+    """The current device's number."""
     return 0 if emulated() else torch.cuda.current_device()
 
 
@@ -289,11 +303,36 @@ def raise_if_failed(ordinal: int = 0) -> None:
     )
 
 
+class GridTooLarge(RuntimeError):
+    """The driver does not hold a kernel's whole grid at once; other kernels may do."""
+
+    def __init__(self, kernel: tuple[int, ...]) -> None:
+        super().__init__("fastrnn CUDA library: " + _REFUSED)
+        self.kernel = kernel
+
+
+def with_next_plan(function: _Function) -> _Function:
+    """Again with the next plan, where the driver refuses the grid of the one that was chosen."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return function(*args, **kwargs)
+            except GridTooLarge as error:
+                if error.kernel in _too_large:
+                    raise
+                _too_large.add(error.kernel)
+                _chosen.clear()
+
+    return cast("_Function", call)
+
+
 class Launcher:
     """Kernels of one plan on the current stream of a tensor's device, which is the current one."""
 
     def __init__(self, like: Tensor, plan: Plan, need: Need) -> None:
-        self.plan, self.need = plan, need
+        self.plan, self.need, self._like = plan, need, like
         self.where, self.error = _place(like)
         self._kept: list[Tensor] = []
         flags = need.directions * plan.groups * plan.ctas * _cuda.flag_bytes
@@ -366,7 +405,29 @@ class Launcher:
             self.error.data_ptr(),
         )
         function = getattr(_cuda, run)
-        function(*self.where, self.plan.kernel, shape, tuple(directions), *rest)
+        try:
+            function(*self.where, self.plan.kernel, shape, tuple(directions), *rest)
+        except RuntimeError as error:
+            if _REFUSED not in str(error):
+                raise
+            raise GridTooLarge(self.plan.kernel) from error
+
+    def steps(
+        self,
+        run: str,
+        shape: tuple[int, ...],
+        weights: tuple[int, ...],
+        directions: Sequence[int],
+        noise: tuple[Any, ...],
+    ) -> None:
+        """All launches of a call by the library's function ``run``, with scratch of its own."""
+        size = _cuda.steps_workspace_bytes(self.plan.kernel, shape)
+        device = self._like.device
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        getattr(_cuda, run)(
+            *self.where, self.plan.kernel, shape, weights, tuple(directions), noise,
+            workspace.data_ptr(),
+        )  # fmt: skip
 
     def mask_states(self, noise: tuple[Any, ...], states: Sequence[int]) -> None:
         """The library's function of that name, in the kernel's format."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn.kinds import GATES
+from fastrnn.kinds import GATES, KINDS
 
 __all__ = ["Rows", "Weights", "alone", "dense", "describe", "tf32_allowed"]
 
@@ -101,13 +101,17 @@ class Weights:
 
     def __init__(self, weights: Sequence[Tensor], cell: str, directions: int) -> None:
         per = len(weights) // directions
+        plain = per - KINDS[cell].norms
         self.gates = GATES[cell]
         self.w_ih = [weights[d * per] for d in range(directions)]
         self.w_hh = [weights[d * per + 1] for d in range(directions)]
-        biased = per >= 4
+        biased = plain >= 4
         self.b_ih = [weights[d * per + 2] for d in range(directions) if biased]
         self.b_hh = [weights[d * per + 3] for d in range(directions) if biased]
-        self.w_hr = [weights[d * per + per - 1] for d in range(directions) if per % 2]
+        self.w_hr = [weights[d * per + plain - 1] for d in range(directions) if plain % 2]
+        self.norms = [list(weights[d * per + plain : (d + 1) * per]) for d in range(directions)]
+        if plain == per:
+            self.norms = []
         self.hidden = self.w_hh[0].size(0) // self.gates
         self.out = self.w_hh[0].size(1)
         self.directions = directions

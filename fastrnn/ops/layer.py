@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastrnn.noise import tape_slots
+from fastrnn.kinds import KINDS
+from fastrnn.noise import Noise, tape_slots
 
 __all__ = ["layer_backward", "layer_forward", "layer_forward_train", "pack_weights"]
 
@@ -113,11 +114,18 @@ def _fake_layer_forward_train(
     width = 0 if recompute else tape_slots(cell, noise, plan) * hidden
     dtype = state_dtype(x.dtype)
     if width and plan.startswith("cuda"):
+        from fastrnn.backends.cuda import tape_width
+        from fastrnn.backends.cuda_need import layer_need
+
+        projected = (len(weights) // h0.shape[0] - KINDS[cell].norms) % 2
+        need = layer_need(
+            cell, x.dtype, 1, hidden, h0.shape[0], out=h0.shape[2] if projected else 0,
+            regularised=Noise.parse(noise).acts, exchange=plan.partition(",")[2],
+        )  # fmt: skip
+        width = tape_width(need, cell, noise, plan)
         # Its kernels know no packed rows, and keep activated gates in the dtype of the output.
         rows = rows if batch_sizes is None else batch_sizes.shape[0] * h0.shape[1]
         dtype = x.dtype
-        if cell.endswith("_layer_norm"):
-            width += 12 // dtype.itemsize  # three float32 of each row
     shape = (h0.shape[0], rows, width) if width else (0,)
     gates = x.new_empty(shape, dtype=dtype)
     return (*_fake_outputs(x, h0, c0, True), gates)

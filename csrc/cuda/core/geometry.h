@@ -28,7 +28,8 @@ FASTRNN_CONSTEXPR bool is_layer_norm(CellKind c) {
   return c == CellKind::lstm_layer_norm || c == CellKind::gru_layer_norm;
 }
 enum class Format : int32_t { bf16 = 0, fp16 = 1, tf32 = 2, bf16x3 = 3 };
-enum class ExchangeKind : int32_t { local = 0, cluster = 1, sentinel = 2, flags = 3 };
+// steps: no exchange inside a kernel, every step is launched anew (steps/).
+enum class ExchangeKind : int32_t { local = 0, cluster = 1, sentinel = 2, flags = 3, steps = 4 };
 
 FASTRNN_CONSTEXPR int ceil_div(int a, int b) { return (a + b - 1) / b; }
 FASTRNN_CONSTEXPR int round_up(int a, int b) { return ceil_div(a, b) * b; }

@@ -24,6 +24,14 @@ template <class T>
 FASTRNN_DEVICE Shared<T> shared_view(int offset, int count) {
   return {static_cast<uint32_t>(offset), static_cast<uint32_t>(count)};
 }
+FASTRNN_DEVICE void copy_async(const Shared<Vec4>& to, int i, const void* from, bool exists) {
+  emu::copy_async(to.address(i), exists ? from : nullptr, sizeof(Vec4));
+}
+FASTRNN_DEVICE void copy_commit() { emu::copy_commit(); }
+template <int Pending>
+FASTRNN_DEVICE void copy_wait() {
+  emu::copy_wait(Pending);
+}
 
 #else
 
@@ -40,6 +48,19 @@ template <class T>
 FASTRNN_DEVICE Shared<T> shared_view(int offset, int) {
   extern __shared__ __align__(16) unsigned char fastrnn_shared[];
   return {reinterpret_cast<T*>(fastrnn_shared + offset)};
+}
+// 16 bytes from global memory, behind the thread's back; zeros where `exists` is false, and then nothing is read.
+FASTRNN_DEVICE void copy_async(const Shared<Vec4>& to, int i, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(i)), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+// The thread's copies so far are one group. It waits until all groups but the last `Pending` are there: for itself, a
+// barrier afterwards tells the others.
+FASTRNN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+FASTRNN_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
 #endif

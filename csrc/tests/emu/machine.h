@@ -97,6 +97,13 @@ struct AsyncStore {
   int mbarrier;
 };
 
+// An asynchronous copy into shared memory, on its way; from null: zeros.
+struct AsyncCopy {
+  uint32_t offset;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
   Fiber fiber;
   unsigned index = 0, lane = 0;
@@ -107,6 +114,7 @@ struct Thread {
   uint64_t generation = 0;
   uint64_t acquired = 0;  // events up to here are seen by every load
   std::unordered_map<const uint32_t*, uint64_t> seen_changes;
+  std::vector<std::vector<AsyncCopy>> copies = {{}};  // by group, the last one still open
   bool done = false, spins = false;
   const char* site = "start";
 };

@@ -63,4 +63,23 @@ inline void shared_store(size_t offset, const void* in, size_t bytes) {
   std::memcpy(me.cta->shared.data() + offset, in, bytes);
 }
 
+// An asynchronous copy writes at any moment between its issue and the wait: what is there in between is not the data, and
+// both ends are checked as stores of the thread.
+inline void copy_async(uint32_t offset, const void* from, size_t bytes) {
+  const std::vector<uint8_t> poison(bytes, 0x7f);
+  shared_store(offset, poison.data(), bytes);
+  self().copies.back().push_back({offset, from, bytes});
+}
+inline void copy_commit() { self().copies.emplace_back(); }
+inline void copy_wait(size_t pending) {
+  std::vector<std::vector<AsyncCopy>>& groups = self().copies;
+  while (groups.size() > pending + 1) {  // the open group has not been committed
+    for (const AsyncCopy& c : groups.front()) {
+      const std::vector<uint8_t> zeros(c.bytes, 0);
+      shared_store(c.offset, c.from ? c.from : zeros.data(), c.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 }  // namespace emu

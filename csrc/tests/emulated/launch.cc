@@ -2,22 +2,20 @@
 #include "../../cuda/launch.h"
 
 #include <cstring>
-#include <mutex>
 
 #include "../../cuda/table.h"
 #include "../emu/emu.h"
+#include "machine.h"
 
 namespace fastrnn::cuda {
 
 namespace {
 
-std::mutex one_at_a_time;  // the emulated machine is one
-
 template <class Params>
 Status run(const void* function, const Params& params, emu::Launch launch) {
   static std::string text;
   static uint64_t seed = 0;
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const std::lock_guard<std::mutex> lock(emulated_machine());
   launch.seed = ++seed;  // another schedule in each launch: the results must not tell
   const auto kernel = reinterpret_cast<void (*)(Params)>(const_cast<void*>(function));
   const emu::Report report = emu::launch(launch, [&] { kernel(params); });

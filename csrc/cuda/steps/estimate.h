@@ -1,0 +1,50 @@
+// What a step costs when its products and its pointwise parts are launches: a model for plan.h, its constants estimates from
+// published numbers of an H200-class device. Nothing here has been timed.
+#pragma once
+#include <algorithm>
+
+#include "../tiles.h"
+#include "program.h"
+
+namespace fastrnn::cuda {
+
+FASTRNN_CONSTEXPR StepsTile steps_tile(bool wide) {
+  return wide ? StepsTile{FASTRNN_STEPS_WIDE} : StepsTile{FASTRNN_STEPS_NARROW};
+}
+
+struct StepsModel {
+  double launch_us = 1.3;  // from node to node of a graph, both ends of the kernels included
+  double fill_us = 0.7;    // of a kernel's pipeline, or a pointwise part's chain of loads
+  double l2_bytes_us = 5.5e6, hbm_bytes_us = 4.3e6, sm_bytes_us = 0.11e6;
+  double l2_size = 30e6;  // weights beyond it come from HBM in every step
+  double sm_flops_us_16bit = 5.0e6, sm_flops_us_tf32 = 2.5e6;
+};
+
+// Microseconds of a step: each product streams its weights, and every CTA its tile of both operands, from L2.
+inline double steps_time(const StepsProblem& q, const StepsTile& tile, int sms, const StepsModel& m = {}) {
+  const double element = element_bytes(q.format), passes = q.format == Format::bf16x3 ? 3 : 1;
+  double weights = 0, us = 0;
+  for (int i = 0; i < q.products(); i++) {
+    const StepsMatrix w = q.matrix(i);
+    weights += q.directions * element * w.outputs * w.inner();
+  }
+  for (int i = 0; i < q.products(); i++) {
+    const StepsMatrix w = q.matrix(i);
+    const double ctas =
+        double(q.directions) * ceil_div(q.N, tile.rows()) * ceil_div(w.outputs, tile.outputs());
+    const double waves = std::max(1.0, double(int((ctas + sms - 1) / sms)));
+    const double bytes = element * w.inner() * (tile.outputs() + std::min(tile.rows(), q.N));  // of a CTA
+    const double flops = 2.0 * passes * tile.outputs() * tile.rows() * w.inner();
+    const double rate = q.format == Format::tf32 ? m.sm_flops_us_tf32 : m.sm_flops_us_16bit;
+    double read = std::max(ctas * bytes / m.l2_bytes_us, waves * bytes / m.sm_bytes_us);
+    if (weights > m.l2_size)
+      read = std::max(read, q.directions * element * w.outputs * w.inner() / m.hbm_bytes_us);
+    us += m.launch_us + m.fill_us + std::max(read, waves * flops / rate);
+    // The sums, there and back, and about as much for everything else of an element.
+    const double pointwise = 4.0 * 4 * q.directions * q.N * w.outputs;
+    us += m.launch_us + m.fill_us * (q.normed ? 3 : 1) + pointwise / m.l2_bytes_us;
+  }
+  return us;
+}
+
+}  // namespace fastrnn::cuda
