@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import compile_time
 
 
 @pytest.mark.compile
-def test_one_operator_however_many_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--only", "fastrnn", "--backend", "eager", "--batch", "2", "--hidden", "3"]
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_one_operator_however_many_steps() -> None:
     found = []
-    for steps in ("4", "300"):
-        assert compile_time.main([*arguments, "--steps", steps]) == 0
-        row = capsys.readouterr().out.splitlines()[-1]
-        assert row.startswith("| fastrnn | ")
-        found.append(row.split("|")[-2])
-    assert found[0] == found[1]
-    assert int(found[0]) < 50
+    for steps in (4, 300):
+        torch._dynamo.reset()
+        found.append(compile_time.measure("fastrnn", steps, 2, 3, "eager")["nodes"])
+    assert found[0] == found[1] < 50
+    torch._dynamo.reset()
+    assert compile_time.measure("torch", 300, 2, 3, "eager")["first"] > 0
+
+
+def test_a_row_from_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--steps", "4", "--batch", "2", "--hidden", "3", "--backend", "eager"]
+    assert compile_time.main([*small, "--only", "fastrnn"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| fastrnn | ")
+    bad = [*small[:-1], "no_such_backend", "--only", "fastrnn"]
+    assert compile_time.main(bad) == 1
+    assert "| fastrnn | failed: " in capsys.readouterr().out
 
 
 def test_rows() -> None:
