@@ -18,7 +18,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full lint format fuzz sanitize clean
+.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full docs lint format fuzz sanitize clean
 
 help:
 	@echo "make test        C++ tests, pytest, then the wheel in an empty environment"
@@ -28,6 +28,7 @@ help:
 	@echo "make lint        ruff, clang-format, mypy        make format    ruff and clang-format in place"
 	@echo "make fuzz        $(HYPOTHESIS_CASES) random cases per hypothesis test"
 	@echo "make cuda        CUDA kernels through nvcc and ptxas for CUDA_ARCH=$(CUDA_ARCH)    make cuda-all    for all"
+	@echo "make docs        the documentation site under build/site; needs Python 3.11"
 	@echo "make sanitize    C++ tests under ASan + UBSan, then TSan"
 	@echo "make build       .venv with the library installed in place"
 
@@ -84,6 +85,11 @@ bench: build
 
 bench-full: build
 	$(BIN)/python -m benchmarks --full $(ARGS)
+
+# ---- documentation -----------------------------------------------------------------------------------------------
+# Warnings are errors: a dead link, a page outside the navigation, an API name that is not there.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # ---- release and style -------------------------------------------------------------------------------------------
 # Under build isolation, as a stranger's pip; the wheel takes the objects that `build` has compiled.
