@@ -154,8 +154,9 @@ def _layer_forward(
     noise: str = "",
 ) -> tuple[Any, Any, Any, Any]:
     """fastrnn::layer_forward as one LSTM, GRU or RNN node; see `fastrnn.ops.layer` for shapes."""
-    from onnxscript import opset18 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset18
     directions, _, hidden = h0.shape
     _check(
         cell, len(weights), directions, batch_sizes=batch_sizes, reset=reset,
