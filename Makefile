@@ -89,7 +89,7 @@ bench-full: build
 # ---- documentation -----------------------------------------------------------------------------------------------
 # Warnings are errors: a dead link, a page outside the navigation, an API name that is not there.
 docs: build
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # ---- release and style -------------------------------------------------------------------------------------------
 # Under build isolation, as a stranger's pip; the wheel takes the objects that `build` has compiled.

@@ -21,7 +21,7 @@ def markdown(text: str) -> str:
     lines: list[str] = []
     section = False
     # "[, bias][, w_hr]" would be a link.
-    for line in text.replace("][", "] [").splitlines():
+    for line in text.replace("][", "]\\[").splitlines():
         indented = line.startswith("    ")
         if not indented and line.strip():
             section = False
