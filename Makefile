@@ -20,7 +20,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu lint format fuzz sanitize clean
+.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu docs lint format fuzz sanitize clean
 
 help:
 	@echo "make test        C++ tests, pytest, then the wheel in an empty environment"
@@ -31,6 +31,7 @@ help:
 	@echo "make fuzz        $(HYPOTHESIS_CASES) random cases per hypothesis test"
 	@echo "make cuda        CUDA kernels through nvcc and ptxas for CUDA_ARCH=$(CUDA_ARCH)    make cuda-all    for all"
 	@echo "make gpu         on a machine with a GPU: build, test and measure there, in stages that resume"
+	@echo "make docs        the documentation site under build/site; needs Python 3.11"
 	@echo "make sanitize    C++ tests under ASan + UBSan, then TSan"
 	@echo "make build       .venv with the library installed in place"
 
@@ -91,6 +92,11 @@ bench-full: build
 # In the environment at hand, which has torch for the GPU: .venv where there is one, else $(PYTHON). No index is asked.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+# ---- documentation -----------------------------------------------------------------------------------------------
+# Warnings are errors: a dead link, a page outside the navigation, an API name that is not there.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # ---- release and style -------------------------------------------------------------------------------------------
 # Under build isolation, as a stranger's pip; the wheel takes the objects that `build` has compiled.

@@ -6,6 +6,7 @@ PackedSequence (sum, I) with their ``batch_sizes``. ``lengths`` and ``reset`` re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Iterable
 from typing import NamedTuple
 
@@ -126,11 +127,15 @@ def check_lengths(
         TypeError: not integers (a bool and a float are not).
         ValueError: wrong shape or device, or a value outside 1..T.
     """
-    expected = f"expected N={size} integers between 1 and T={steps}"
+
+    def expected() -> str:  # a text with sizes in it would fix them in a traced graph
+        return f"expected N={size} integers between 1 and T={steps}"
+
     if isinstance(lengths, Tensor):
         if lengths.dtype not in _INTEGERS:
             raise TypeError(
-                f"lengths: got a tensor of {lengths.dtype}, {expected}; convert with lengths.long()"
+                f"lengths: got a tensor of {lengths.dtype}, {expected()}; "
+                "convert with lengths.long()"
             )
         if lengths.device != device:
             raise ValueError(
@@ -141,26 +146,31 @@ def check_lengths(
     else:
         checked = _from_list(lengths, expected).to(device)
     if checked.dim() != 1 or checked.size(0) != size:
-        raise ValueError(f"lengths: got shape {tuple(checked.shape)}, {expected}, one per sequence")
+        raise ValueError(
+            f"lengths: got shape {tuple(checked.shape)}, {expected()}, one per sequence"
+        )
     # The values are data: while tracing they are unknown, and kernels clamp what they read.
     if size and not is_compiling() and not checked.is_meta:
         low, high = checked.aminmax()
         if int(low) < 1 or int(high) > steps:
             raise ValueError(
-                f"lengths: got values from {int(low)} to {int(high)}, {expected}; drop empty "
+                f"lengths: got values from {int(low)} to {int(high)}, {expected()}; drop empty "
                 "sequences from the batch, or pad input to the longest"
             )
     return checked
 
 
-def _from_list(lengths: Iterable[int], expected: str) -> Tensor:
+def _from_list(lengths: Iterable[int], expected: Callable[[], str]) -> Tensor:
     if isinstance(lengths, (str, bytes)) or not hasattr(lengths, "__iter__"):
-        raise TypeError(f"lengths: got {type(lengths).__name__}, {expected}, in a list or a tensor")
+        raise TypeError(
+            f"lengths: got {type(lengths).__name__}, {expected()}, in a list or a tensor"
+        )
     values = list(lengths)
     for n, value in enumerate(values):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        # An int may be a symbol in a traced graph, which does not answer to hasattr.
+        if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
             raise TypeError(
-                f"lengths: got {value!r} ({type(value).__name__}) at index {n}, {expected}"
+                f"lengths: got {value!r} ({type(value).__name__}) at index {n}, {expected()}"
             )
     return torch.tensor(values, dtype=torch.int64)
 
@@ -174,15 +184,18 @@ def check_reset(
         TypeError: not a bool tensor.
         ValueError: wrong shape or device.
     """
-    layout = "(N, T)" if batch_first else "(T, N)"
-    expected = f"expected a bool tensor {layout} = {tuple(shape)}"
+
+    def expected() -> str:  # as in check_lengths
+        layout = "(N, T)" if batch_first else "(T, N)"
+        return f"expected a bool tensor {layout} = {tuple(shape)}"
+
     if not isinstance(reset, Tensor):
-        raise TypeError(f"reset: got {type(reset).__name__}, {expected}")
+        raise TypeError(f"reset: got {type(reset).__name__}, {expected()}")
     if reset.dtype != torch.bool:
-        raise TypeError(f"reset: got {reset.dtype}, {expected}; convert with reset.bool()")
+        raise TypeError(f"reset: got {reset.dtype}, {expected()}; convert with reset.bool()")
     if tuple(reset.shape) != tuple(shape):
         hint = "; batch_first=True puts N first" if batch_first else ""
-        raise ValueError(f"reset: got shape {tuple(reset.shape)}, {expected}{hint}")
+        raise ValueError(f"reset: got shape {tuple(reset.shape)}, {expected()}{hint}")
     if reset.device != device:
         raise ValueError(
             f"reset: got a tensor on {reset.device}, but input is on {device}; "

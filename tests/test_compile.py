@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,22 @@ def test_options(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("given", ["tensor", "list"])
+def test_lengths_and_reset_fix_no_size(given: str) -> None:
+    module = fastrnn.GRU(3, 4, bidirectional=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for i, (steps, size) in enumerate(((6, 7), (9, 7 if given == "list" else 8))):
+        lengths: Any = [3, 1, *[2] * (size - 2)]
+        if given == "tensor":
+            lengths = torch.tensor(lengths)
+        options = {"lengths": lengths, "reset": torch.rand(steps, size) < 0.3}
+        x = torch.randn(steps, size, 3, requires_grad=True)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            got = values_and_gradients(functools.partial(compiled, **options), x, module)
+        expected = values_and_gradients(functools.partial(module, **options), x, module)
+        assert_equal_to_eager(got, expected)
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_cells(name: str) -> None:
     module = getattr(fastrnn, name)(3, 4)
@@ -183,9 +200,3 @@ def test_export(name: str, strict: bool) -> None:
         x = torch.randn(length, 2, 3)
         with torch.no_grad():
             assert_equal_to_eager(flat(program.module()(x)), flat(module(x)))
-
-
-def test_no_graph_break() -> None:
-    report = torch._dynamo.explain(fastrnn.LSTM(3, 4))(torch.randn(5, 2, 3))
-    assert report.graph_break_count == 0
-    assert report.graph_count == 1

@@ -255,7 +255,9 @@ def _update(
     Only steps with two live rows or more have any; step s moves row s, and no row beyond the last.
     """
     *buffers, tracked = statistics
-    steps = min(used[1].size(1), tracked.size(0) - first)
+    given, rows_left = used[1].size(1), tracked.size(0) - first
+    # torch.export cannot reason about a minimum; with steps bounded by the rows there is none.
+    steps = given if is_exporting() and given <= rows_left else min(given, rows_left)
     if steps <= 0 or (isinstance(live, int) and live < 2):
         return
     counts = tracked.narrow(0, first, steps)
