@@ -370,7 +370,9 @@ def check(
             continue
         expected = p.case.cell_dtype if name == "cells" else p.case.dtype
         assert value.dtype == expected, f"{label}: {value.dtype}, expected {expected}"
-        assert_close_by_rule(label, value, ref64[name], same[name], None, number_format)
+        assert_close_by_rule(
+            label, value, ref64[name], same[name], None, number_format, p.case.cell in NORMED
+        )
         if name in ("y", "cells", "dx") and p.op_lengths is not None:
             past = p.from_layout(value)[p.padding]
             assert not past.any(), f"{label}: not 0 past the end of a sequence"

@@ -306,6 +306,9 @@ AUTOCAST = [
 def test_autocast_gives_torchs_dtypes(
     name: str, options: dict[str, Any], given: torch.dtype, records: bool
 ) -> None:
+    plain = name == "LSTM" and "proj_size" not in options and given == torch.float32
+    if plain and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("torch.nn.LSTM under bfloat16 autocast needs oneDNN's kernels of AVX-512")
     weight_dtype = torch.float64 if given == torch.float64 else torch.float32
     theirs = getattr(nn, name)(3, 4, **options).to(weight_dtype)
     ours = getattr(fastrnn, name)(3, 4, **options).to(weight_dtype)

@@ -73,7 +73,7 @@ def kernels(evaluator: model.CostModel) -> list[model.Step]:
                     found += [best[0]] if best else []
     for exchange in (0, 1, 3):  # the others, at a tile of theirs
         for N in (1, 8):
-            found.append(model.Step(0, 0, 0, N, 64, 1, 1, exchange, 64, 1, 1, 0, 2, 1, 1, 1))
+            found.append(model.Step(0, 0, 0, N, 64, 1, 1, exchange, 64, 1, 1, 0, 2, 1, 1, 1, 1))
     return found
 
 

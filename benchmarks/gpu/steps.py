@@ -114,6 +114,9 @@ def _run(record: Record, setting: Setting, model: CostModel) -> None:
             raise
         record.details["refused"] = {"fastrnn": str(error)}
         return
+    if plan.exchange == "steps":  # launches of each step have a model of their own
+        record.details["refused"] = {"fastrnn": "no persistent kernel was chosen"}
+        return
     # What names a kernel: cell, format, flags, exchange, tile.
     cell, number, *rest = (field for field in plan.kernel if not isinstance(field, bool))
     step = Step(

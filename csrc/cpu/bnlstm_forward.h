@@ -30,6 +30,7 @@ class BnLstmForward {
   static void run(const BnLstmForwardArgs& args) {
     Arena arena{static_cast<char*>(args.workspace), 0};
     BnLstmForward f(args, arena);
+    f.clear_tape_ends();
     team(f.plan_.threads, [&](int tid, int nt) { f.work(tid, nt); });
   }
 
@@ -108,6 +109,15 @@ class BnLstmForward {
     Lane measure(sizing, *this);
     lane_bytes_ = sizing.used;
     lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
+  }
+
+  // The tape has room for the widest set's blocks: what narrower ones leave of it is zero, so that the operator's
+  // output does not depend on what was in memory.
+  void clear_tape_ends() {
+    if (!args_.tape) return;
+    const int64_t half = stored_ * bnlstm_tape_width(args_.H) / 2, used = stored_ * panels_.total();
+    for (int64_t i = 0; i < 2 * args_.directions; i++)
+      std::memset(static_cast<T*>(args_.tape) + i * half + used, 0, (half - used) * sizeof(T));
   }
 
   void work(int tid, int nt) {

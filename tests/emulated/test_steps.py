@@ -82,12 +82,12 @@ def test_beyond_the_persistent_kernels(cell: str) -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_modules(bf16: bool) -> None:
-    """projections, layer norm and large layers by request; twice the same bits."""
+    """Options beside each other and large layers by request; twice the same bits."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     x = torch.randn(3, 2, 5, dtype=dtype)
     for rnn in (
-        fastrnn.LSTM(5, 9, proj_size=4, dtype=dtype),
-        fastrnn.GRU(5, 9, layer_norm=True, bidirectional=True, dtype=dtype),
+        fastrnn.LSTM(5, 9, proj_size=4, zoneout=0.1, dtype=dtype),
+        fastrnn.GRU(5, 9, layer_norm=True, zoneout=0.1, bidirectional=True, dtype=dtype),
         fastrnn.LSTM(5, 9, proj_size=4, layer_norm=True, num_layers=2, dtype=dtype),
         fastrnn.GRU(5, 65, zoneout=0.1, dtype=dtype),
     ):

@@ -3,7 +3,7 @@
 //   device SMS SHARED REGISTERS CC CLUSTERS
 //   step CELL FORMAT BACKWARD N H DIRECTIONS DEPTH EXCHANGE UNITS ROW_TILES CHUNKS RESIDENT WARPS TEAMS GROUPS CTAS LAUNCHES
 //                                    microseconds of a step
-//   best CELL FORMAT BACKWARD N H DIRECTIONS DEPTH     the plan by the constants of cost_model.h: fields of `step`, microseconds
+//   best CELL FORMAT BACKWARD N H DIRECTIONS DEPTH     the persistent plan by the constants of cost_model.h: fields of `step`, microseconds
 #include <cstdio>
 #include <iostream>
 #include <sstream>
@@ -57,9 +57,11 @@ int main() {
     } else if (what == "step" && read_problem(in, q) && read_plan(in, p)) {
       std::printf("%.9g\n", p.launches * step_time(q, p, device, model));
     } else if (what == "best" && read_problem(in, q)) {
-      const std::vector<Plan> all = candidates(q, device);
-      const Plan best = all.empty() ? p : all[0];
-      if (all.empty() || !best.possible())
+      Plan best;
+      best.refused = "none";
+      for (const Plan& one : candidates(q, device))  // layers step by step have a model of their own
+        if (one.exchange != ExchangeKind::steps && !best.possible()) best = one;
+      if (!best.possible())
         std::puts("none");
       else
         std::printf("%d %d %d %d %d %d %d %d %d %d %.9g\n", static_cast<int>(best.exchange), best.tile.units,
