@@ -23,7 +23,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 .PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu docs lint format fuzz sanitize clean
 
 help:
-	@echo "make test        C++ tests, pytest, then the wheel in an empty environment"
+	@echo "make test        C++ tests, pytest, the wheel in an empty environment, with nvcc the CUDA gate"
 	@echo "make bench       fastrnn verified against torch.nn and timed beside it, then a real training run"
 	@echo "make bench-full  the whole grid, results under benchmarks/results"
 	@echo "make wheel       sdist and wheel under dist/"
@@ -51,7 +51,8 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE)
 build: $(VENV)/.installed
 
 # ---- tests ---------------------------------------------------------------------------------------------------
-test: cpp-test pytest wheel-test
+# The last one says so and passes where there is no nvcc.
+test: cpp-test pytest wheel-test cuda
 
 cpp-test: build
 	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_BUILD_TESTS=ON > $(BUILD)/configure.log

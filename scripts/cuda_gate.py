@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Compiles the CUDA kernels and judges what ptxas says: no spill, no local memory, few registers.
 
-Needs nvcc, no GPU: `python scripts/cuda_gate.py --arch 90a`. With cuobjdump at hand it also looks
-into the machine code.
+Needs nvcc, no GPU: `python scripts/cuda_gate.py --arch 90a`. With cuobjdump at hand, the toolkit's
+or the one that Triton brings, it also looks into the machine code.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -46,6 +47,13 @@ REGULARISED = "ELb0ELb1E"
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return (shutil.which(str(Path(home, "bin", "nvcc"))) if home else None) or shutil.which("nvcc")
+
+
+def find_cuobjdump() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    folders = triton.submodule_search_locations if triton else None
+    bundled = [Path(f, "backends", "nvidia", "bin", "cuobjdump") for f in folders or ()]
+    return shutil.which("cuobjdump") or next((str(p) for p in bundled if p.exists()), None)
 
 
 def short(name: str) -> str:
@@ -207,7 +215,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES, help="default: %(default)s")
     parser.add_argument("--only", default="", help="sources with this in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"), help="default: in PATH")
+    parser.add_argument("--cuobjdump", default=find_cuobjdump(), help="default: PATH's, Triton's")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda_gate")
     options = parser.parse_args()
     nvcc = find_nvcc()
