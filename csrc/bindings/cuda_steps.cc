@@ -5,8 +5,8 @@
 namespace fastrnn::cuda {
 namespace {
 
-// What a call is: the plan's kernel (as read_kernel's), then T, N, H, outputs of a projection or 0, directions, depth of a highway
-// layer or 1, layer norm, a mask of a highway layer's state for each gate, addresses of lengths and of reset.
+// What a call is: the plan's kernel (as read_kernel's), then T, N, H, outputs of a projection or 0, directions, layer norm, addresses
+// of lengths and of reset; of a highway layer also its depth, and whether each gate has a mask of the state.
 struct Call {
   StepsProblem problem;
   bool wide = false;
@@ -23,16 +23,18 @@ Call read_call(const py::tuple& kernel, const py::tuple& shape) {
   Call c;
   Fields f(shape);
   c.T = static_cast<int>(f.integer());
-  for (int* to : {&q.N, &q.H, &q.O, &q.directions, &q.depth}) *to = static_cast<int>(f.integer());
+  for (int* to : {&q.N, &q.H, &q.O, &q.directions}) *to = static_cast<int>(f.integer());
   q.normed = f.integer() != 0;
-  q.gate_masks = f.integer() != 0;
   c.lengths = static_cast<const int*>(f.address());
   c.reset = static_cast<const uint8_t*>(f.address());
+  if (is_rhn(q.cell)) {
+    q.depth = static_cast<int>(f.integer());
+    q.gate_masks = f.integer() != 0;
+  }
   f.end();
   if (q.directions < 1 || q.directions > 2) throw std::invalid_argument("fastrnn CUDA library: directions");
   if (!takes_steps(q) || (q.O && q.cell != CellKind::lstm) ||
-      (q.normed && q.cell != CellKind::lstm && q.cell != CellKind::gru) || q.depth < 1 ||
-      (!is_rhn(q.cell) && (q.depth > 1 || q.gate_masks)))
+      (q.normed && q.cell != CellKind::lstm && q.cell != CellKind::gru) || q.depth < 1)
     throw std::invalid_argument("fastrnn CUDA library: a cell without kernels of this kind");
   c.problem = steps_problem(q);
   c.wide = units == steps_tile(true).outputs();
@@ -112,8 +114,8 @@ void backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::t
 }
 
 // Highway layers, whose weights are all slabs of a direction.
-void rhn_forward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
-                 const py::tuple& weights, const py::tuple& directions, intptr_t workspace) {
+void micro_steps_forward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
+                         const py::tuple& weights, const py::tuple& directions, intptr_t workspace) {
   const Call c = read_call(kernel, shape);
   StepsForwardParams p;
   Fields f(directions);
@@ -130,8 +132,8 @@ void rhn_forward(int ordinal, intptr_t stream, const py::tuple& kernel, const py
   run(ordinal, stream, c, p, weights, workspace);
 }
 
-void rhn_backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
-                  const py::tuple& weights, const py::tuple& directions, intptr_t workspace) {
+void micro_steps_backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
+                          const py::tuple& weights, const py::tuple& directions, intptr_t workspace) {
   const Call c = read_call(kernel, shape);
   StepsBackwardParams p;
   Fields f(directions);
@@ -152,8 +154,8 @@ void rhn_backward(int ordinal, intptr_t stream, const py::tuple& kernel, const p
 void bind_steps(py::module_& m) {
   m.def("steps_forward", &forward);
   m.def("steps_backward", &backward);
-  m.def("steps_rhn_forward", &rhn_forward);
-  m.def("steps_rhn_backward", &rhn_backward);
+  m.def("steps_rhn_forward", &micro_steps_forward);
+  m.def("steps_rhn_backward", &micro_steps_backward);
   m.def("steps_workspace_bytes", [](const py::tuple& kernel, const py::tuple& shape) {
     const Call c = read_call(kernel, shape);
     return steps_workspace_bytes(c.problem, c.wide);

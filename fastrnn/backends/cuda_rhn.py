@@ -75,8 +75,8 @@ class _Layer:
         """All micro-steps, launched one by one."""
         reset = grid.reset_of(0, grid.size)
         shape = (
-            grid.steps, grid.size, self.hidden, 0, self.directions, self.depth, 0,
-            int(self.need.gate_masks), grid.lengths_at(0), 0 if reset is None else reset.data_ptr(),
+            grid.steps, grid.size, self.hidden, 0, self.directions, 0, grid.lengths_at(0),
+            0 if reset is None else reset.data_ptr(), self.depth, int(self.need.gate_masks),
         )  # fmt: skip
         slabs = [w.contiguous() for w in self.w_hh]
         addresses = [a for own in slabs for a in (own.data_ptr(), 0)]

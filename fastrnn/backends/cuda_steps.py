@@ -95,7 +95,7 @@ def _call(
 ) -> None:
     reset = grid.reset_of(0, grid.size)
     shape = (
-        grid.steps, grid.size, w.hidden, w.out if w.w_hr else 0, w.directions, 1, normed, 0,
+        grid.steps, grid.size, w.hidden, w.out if w.w_hr else 0, w.directions, normed,
         grid.lengths_at(0), 0 if reset is None else reset.data_ptr(),
     )  # fmt: skip
     matrices = [m.contiguous() for m in w.w_hh]

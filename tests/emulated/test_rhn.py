@@ -159,7 +159,7 @@ def test_several_launches(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = Problem(
         Case(
             torch.bfloat16, T=2, N=19, H=20, directions=2, layout=kind, lengths=lengths,
-            reset=reset, s_mask="tied", plan="cuda",
+            reset=reset, s_mask="tied", plan="cuda,sentinel",
         )
     )  # fmt: skip
     verify(p, "bf16")
