@@ -132,6 +132,21 @@ def test_layer(case: Case, name: str) -> None:
     verify(Problem(case), name)
 
 
+def test_a_refused_grid_gets_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a driver answers that shares its device with others."""
+    monkeypatch.setattr(cuda_native, "_too_large", set())
+    monkeypatch.setattr(cuda_native, "_chosen", {})
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("fastrnn CUDA library: launching: " + cuda_native._REFUSED)
+
+    monkeypatch.setattr(cuda_native._cuda, "rhn_forward", refuse)
+    monkeypatch.setattr(cuda_native._cuda, "rhn_backward", refuse)
+    verify(Problem(Case(T=3, N=3, H=17, s_mask="tied", plan="cuda")), "bf16x3")
+    assert cuda_native._too_large
+    assert {plan.exchange for plan in cuda_native._chosen.values()} == {"steps"}
+
+
 @pytest.mark.parametrize("upstream", ["y", "h_n"])
 def test_gradients_of_one_output(upstream: str) -> None:
     verify(Problem(Case(torch.float16, T=3, H=8, upstream=(upstream,), plan="cuda")), "fp16")
