@@ -44,6 +44,11 @@ class _Layer:
         self.bias = [weights[d * per + 2] for d in range(self.directions) if per == 3]
         self.depth, width, self.hidden = self.w_hh[0].shape
         self.gates = width // self.hidden
+        if s_mask is not None and s_mask.size(1) not in (1, self.gates):
+            raise ValueError(
+                f"s_mask: got {s_mask.size(1)} masks a direction, expected one for all gates or "
+                f"one for each, shape (D, 1, N, H) or (D, {self.gates}, N, H)"
+            )
         self.x_mask = x_mask
         # (D, 1 or G, N, H), in the dtype of the states that it meets.
         self.s_mask = None if s_mask is None else s_mask.to(x.dtype).contiguous()

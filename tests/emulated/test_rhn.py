@@ -234,6 +234,10 @@ def test_masks_for_each_gate() -> None:
     p = Problem(Case(T=2, H=5, s_mask="untied", plan="cuda,sentinel"))
     with pytest.raises(RuntimeError, match="it has one mask of the state for all gates"):
         forward(p)
+    assert p.s_mask is not None
+    p.s_mask = p.s_mask.repeat(1, 2, 1, 1)
+    with pytest.raises(ValueError, match="s_mask: got 4 masks a direction, expected one"):
+        forward(p)
 
 
 def test_explain_and_too_deep() -> None:
