@@ -139,6 +139,24 @@ def steps_forward(
     noise: tuple[float, ...],
     workspace: int,
 ) -> None: ...
+def steps_rhn_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    directions: tuple[int, ...],
+    workspace: int,
+) -> None: ...
+def steps_rhn_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    directions: tuple[int, ...],
+    workspace: int,
+) -> None: ...
 def steps_backward(
     ordinal: int,
     stream: int,

@@ -36,8 +36,11 @@ from benchmarks.schema import Record, Results
 from tests.campaigns import AT, timed
 from tests.gpu import on_gpu
 from tests.gpu import test_gpu_modules as on_modules
+from tests.gpu import test_gpu_rhn as on_rhn
 from tests.problems import Case as LayerCase
 from tests.problems import Problem, check
+from tests.rhn_problems import Case as HighwayCase
+from tests.rhn_problems import Problem as HighwayProblem
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_SOURCES = "csrc is not here: an installed wheel is under test"
@@ -416,6 +419,16 @@ def test_the_test_stage_resumes(tmp_path: Path) -> None:
 def test_module_checks_hold_on_the_cpu(name: str) -> None:
     call = on_modules.CALLS[len(name) % 3]
     on_modules.check_module("cpu", name, torch.bfloat16, call, where="cpu")
+
+
+def test_highway_checks_hold_on_the_cpu() -> None:
+    case = HighwayCase(torch.bfloat16, T=4, N=3, H=9, s_mask="untied", lengths=True)
+    on_rhn.verify(HighwayProblem(case), "bf16", "cpu")
+    p = HighwayProblem(case)
+    p.s_mask = None  # caught: the problem that is solved is not the one checked
+    got = on_gpu.on_host(on_rhn.solve_ops(on_gpu.moved(p, "cpu")))
+    with pytest.raises(AssertionError, match="beyond the rule"):
+        on_rhn.check(HighwayProblem(case), got)
 
 
 def test_layer_checks_hold_on_the_cpu() -> None:

@@ -67,6 +67,7 @@ py::list plans(const py::tuple& device, const py::tuple& problem) {
   PlanProblem q = read_problem(f);
   for (int* to : {&q.N, &q.H, &q.directions, &q.depth, &q.O}) *to = static_cast<int>(f.integer());
   q.normed = f.integer() != 0;
+  q.gate_masks = f.integer() != 0;
   f.end();
   py::list out;
   for (Plan& p : candidates(q, read_device_numbers(device))) {

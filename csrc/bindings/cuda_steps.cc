@@ -6,7 +6,7 @@ namespace fastrnn::cuda {
 namespace {
 
 // What a call is: the plan's kernel (as read_kernel's), then T, N, H, outputs of a projection or 0, directions, layer norm, addresses
-// of lengths and of reset.
+// of lengths and of reset; of a highway layer also its depth, and whether each gate has a mask of the state.
 struct Call {
   StepsProblem problem;
   bool wide = false;
@@ -27,10 +27,14 @@ Call read_call(const py::tuple& kernel, const py::tuple& shape) {
   q.normed = f.integer() != 0;
   c.lengths = static_cast<const int*>(f.address());
   c.reset = static_cast<const uint8_t*>(f.address());
+  if (is_rhn(q.cell)) {
+    q.depth = static_cast<int>(f.integer());
+    q.gate_masks = f.integer() != 0;
+  }
   f.end();
   if (q.directions < 1 || q.directions > 2) throw std::invalid_argument("fastrnn CUDA library: directions");
   if (!takes_steps(q) || (q.O && q.cell != CellKind::lstm) ||
-      (q.normed && q.cell != CellKind::lstm && q.cell != CellKind::gru))
+      (q.normed && q.cell != CellKind::lstm && q.cell != CellKind::gru) || q.depth < 1)
     throw std::invalid_argument("fastrnn CUDA library: a cell without kernels of this kind");
   c.problem = steps_problem(q);
   c.wide = units == steps_tile(true).outputs();
@@ -52,11 +56,10 @@ StepsWeights read_weights(const py::tuple& fields, int directions) {
 
 template <class Params>
 void run(int ordinal, intptr_t stream, const Call& c, Params& p, const py::tuple& weights,
-         const py::tuple& noise, intptr_t workspace) {
+         intptr_t workspace) {
   p.T = c.T;
   p.lengths = c.lengths;
   p.reset = c.reset;
-  p.noise = read_noise(noise);
   const StepsWeights w = read_weights(weights, c.problem.directions);
   py::gil_scoped_release release;
   check(select_device(ordinal), "selecting the device");
@@ -81,7 +84,8 @@ void forward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tu
     for (Rows* rows : {&d.wx, &d.y, &d.tape, &d.cells, &d.mid, &d.scales}) read_rows(f, *rows);
   }
   f.end();
-  run(ordinal, stream, c, p, weights, noise, workspace);
+  p.noise = read_noise(noise);
+  run(ordinal, stream, c, p, weights, workspace);
 }
 
 void backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
@@ -105,7 +109,44 @@ void backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::t
       read_rows(f, *rows);
   }
   f.end();
-  run(ordinal, stream, c, p, weights, noise, workspace);
+  p.noise = read_noise(noise);
+  run(ordinal, stream, c, p, weights, workspace);
+}
+
+// Highway layers, whose weights are all slabs of a direction.
+void micro_steps_forward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
+                         const py::tuple& weights, const py::tuple& directions, intptr_t workspace) {
+  const Call c = read_call(kernel, shape);
+  StepsForwardParams p;
+  Fields f(directions);
+  for (int i = 0; i < c.problem.directions; i++) {
+    StepsForwardDirection& d = p.dir[i];
+    d.reverse = i == 1;
+    d.bias = read_floats(f);
+    d.mask = f.address();
+    d.h0 = f.address();
+    d.h_n = f.address();
+    for (Rows* rows : {&d.wx, &d.y, &d.tape}) read_rows(f, *rows);
+  }
+  f.end();
+  run(ordinal, stream, c, p, weights, workspace);
+}
+
+void micro_steps_backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
+                          const py::tuple& weights, const py::tuple& directions, intptr_t workspace) {
+  const Call c = read_call(kernel, shape);
+  StepsBackwardParams p;
+  Fields f(directions);
+  for (int i = 0; i < c.problem.directions; i++) {
+    StepsBackwardDirection& d = p.dir[i];
+    d.reverse = i == 1;
+    d.mask = f.address();
+    d.dh_n = f.address();
+    d.dh0 = f.address();
+    for (Rows* rows : {&d.dy, &d.tape, &d.dgates}) read_rows(f, *rows);
+  }
+  f.end();
+  run(ordinal, stream, c, p, weights, workspace);
 }
 
 }  // namespace
@@ -113,6 +154,8 @@ void backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::t
 void bind_steps(py::module_& m) {
   m.def("steps_forward", &forward);
   m.def("steps_backward", &backward);
+  m.def("steps_rhn_forward", &micro_steps_forward);
+  m.def("steps_rhn_backward", &micro_steps_backward);
   m.def("steps_workspace_bytes", [](const py::tuple& kernel, const py::tuple& shape) {
     const Call c = read_call(kernel, shape);
     return steps_workspace_bytes(c.problem, c.wide);

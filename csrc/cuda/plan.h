@@ -36,11 +36,12 @@ struct PlanProblem {
   bool regularised = false;  // recurrent dropout or zoneout inside the kernel
   int O = 0;                 // outputs of a projection; 0: none
   bool normed = false;       // layer norm
+  bool gate_masks = false;   // a highway layer's gates have a mask of the state each
 };
 
-inline bool takes_steps(const PlanProblem& q) { return q.cell <= CellKind::rnn_relu; }
+inline bool takes_steps(const PlanProblem& q) { return q.cell <= CellKind::rnn_relu || is_rhn(q.cell); }
 inline StepsProblem steps_problem(const PlanProblem& q) {
-  return {q.cell, q.format, q.backward, q.normed, q.N, q.H, q.O, q.directions};
+  return {q.cell, q.format, q.backward, q.normed, q.N, q.H, q.O, q.directions, q.depth, q.gate_masks};
 }
 
 struct Plan {
@@ -178,6 +179,7 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
       shared_bytes(q.cell, p.tile, q.backward, q.format, p.exchange, whole_batch ? q.N : q.depth);
   if (q.O) return refuse("it has no projection");
   if (q.normed) return refuse("it has no layer norm");
+  if (q.gate_masks) return refuse("it has one mask of the state for all gates");
   if (padded > most) return refuse("its warps reduce over up to " + std::to_string(most) + " units");
   if (p.shared_bytes > device.shared_bytes)
     return refuse((whole_batch ? "statistics are over the whole batch, and with " + std::to_string(q.N) +
@@ -216,13 +218,13 @@ inline Plan steps_plan(const PlanProblem& q, const Device& device, bool wide) {
   p.groups = ceil_div(q.N, tile.rows());
   p.ctas = ceil_div(problem.matrix(0).outputs, tile.outputs());
   p.launches = 1;
-  p.of_a_step = 2 * problem.products();
+  p.of_a_step = 2 * problem.products() * q.depth;
   p.shared_bytes = tile.shared_bytes();
   if (p.shared_bytes > device.shared_bytes)
     p.refused = "a CTA has " + std::to_string(device.shared_bytes / 1024) + " KiB of shared memory";
   for (int i = 0; i < problem.products(); i++) {
     const StepsMatrix m = problem.matrix(i);
-    if (int64_t{q.directions} * q.N * std::max(m.outputs, m.inner()) > INT32_MAX)
+    if (int64_t{q.directions} * problem.parts() * q.N * std::max(m.outputs, m.inner()) > INT32_MAX)
       p.refused = "a step has more elements than 2^31";
   }
   p.step_us = steps_time(problem, tile, device.sms);

@@ -1,5 +1,6 @@
 // Launches of layers that run step by step. kGraphSteps steps are one CUDA graph, replayed along the sequence: the gap between two
-// nodes of a graph is a fraction of that between two launches, and the host is free after a few replays.
+// nodes of a graph is a fraction of that between two launches, and the host is free after a few replays. Of a highway layer they
+// are micro-steps, so that a graph has as many nodes whatever the depth, and one serves all depths.
 //
 // A graph is built once for a configuration of kernels and grids, on a device, whatever the pointers, strides and T: its kernels read
 // a block of parameters in device memory, one for each graph, and its first node writes that block from its own argument, the only
@@ -176,33 +177,34 @@ Status launch_steps(const StepsProblem& q, bool wide, Params params, const Steps
   if (const cudaError_t error =
           cudaFuncSetAttribute(k.product, cudaFuncAttributeMaxDynamicSharedMemorySize, k.tile.shared_bytes()))
     return status_of(error);
-  for (int d = 0; d < q.directions; d++)
-    for (int i = 0; i < q.products(); i++) {
-      StepsPack pack{weights.matrix[d][i], const_cast<Vec4*>(params.work[d].weights[i]), k.tile, q.matrix(i)};
-      void* arguments[] = {&pack};
-      const int64_t vectors = steps_packed_vectors(k.tile, q.matrix(i), q.format);
-      const int grid = static_cast<int>(vectors / 256 < 16384 ? (vectors + 255) / 256 : 16384);
-      if (const cudaError_t error = cudaLaunchKernel(k.pack, dim3(grid), dim3(256), arguments, 0, stream))
-        return status_of(error);
-    }
-  void* arguments[] = {&params, &workspace};
-  if (const cudaError_t error = cudaLaunchKernel(k.block, dim3(1), dim3(256), arguments, 0, stream))
-    return status_of(error);
   cudaError_t error = cudaSuccess;
+  steps_matrices(q, params, [&](int d, int i, const StepsMatrix& matrix, Vec4* packed) {
+    StepsPack pack{weights.matrix[d][i], packed, k.tile, matrix};
+    void* arguments[] = {&pack};
+    const int64_t vectors = steps_packed_vectors(k.tile, matrix, q.format);
+    const int grid = static_cast<int>(vectors / 256 < 16384 ? (vectors + 255) / 256 : 16384);
+    error = cudaLaunchKernel(k.pack, dim3(grid), dim3(256), arguments, 0, stream);
+    return error == cudaSuccess;
+  });
+  if (error) return status_of(error);
+  void* arguments[] = {&params, &workspace};
+  error = cudaLaunchKernel(k.block, dim3(1), dim3(256), arguments, 0, stream);
+  if (error) return status_of(error);
   const auto one = [&](const StepsLaunch& l, int s) {
     error = launch_one(l, workspace, s, stream);
     return error == cudaSuccess;
   };
   if (!one(program.begin, 0)) return status_of(error);
+  const int count = params.launched();
   int s = 0;
   if (capture == cudaStreamCaptureStatusNone)
-    for (; s + kGraphSteps <= params.T; s += kGraphSteps) {
+    for (; s + kGraphSteps <= count; s += kGraphSteps) {
       Params part = params;
       part.first = s;
       if (const cudaError_t failed = graphs().replay(program, k.block, part, stream))
         return status_of(failed);
     }
-  if (steps_range(program, s, params.T, one)) steps_after(program, params.T, one);
+  if (steps_range(program, s, count, one)) steps_after(program, count, one);
   return status_of(error);
 }
 

@@ -120,12 +120,12 @@ TEST(highway_layers_are_as_deep_as_shared_memory_allows) {
   q.depth = 3;
   CHECK(candidates(q, kH100).front().step_us < six.step_us);
   q.depth = 7;
-  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  for (const Plan& p : persistent(q, kH100)) CHECK(!p.possible());
   q.cell = CellKind::rhn_uncoupled, q.depth = 6;
-  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+  for (const Plan& p : persistent(q, kH100)) CHECK(!p.possible());
   q.depth = 4;
-  CHECK(candidates(q, kH100).front().possible());
-  for (const Plan& p : candidates(q, kSmall)) CHECK(!p.possible());
+  CHECK(persistent(q, kH100).front().possible());
+  for (const Plan& p : persistent(q, kSmall)) CHECK(!p.possible());
 }
 
 TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
@@ -237,9 +237,35 @@ TEST(beyond_capacity_every_step_is_launched) {
   q = PlanProblem{};
   q.N = 1 << 20, q.H = 4096;
   for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
+}
+
+TEST(highway_layers_of_any_depth_and_size) {
+  PlanProblem q;
+  const struct {
+    int N, H, depth;
+  } beyond[] = {{20, 830, 10}, {20, 1024, 5}, {8, 4096, 3}, {1, 64, 40}};
+  for (const CellKind cell : {CellKind::rhn, CellKind::rhn_uncoupled})
+    for (const Format format : {Format::bf16, Format::fp16, Format::tf32, Format::bf16x3})
+      for (const bool backward : {false, true})
+        for (const auto& b : beyond) {
+          q.cell = cell, q.format = format, q.backward = backward, q.N = b.N, q.H = b.H, q.depth = b.depth;
+          const Plan p = candidates(q, kH100).front();
+          CHECK(p.possible() && p.exchange == ExchangeKind::steps);
+          CHECK_EQ(p.of_a_step, 2 * q.depth);
+          const double us = p.step_us;
+          q.depth *= 2;
+          CHECK(candidates(q, kH100).front().step_us >= 2 * us);
+        }
+  // What stays on the chip is faster with few rows, and reading all rows in every CTA is slower with many.
   q = PlanProblem{};
-  q.cell = CellKind::rhn, q.H = 4096;
-  for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible() && p.exchange != ExchangeKind::steps);
+  q.cell = CellKind::rhn, q.H = 512, q.depth = 3, q.N = 8;
+  CHECK(candidates(q, kH100).front().exchange == ExchangeKind::sentinel);
+  q.N = 1000;
+  CHECK(candidates(q, kH100).front().exchange == ExchangeKind::steps);
+  // A mask for each gate is for these alone.
+  q.N = 8, q.gate_masks = true;
+  CHECK(candidates(q, kH100).front().exchange == ExchangeKind::steps);
+  for (const Plan& p : persistent(q, kH100)) CHECK(p.refused == "it has one mask of the state for all gates");
 }
 
 // Each weight of a product's matrix is where a lane of the tensor core looks for it, once.

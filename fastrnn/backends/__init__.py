@@ -243,7 +243,7 @@ def _cuda_need(p: Problem) -> tuple[Any, ...]:
     """The arguments of ``cuda_need.need_of``."""
     cell = "rhn_uncoupled" if p.cell == "rhn" and p.gates == 3 else p.cell
     sizes = (p.batch, p.hidden_size, p.directions, p.depth)
-    return cell, p.given or p.dtype, *sizes, _acts_in_kernel(p), p.proj_size
+    return cell, p.given or p.dtype, *sizes, _acts_in_kernel(p), p.proj_size, p.gate_masks
 
 
 def _cuda_refusal(*need: Any) -> str:
@@ -275,11 +275,6 @@ def _serves_cuda(p: Problem) -> str:
         return "torch.func transforms need operations they can see into"
     if p.process_group:
         return "its kernels see one process, statistics over a process group need collectives"
-    if p.gate_masks:
-        return (
-            "its kernels multiply one masked state by the weights of all gates, and with "
-            "tie_gate_masks=False variational_state masks it for each gate anew"
-        )
     if not p.hidden_size or not p.input_size:
         return "it has no kernels for an input or hidden size of 0"
     cell, dtype, _, *sizes = _cuda_need(p)

@@ -72,6 +72,7 @@ class Need(NamedTuple):
         regularised: recurrent dropout or zoneout act inside the kernel.
         out: outputs of a projection; 0: none.
         normed: layer norm.
+        gate_masks: each gate of a highway layer has a mask of the state of its own.
     """
 
     cell: str
@@ -83,6 +84,7 @@ class Need(NamedTuple):
     regularised: bool = False
     out: int = 0
     normed: bool = False
+    gate_masks: bool = False
 
     @property
     def extent(self) -> int:
@@ -179,8 +181,9 @@ def candidates(need: Need, backward: bool, ordinal: int, most_ctas: int = 0) -> 
         numbers = (most_ctas, *numbers[1:])
     kind = (CELLS[need.cell], _format(need.dtype), backward, need.regularised)
     # An empty batch, which only explain asks about, has the plan of one row.
-    sizes = (max(need.size, 1), need.hidden, need.directions, need.depth, need.out, need.normed)
-    return [Plan(*fields) for fields in _cuda.plans(numbers, (*kind, *sizes))]
+    sizes = (max(need.size, 1), need.hidden, need.directions, need.depth, need.out)
+    options = (need.normed, need.gate_masks)
+    return [Plan(*fields) for fields in _cuda.plans(numbers, (*kind, *sizes, *options))]
 
 
 def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan:
@@ -418,14 +421,14 @@ class Launcher:
         shape: tuple[int, ...],
         weights: tuple[int, ...],
         directions: Sequence[int],
-        noise: tuple[Any, ...],
+        *rest: Any,
     ) -> None:
         """All launches of a call by the library's function ``run``, with scratch of its own."""
         size = _cuda.steps_workspace_bytes(self.plan.kernel, shape)
         device = self._like.device
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         getattr(_cuda, run)(
-            *self.where, self.plan.kernel, shape, weights, tuple(directions), noise,
+            *self.where, self.plan.kernel, shape, weights, tuple(directions), *rest,
             workspace.data_ptr(),
         )  # fmt: skip
 

@@ -51,8 +51,11 @@ def need_of(
     depth: int,
     regularised: bool,
     out: int,
+    gate_masks: bool = False,
 ) -> Need:
     """The same for any cell."""
     if cell == "bnlstm" or cell.startswith("rhn"):
-        return Need(cell, dtype, size, hidden, directions, depth, regularised)
+        return Need(
+            cell, dtype, size, hidden, directions, depth, regularised, gate_masks=gate_masks
+        )
     return layer_need(cell, dtype, size, hidden, directions, out=out, regularised=regularised)

@@ -1,7 +1,8 @@
 """Recurrent Highway layers on the native CUDA library: the operators of ``fastrnn.ops.rhn``.
 
-All micro-steps of all steps are one launch for both directions. The input's terms, masked where
-they are, and the gradients of input and weights are torch's products over all steps at once.
+All micro-steps of all steps are one launch for both directions, or each is launched by itself; the
+tape is the same. The input's terms, masked where they are, and the gradients of input and weights
+are torch's products over all steps at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends.cuda_grid import Grid
-from fastrnn.backends.cuda_native import Launcher, Need, launcher_of, on_its_device, padded
+from fastrnn.backends.cuda_native import (
+    Launcher,
+    Need,
+    launcher_of,
+    on_its_device,
+    padded,
+    with_next_plan,
+)
 from fastrnn.backends.rows import dense
 
 __all__ = ["rhn_backward", "rhn_forward", "rhn_forward_train"]
@@ -36,16 +44,19 @@ class _Layer:
         self.bias = [weights[d * per + 2] for d in range(self.directions) if per == 3]
         self.depth, width, self.hidden = self.w_hh[0].shape
         self.gates = width // self.hidden
-        if s_mask is not None and s_mask.size(1) != 1:
+        if s_mask is not None and s_mask.size(1) not in (1, self.gates):
             raise ValueError(
-                f"s_mask: got {s_mask.size(1)} masks a direction, the CUDA kernels multiply one "
-                "masked state by the weights of all gates; expected one mask, shape (D, 1, N, H)"
+                f"s_mask: got {s_mask.size(1)} masks a direction, expected one for all gates or "
+                f"one for each, shape (D, 1, N, H) or (D, {self.gates}, N, H)"
             )
         self.x_mask = x_mask
-        # (D, N, H), in the dtype of the states that it meets.
-        self.s_mask = None if s_mask is None else s_mask[:, 0].to(x.dtype).contiguous()
+        # (D, 1 or G, N, H), in the dtype of the states that it meets.
+        self.s_mask = None if s_mask is None else s_mask.to(x.dtype).contiguous()
         cell = "rhn" if self.gates == 2 else "rhn_uncoupled"
-        self.need = Need(cell, x.dtype, size, self.hidden, self.directions, self.depth)
+        self.need = Need(
+            cell, x.dtype, size, self.hidden, self.directions, self.depth,
+            gate_masks=s_mask is not None and s_mask.size(1) > 1,
+        )  # fmt: skip
 
     def masked(self, value: Tensor, d: int, of_row: Tensor) -> list[Tensor]:
         """Rows of the input as the matrices of one gate, or of all, meet them."""
@@ -54,7 +65,27 @@ class _Layer:
         return [value * own[of_row] for own in self.x_mask[d].to(value.dtype).unbind(0)]
 
     def masked_states(self, states: Tensor) -> Tensor:
-        return states if self.s_mask is None else states * self.s_mask
+        mask = self.tied_mask()
+        return states if mask is None else states * mask
+
+    def tied_mask(self) -> Tensor | None:
+        """The mask for all gates, (D, N, H)."""
+        return None if self.s_mask is None else self.s_mask[:, 0]
+
+    def state_mask(self, d: int) -> int:
+        """Address of a direction's masks."""
+        return 0 if self.s_mask is None else self.s_mask[d].data_ptr()
+
+    def steps(self, launcher: Launcher, run: str, grid: Grid, fields: Sequence[int]) -> None:
+        """All micro-steps, launched one by one."""
+        reset = grid.reset_of(0, grid.size)
+        shape = (
+            grid.steps, grid.size, self.hidden, 0, self.directions, 0, grid.lengths_at(0),
+            0 if reset is None else reset.data_ptr(), self.depth, int(self.need.gate_masks),
+        )  # fmt: skip
+        slabs = [w.contiguous() for w in self.w_hh]
+        addresses = [a for own in slabs for a in (own.data_ptr(), 0)]
+        launcher.steps(run, shape, tuple(addresses), fields)
 
 
 def _input_terms(layer: _Layer, grid: Grid, x: Tensor) -> Tensor:
@@ -98,12 +129,21 @@ def _forward(
     gates = x.new_empty((directions, depth, grid.count, width))
     if size:
         launcher = launcher_of(layer.need, x, False, plan)
-        addresses = launcher.pack(layer.w_hh)
         wx = _input_terms(layer, grid, x)
         bias = [b.float().contiguous() for b in layer.bias]
-        h0_masked = layer.masked_states(h0)
         micro = (directions, grid.steps * depth, size)
         tape = gates.view(*micro, width) if width else None
+    if size and launcher.plan.exchange == "steps":
+        given: list[int] = []
+        for d in range(directions):
+            given += [bias[d].data_ptr() if bias else 0, layer.state_mask(d)]
+            given += [grid.state(t, d, 0) for t in (h0, h_n)]
+            given += grid.at(wx, d * layer.gates * hidden, 0) + grid.at(y, d * hidden, 0)
+            given += grid.steps_at(None if tape is None else tape[d], 0, 0)
+        layer.steps(launcher, "steps_rhn_forward", grid, given)
+    elif size:
+        addresses = launcher.pack(layer.w_hh)
+        h0_masked, mask = layer.masked_states(h0), layer.tied_mask()
         mail = None
         if launcher.plan.through_memory:
             mail = x.new_empty((*micro, padded(hidden, x.dtype)))
@@ -112,7 +152,7 @@ def _forward(
             fields: list[int] = []
             for d in range(directions):
                 fields += [addresses[d], bias[d].data_ptr() if bias else 0]
-                fields += [grid.state(t, d, first) for t in (layer.s_mask, h0, h0_masked, h_n)]
+                fields += [grid.state(t, d, first) for t in (mask, h0, h0_masked, h_n)]
                 fields += grid.at(wx, d * layer.gates * hidden, first)
                 fields += grid.at(y, d * hidden, first)
                 fields += grid.steps_at(None if tape is None else tape[d], 0, first)
@@ -123,6 +163,7 @@ def _forward(
 
 
 @on_its_device
+@with_next_plan
 def rhn_forward(
     x: Tensor,
     h0: Tensor,
@@ -141,6 +182,7 @@ def rhn_forward(
 
 
 @on_its_device
+@with_next_plan
 def rhn_forward_train(
     x: Tensor,
     h0: Tensor,
@@ -159,6 +201,7 @@ def rhn_forward_train(
 
 
 @on_its_device
+@with_next_plan
 def rhn_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -215,7 +258,16 @@ def _gate_gradients(
     if dy is not None:
         upstream = grid.spread(grid.rows.flat(dy.to(dz.dtype)).contiguous())
     dh_n = dense(dh_n)
-    addresses = launcher.pack(layer.w_hh)
+    if launcher.plan.exchange == "steps":
+        given: list[int] = []
+        for d in range(layer.directions):
+            given.append(layer.state_mask(d))
+            given += [grid.state(t, d, 0) for t in (dh_n, dh0)]
+            given += grid.at(upstream, d * hidden, 0)
+            given += grid.steps_at(tape[d], 0, 0) + grid.steps_at(dz[d], 0, 0)
+        layer.steps(launcher, "steps_rhn_backward", grid, given)
+        return dz.view(layer.directions, grid.steps, layer.depth, size, width), dh0
+    addresses, mask = launcher.pack(layer.w_hh), layer.tied_mask()
     wide = padded(hidden, dz.dtype)
     shared = launcher.plan.through_memory and wide == hidden
     mail = dz if shared else None
@@ -227,7 +279,7 @@ def _gate_gradients(
         fields: list[int] = []
         for d in range(layer.directions):
             fields += [int(shared), addresses[d]]
-            fields += [grid.state(t, d, first) for t in (layer.s_mask, dh_n, dh0)]
+            fields += [grid.state(t, d, first) for t in (mask, dh_n, dh0)]
             fields += grid.at(upstream, d * hidden, first)
             for rows in (tape, dz, mail):
                 fields += grid.steps_at(None if rows is None else rows[d], 0, first)
@@ -274,9 +326,20 @@ def _weight_gradients(
         found.append(torch.cat([torch.mm(z.t(), u) for z, u in zip(parts, operands, strict=True)]))
         # One product for each level, over all steps: (L, T*N, ..).
         by_level = dz[d].transpose(0, 1).reshape(depth, grid.steps * size, -1)
-        before = states[d] if layer.s_mask is None else states[d] * layer.s_mask[d]
-        before = before.transpose(0, 1).reshape(depth, grid.steps * size, hidden)
-        found.append(torch.bmm(by_level.transpose(1, 2), before))
+        befores = [states[d]] if layer.s_mask is None else [states[d] * m for m in layer.s_mask[d]]
+        of_gates = zip(by_level.chunk(len(befores), 2), befores, strict=True)
+        found.append(
+            torch.cat(
+                [
+                    torch.bmm(
+                        own.transpose(1, 2),
+                        before.transpose(0, 1).reshape(depth, grid.steps * size, hidden),
+                    )
+                    for own, before in of_gates
+                ],
+                1,
+            )
+        )
         if layer.bias:
             found.append(by_level.sum(1))
     return found

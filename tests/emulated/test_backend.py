@@ -152,7 +152,7 @@ def test_the_library_checks_its_fields() -> None:
     with pytest.raises(ValueError, match="too few fields"):
         native.forward(0, 0, plan.kernel, (1, 2, 8), ())
     with pytest.raises(ValueError, match="too many fields"):
-        native.plans(native.device(0), (0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0))
+        native.plans(native.device(0), (0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0))
     with pytest.raises(ValueError, match="not compiled in"):
         native.packed_bytes((*plan.kernel[:-1], 99), 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn.backends import cuda_native
 from tests.formats import FORMATS, check_in_format, choose_format
 from tests.rhn_problems import (
     Case,
@@ -55,7 +57,7 @@ def grid() -> list[tuple[Case, str]]:
             directions=draw.choice((1, 2)),
             layout=kind,
             x_mask=draw.choice(("", "tied", "untied")),
-            s_mask=draw.choice(("", "tied")),
+            s_mask=draw.choice(("", "tied", "untied")),
             lengths=lengths,
             reset=reset,
             bias=draw.random() < 0.7,
@@ -64,12 +66,85 @@ def grid() -> list[tuple[Case, str]]:
             seed=len(cases),
         )
         cases.append((case, name))
+    # Each micro-step launched by itself.
+    for layout, gates in itertools.product(LAYOUTS.values(), (2, 3)):
+        kind, lengths, reset = layout
+        name = draw.choice(list(FORMATS))
+        case = Case(
+            FORMATS[name],
+            T=draw.choice((1, 2, 4)),
+            N=draw.choice((1, 3, 9)),
+            I=3,
+            H=draw.choice((1, 8, 17, 37)),
+            depth=draw.choice((1, 2, 5)),
+            gates=gates,
+            directions=draw.choice((1, 2)),
+            layout=kind,
+            x_mask=draw.choice(("", "tied", "untied")),
+            s_mask=draw.choice(("", "tied", "untied")),
+            lengths=lengths,
+            reset=reset,
+            bias=draw.random() < 0.7,
+            recompute=draw.random() < 0.3,
+            plan="cuda,steps",
+            seed=len(cases),
+        )
+        cases.append((case, name))
     return cases
+
+
+@pytest.mark.parametrize(("H", "depth"), [(65, 2), (48, 5)])
+@pytest.mark.parametrize("gates", [2, 3])
+def test_beyond_the_persistent_kernels(
+    H: int, depth: int, gates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More units than a kernel holds, and more slabs than the shared memory of this device."""
+    numbers = cuda_native._device(0)
+    monkeypatch.setattr(cuda_native, "_device", lambda _: (numbers[0], 24 << 10, *numbers[2:]))
+    monkeypatch.setattr(cuda_native, "_chosen", {})
+    p = Problem(
+        Case(
+            T=2, N=5, H=H, depth=depth, gates=gates, directions=2, lengths=True, s_mask="tied",
+            plan="cuda",
+        )
+    )  # fmt: skip
+    verify(p, "bf16x3")
+    assert {plan.exchange for plan in cuda_native._chosen.values()} == {"steps"}
+    assert_equal_results(p.case, solve_ops(p), solve_ops(p), "second run")
+
+
+def test_the_tape_belongs_to_no_kernel() -> None:
+    """Forward by one family, backward by the other."""
+    choose_format("bf16x3")
+    case = Case(T=3, N=9, H=20, directions=2, lengths=True, reset=True, s_mask="tied", plan="cuda")
+    for kinds in (("sentinel", "steps"), ("steps", "sentinel")):
+        forwards, backwards = (
+            Problem(dataclasses.replace(case, plan=f"cuda,{kind}")) for kind in kinds
+        )
+        tape = forward_train(forwards)
+        found = backward(backwards, tape)
+        del tape["gates"]
+        check_in_format(forwards, tape | found, "bf16x3", check)
 
 
 @pytest.mark.parametrize(("case", "name"), grid(), ids=str)
 def test_layer(case: Case, name: str) -> None:
     verify(Problem(case), name)
+
+
+def test_a_refused_grid_gets_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a driver answers that shares its device with others."""
+    monkeypatch.setattr(cuda_native, "_too_large", set())
+    monkeypatch.setattr(cuda_native, "_chosen", {})
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("fastrnn CUDA library: launching: " + cuda_native._REFUSED)
+
+    monkeypatch.setattr(cuda_native._cuda, "rhn_forward", refuse)
+    monkeypatch.setattr(cuda_native._cuda, "rhn_backward", refuse)
+    verify(Problem(Case(T=3, N=3, H=17, s_mask="tied", plan="cuda")), "bf16x3")
+    assert cuda_native._too_large
+    assert {plan.exchange for plan in cuda_native._chosen.values()} == {"steps"}
 
 
 @pytest.mark.parametrize("upstream", ["y", "h_n"])
@@ -92,8 +167,6 @@ def test_gradients_not_asked_for(need: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_several_launches(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that holds one group of rows at a time, and the batch is three of them."""
-    from fastrnn.backends import cuda_native
-
     numbers = (4, *cuda_native._device(0)[1:])
     monkeypatch.setattr(cuda_native, "_device", lambda _: numbers)
     monkeypatch.setattr(cuda_native, "_chosen", {})
@@ -101,7 +174,7 @@ def test_several_launches(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = Problem(
         Case(
             torch.bfloat16, T=2, N=19, H=20, directions=2, layout=kind, lengths=lengths,
-            reset=reset, s_mask="tied", plan="cuda",
+            reset=reset, s_mask="tied", plan="cuda,sentinel",
         )
     )  # fmt: skip
     verify(p, "bf16")
@@ -125,11 +198,13 @@ def test_empty_batch() -> None:
         assert_same_bits(f"dw{i}", got[f"dw{i}"], torch.zeros_like(w))
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("coupled", [True, False])
-def test_module(coupled: bool) -> None:
+def test_module(coupled: bool, tied: bool) -> None:
     """The same masks as on every other backend, and gradients by the rule."""
     choose_format("bf16x3")
     options = {"variational_input": 0.3, "variational_state": 0.3, "couple_carry": coupled}
+    options["tie_gate_masks"] = tied
     rnn = fastrnn.RHN(3, 5, num_layers=2, depth=2, bidirectional=True, dropout=0.2, **options)
     x = torch.randn(3, 2, 3)
     results = []
@@ -147,20 +222,21 @@ def test_module(coupled: bool) -> None:
 
 
 def test_masks_for_each_gate() -> None:
-    """Of the input they are left to torch, of the state refused with the reason."""
+    """Of the input they are left to torch, of the state micro-steps are launched one by one."""
     choose_format("bf16x3")
     x = torch.randn(3, 2, 3)
-    rnn = fastrnn.RHN(3, 5, depth=2, variational_state=0.3, tie_gate_masks=False)
-    why = "variational_state masks it for each gate anew"
+    of_state = fastrnn.RHN(3, 5, depth=2, variational_state=0.3, tie_gate_masks=False)
+    of_input = fastrnn.RHN(3, 5, depth=2, variational_input=0.3, tie_gate_masks=False)
     with fastrnn.use_backend("cuda"):
-        for call in (rnn, lambda x: fastrnn.explain(rnn, x)):
-            with pytest.raises(RuntimeError, match=why):
-                call(x)
-        assert rnn.eval()(x)[0].shape == (3, 2, 5)
-        of_input = fastrnn.RHN(3, 5, depth=2, variational_input=0.3, tie_gate_masks=False)
-        assert of_input(x)[0].shape == (3, 2, 5)
-    p = Problem(Case(T=2, H=5, s_mask="untied", plan="cuda"))
-    with pytest.raises(ValueError, match="s_mask: got 2 masks a direction"):
+        assert "forward: steps, 4 launches a step" in fastrnn.explain(of_state, x).plan
+        assert "forward: sentinel, " in fastrnn.explain(of_state.eval(), x).plan
+        assert "forward: sentinel, " in fastrnn.explain(of_input, x).plan
+    p = Problem(Case(T=2, H=5, s_mask="untied", plan="cuda,sentinel"))
+    with pytest.raises(RuntimeError, match="it has one mask of the state for all gates"):
+        forward(p)
+    assert p.s_mask is not None
+    p.s_mask = p.s_mask.repeat(1, 2, 1, 1)
+    with pytest.raises(ValueError, match="s_mask: got 4 masks a direction, expected one"):
         forward(p)
 
 
@@ -173,9 +249,10 @@ def test_explain_and_too_deep() -> None:
             "tf32; forward: sentinel, 16 units x 8 rows a CTA, 1 groups x 1 CTAs"
         )
         assert "; backward: sentinel" in plan
-        deep = fastrnn.RHN(3, 64, depth=40)
-        with pytest.raises(RuntimeError, match="hidden size of 64, depth 40"):
-            deep(x)
+        deep = fastrnn.explain(fastrnn.RHN(3, 64, depth=40), x).plan
+        assert deep.startswith("tf32; forward: steps, 80 launches a step in CUDA graphs")
+    with pytest.raises(RuntimeError, match="hidden size of 64, depth 40"):
+        forward(Problem(Case(T=2, H=64, depth=40, plan="cuda,sentinel")))
 
 
 def test_gradient_of_a_gradient() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from tests.formats import check_in_format
 from tests.problems import Problem, Result, backward, check, forward, forward_train
 from tests.tolerances import assert_same_bits
 
+_P = TypeVar("_P", bound=Any)  # a problem, of whatever family
+
 FORMATS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -22,12 +25,12 @@ FORMATS = {
 }
 
 
-def moved(p: Problem, device: str = "cuda") -> Problem:
+def moved(p: _P, device: str = "cuda") -> _P:
     """The same problem with its tensors on a GPU; batch_sizes stay on the host, as torch has it."""
     assert p.batch_sizes is None or p.batch_sizes.is_cpu
     there = copy.copy(p)
-    for name in ("x", "h0", "c0", "lengths", "reset"):
-        value = getattr(p, name)
+    for name in ("x", "h0", "c0", "lengths", "reset", "x_mask", "s_mask"):
+        value = getattr(p, name, None)
         setattr(there, name, None if value is None else value.to(device))
     there.weights = [w.to(device) for w in p.weights]
     there.upstream = {key: value.to(device) for key, value in p.upstream.items()}

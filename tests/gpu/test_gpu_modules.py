@@ -6,8 +6,10 @@ a backend learns is tested from that day on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,6 +43,10 @@ MODULES: dict[str, Make] = {
     "rhn-masks": lambda **k: fastrnn.RHN(
         I, H, depth=2, variational_input=0.2, variational_state=0.3, **k
     ),
+    "rhn-gate-masks": lambda **k: fastrnn.RHN(
+        I, H, depth=2, variational_state=0.3, tie_gate_masks=False, **k
+    ),
+    "rhn-beyond": lambda **k: fastrnn.RHN(I, 256, depth=20, **k),
     "bnlstm": lambda **k: fastrnn.BNLSTM(I, H, max_length=T, **k),
     "bnlstm-both": lambda **k: fastrnn.BNLSTM(I, H, max_length=T, bidirectional=True, **k),
 }
@@ -59,6 +65,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CALLS = ("plain", "lengths", "reset")
 
 
+def _mask_on_host(like: Tensor, p: float, *shape: int) -> Tensor | None:
+    """A highway layer's mask: a GPU's generator draws others from the same seed."""
+    if not p:
+        return None
+    return nn.functional.dropout(torch.ones(shape, dtype=like.dtype), p, True).to(like.device)
+
+
 def run(module: nn.Module, x: Tensor, call: str, backend: str) -> dict[str, Tensor]:
     """Outputs and gradients; the masks are those of one seed."""
     torch.manual_seed(7)
@@ -68,7 +81,9 @@ def run(module: nn.Module, x: Tensor, call: str, backend: str) -> dict[str, Tens
     elif call == "reset":
         options["reset"] = (torch.arange(T * N) % 4 == 3).view(T, N).to(x.device)
     given = x.clone().requires_grad_()
-    with fastrnn.use_backend(backend):
+    # The function of that name stands before the module.
+    highway = patch.object(sys.modules["fastrnn.functional.rhn"], "_mask", _mask_on_host)
+    with highway, fastrnn.use_backend(backend):
         y, state = module(given, **options)
         parts = state if isinstance(state, tuple) else (state,)
         weights = torch.linspace(-1, 1, y.numel(), device=x.device).view_as(y).to(y.dtype)

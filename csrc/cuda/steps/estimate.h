@@ -20,31 +20,31 @@ struct StepsModel {
   double sm_flops_us_16bit = 5.0e6, sm_flops_us_tf32 = 2.5e6;
 };
 
-// Microseconds of a step: each product streams its weights, and every CTA its tile of both operands, from L2.
+// Microseconds of a step, all micro-steps of a highway layer: each product streams its weights, and every CTA its tile of both
+// operands, from L2.
 inline double steps_time(const StepsProblem& q, const StepsTile& tile, int sms, const StepsModel& m = {}) {
   const double element = element_bytes(q.format), passes = q.format == Format::bf16x3 ? 3 : 1;
+  const int chains = q.directions * q.parts();  // products beside each other in a launch
   double weights = 0, us = 0;
   for (int i = 0; i < q.products(); i++) {
     const StepsMatrix w = q.matrix(i);
-    weights += q.directions * element * w.outputs * w.inner();
+    weights += double(chains) * q.depth * element * w.outputs * w.inner();
   }
   for (int i = 0; i < q.products(); i++) {
     const StepsMatrix w = q.matrix(i);
-    const double ctas =
-        double(q.directions) * ceil_div(q.N, tile.rows()) * ceil_div(w.outputs, tile.outputs());
+    const double ctas = double(chains) * ceil_div(q.N, tile.rows()) * ceil_div(w.outputs, tile.outputs());
     const double waves = std::max(1.0, double(int((ctas + sms - 1) / sms)));
     const double bytes = element * w.inner() * (tile.outputs() + std::min(tile.rows(), q.N));  // of a CTA
     const double flops = 2.0 * passes * tile.outputs() * tile.rows() * w.inner();
     const double rate = q.format == Format::tf32 ? m.sm_flops_us_tf32 : m.sm_flops_us_16bit;
     double read = std::max(ctas * bytes / m.l2_bytes_us, waves * bytes / m.sm_bytes_us);
-    if (weights > m.l2_size)
-      read = std::max(read, q.directions * element * w.outputs * w.inner() / m.hbm_bytes_us);
+    if (weights > m.l2_size) read = std::max(read, chains * element * w.outputs * w.inner() / m.hbm_bytes_us);
     us += m.launch_us + m.fill_us + std::max(read, waves * flops / rate);
     // The sums, there and back, and about as much for everything else of an element.
-    const double pointwise = 4.0 * 4 * q.directions * q.N * w.outputs;
+    const double pointwise = 4.0 * 4 * chains * q.N * w.outputs;
     us += m.launch_us + m.fill_us * (q.normed ? 3 : 1) + pointwise / m.l2_bytes_us;
   }
-  return us;
+  return q.depth * us;
 }
 
 }  // namespace fastrnn::cuda

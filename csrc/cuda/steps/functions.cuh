@@ -19,12 +19,23 @@ void steps_product_functions(StepsKernels& k) {
   k.pack = address_of(&steps_pack_kernel<D>);
 }
 
-// D: a format that stores tensors as the problem's does; the pointwise part knows nothing else of it.
+// What all cells have. D: a format that stores tensors as the problem's does; the pointwise part knows nothing else of it.
+template <class D>
+void steps_forward_ends(StepsKernels& k) {
+  k.block = address_of(&steps_block_kernel<StepsForwardParams>);
+  k.begin = address_of(&steps_begin_forward_kernel<D>);
+}
+template <class D>
+void steps_backward_ends(StepsKernels& k) {
+  k.block = address_of(&steps_block_kernel<StepsBackwardParams>);
+  k.begin = address_of(&steps_begin_backward_kernel<D>);
+  k.end = address_of(&steps_end_backward_kernel<D>);
+}
+
 template <class Cell, class D, int RowThreads, bool kLinear = false>
 void steps_forward_functions(StepsKernels& k) {
   k.row_threads = RowThreads;
-  k.block = address_of(&steps_block_kernel<StepsForwardParams>);
-  k.begin = address_of(&steps_begin_forward_kernel<D>);
+  steps_forward_ends<D>(k);
   k.phase[0] = address_of(&steps_forward_kernel<Cell, D, 0, kLinear>);
   if constexpr (Cell::kPhases == 2) k.phase[1] = address_of(&steps_forward_kernel<Cell, D, 1, kLinear>);
   if constexpr (Cell::kHasCell) k.projection = address_of(&steps_forward_projection_kernel<D, kLinear>);
@@ -34,9 +45,7 @@ void steps_forward_functions(StepsKernels& k) {
 template <class Cell, class D, int RowThreads, bool kLinear = false>
 void steps_backward_functions(StepsKernels& k) {
   k.row_threads = RowThreads;
-  k.block = address_of(&steps_block_kernel<StepsBackwardParams>);
-  k.begin = address_of(&steps_begin_backward_kernel<D>);
-  k.end = address_of(&steps_end_backward_kernel<D>);
+  steps_backward_ends<D>(k);
   k.phase[0] = address_of(&steps_backward_kernel<Cell, D, 0, kLinear>);
   if constexpr (Cell::kPhases == 2) k.phase[1] = address_of(&steps_backward_kernel<Cell, D, 1, kLinear>);
   if constexpr (Cell::kHasCell) k.projection = address_of(&steps_backward_projection_kernel<D, kLinear>);

@@ -41,8 +41,12 @@ steps_begin_forward_kernel(const StepsForwardParams* __restrict__ block, int) {
     const Draw draw(p.noise, d.reverse);
     if (draw.is(DropKind::state)) h *= draw.drop(first, n, j);
     if (reset_at(p, first, n)) h = 0.f;
-    for (void* operand : w.operand)
-      D::store(static_cast<Elem*>(operand) + static_cast<int64_t>(n) * p.product[0].inner + j, h);
+    for (int part = 0; part < p.parts; part++) {
+      const int64_t row = static_cast<int64_t>(part) * p.N + n;
+      float v = h;
+      if (d.mask && j < p.O) v *= D::load(static_cast<const Elem*>(d.mask) + row * p.O + j);
+      for (void* operand : w.operand) D::store(static_cast<Elem*>(operand) + row * p.product[0].inner + j, v);
+    }
   });
   each_element(p, p.product[1].inner, [&](int direction, int n, int j) {
     D::store(static_cast<Elem*>(p.work[direction].middle) + static_cast<int64_t>(n) * p.product[1].inner + j,
@@ -62,13 +66,15 @@ FASTRNN_KERNEL(256)
 steps_begin_backward_kernel(const StepsBackwardParams* __restrict__ block, int) {
   using Elem = typename D::Elem;
   const StepsBackwardParams& p = *block;
-  for (int which = 0; which < 2; which++)
-    each_element(p, p.product[which].inner, [&](int direction, int n, int j) {
+  for (int which = 0; which < 2; which++) {
+    const int width = p.product[which].inner * p.parts;
+    each_element(p, width, [&](int direction, int n, int j) {
       const StepsWork& w = p.work[direction];
-      const int64_t at = static_cast<int64_t>(n) * p.product[which].inner + j;
+      const int64_t at = static_cast<int64_t>(n) * width + j;
       if (which) return D::store(static_cast<Elem*>(w.middle) + at, 0.f);
       for (void* operand : w.operand) D::store(static_cast<Elem*>(operand) + at, 0.f);
     });
+  }
   const auto state = [](const void* from, float* to, int64_t at) {
     to[at] = from ? D::load(static_cast<const Elem*>(from) + at) : 0.f;
   };

@@ -187,13 +187,14 @@ class Product {
 // Tiles of one output block over all rows lie side by side in the grid: they run together and share its weights in L2.
 template <class T>
 struct ProductPlace {
-  int direction, tile, first_row;
-  FASTRNN_DEVICE ProductPlace(int outputs, int rows) {
+  int direction, part, tile, first_row;
+  FASTRNN_DEVICE ProductPlace(int outputs, int rows, int parts) {
     const int row_tiles = ceil_div(rows, T::kRows), tiles = ceil_div(outputs, T::kOutputs);
     const int block = prim::block_index();
     first_row = block % row_tiles * T::kRows;
     tile = block / row_tiles % tiles;
-    direction = block / row_tiles / tiles;
+    part = block / row_tiles / tiles % parts;
+    direction = block / row_tiles / tiles / parts;
   }
 };
 
@@ -204,11 +205,16 @@ steps_product_kernel(const StepsParams* __restrict__ p, int step, int which) {
   if constexpr (Product<D, T>::kAvailable) {
     const StepsProduct shape = p->product[which];
     const int rows = p->N;
-    const ProductPlace<T> place(shape.outputs, rows);
+    const ProductPlace<T> place(shape.outputs, rows, p->parts);
     const StepsWork& work = p->work[place.direction];
-    Product<D, T> product(work.weights[which], which ? work.middle : work.operand[(p->first + step) & 1],
-                          shape, rows, place.tile, place.first_row);
-    float* const sums = work.sums;
+    const int s = p->first + step, level = mutated(Mutation::one_slab) ? 0 : s % p->depth;
+    const int64_t of_part = static_cast<int64_t>(place.part) * rows;
+    const auto* const operand =
+        static_cast<const typename D::Elem*>(which ? work.middle : work.operand[s & 1]);
+    Product<D, T> product(
+        work.weights[which] + (static_cast<int64_t>(level) * p->parts + place.part) * p->part_vectors,
+        operand + of_part * shape.inner, shape, rows, place.tile, place.first_row);
+    float* const sums = work.sums + of_part * shape.outputs;
     product.run();
     for (int e = prim::thread_index(); e < T::kOutputs * T::kRows; e += T::kThreads) {
       const int output = e % T::kOutputs, row = e / T::kOutputs;

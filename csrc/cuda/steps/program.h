@@ -14,11 +14,20 @@ struct StepsProblem {
   bool backward = false, normed = false;
   int N = 1, H = 1, O = 0;  // O: outputs of a projection; 0: none
   int directions = 1;
+  int depth = 1;            // micro-steps of a highway layer
+  bool gate_masks = false;  // and a mask of its state for each gate
+  int parts() const { return gate_masks ? cell_shape(cell).gates : 1; }
   bool projected() const { return O > 0; }
   int outputs() const { return O ? O : H; }
   int products() const { return steps_products(cell, projected()); }
-  StepsMatrix matrix(int which) const {
-    return steps_matrix(cell, backward, projected(), format, H, outputs(), which);
+  // level: of a highway layer's micro-steps, in the order in which a step's launches use their slabs: the product before a
+  // micro-step of backward is that of the micro-step walked before it.
+  StepsMatrix matrix(int which, int level = 0, int part = 0) const {
+    StepsMatrix m = steps_matrix(cell, backward, projected(), format, H, outputs(), which);
+    if (gate_masks) m.values = 1, m.outputs = H;
+    const int slab = backward ? (depth - level) % depth : level;
+    m.first_row += (slab * cell_shape(cell).gates + part) * H;
+    return m;
   }
 };
 
@@ -63,7 +72,8 @@ inline StepsLaunch product(const StepsKernels& k, const StepsProblem& q, int whi
   StepsLaunch l;
   l.function = k.product;
   l.block = k.tile.threads();
-  l.grid = q.directions * ceil_div(q.N, k.tile.rows()) * ceil_div(q.matrix(which).outputs, k.tile.outputs());
+  l.grid = q.directions * q.parts() * ceil_div(q.N, k.tile.rows()) *
+           ceil_div(q.matrix(which).outputs, k.tile.outputs());
   l.shared_bytes = k.tile.shared_bytes();
   l.which = which;
   return l;
@@ -118,6 +128,20 @@ bool steps_after(const StepsProgram& p, int T, const Launch& launch) {
   return !p.has_end || launch(p.end, T);
 }
 
+// Calls pack(direction, product, matrix, packed) for all weights, in a workspace that is bound; false ends it.
+template <class Pack>
+bool steps_matrices(const StepsProblem& q, const StepsParams& p, const Pack& pack) {
+  for (int d = 0; d < q.directions; d++)
+    for (int i = 0; i < q.products(); i++)
+      for (int level = 0; level < q.depth; level++)
+        for (int part = 0; part < q.parts(); part++) {
+          const int64_t at = (int64_t{level} * q.parts() + part) * p.part_vectors;
+          if (!pack(d, i, q.matrix(i, level, part), const_cast<Vec4*>(p.work[d].weights[i]) + at))
+            return false;
+        }
+  return true;
+}
+
 // The workspace: the block, then what StepsWork lists. With a null workspace only counted.
 inline size_t steps_bind(const StepsProblem& q, const StepsTile& tile, StepsParams* p, void* workspace) {
   char* const base = static_cast<char*>(workspace);
@@ -138,6 +162,10 @@ inline size_t steps_bind(const StepsProblem& q, const StepsTile& tile, StepsPara
   out.directions = q.directions;
   out.projected = q.projected();
   out.normed = q.normed;
+  out.depth = q.depth;
+  out.parts = q.parts();
+  out.part_vectors = steps_packed_vectors(tile, q.matrix(0), q.format);
+  const size_t parts = q.parts(), slabs = parts * q.depth;
   size_t widest = 0;
   for (int i = 0; i < q.products(); i++) {
     const StepsMatrix m = q.matrix(i);
@@ -147,10 +175,10 @@ inline size_t steps_bind(const StepsProblem& q, const StepsTile& tile, StepsPara
   for (int d = 0; d < q.directions; d++) {
     StepsWork& w = out.work[d];
     for (int i = 0; i < q.products(); i++)
-      w.weights[i] = static_cast<Vec4*>(take(steps_packed_vectors(tile, q.matrix(i), q.format) * 16));
-    for (void*& operand : w.operand) operand = take(N * out.product[0].inner * element);
+      w.weights[i] = static_cast<Vec4*>(take(slabs * steps_packed_vectors(tile, q.matrix(i), q.format) * 16));
+    for (void*& operand : w.operand) operand = take(parts * N * out.product[0].inner * element);
     w.middle = take(N * out.product[1].inner * element);
-    w.sums = static_cast<float*>(take(N * widest * 4));
+    w.sums = static_cast<float*>(take(parts * N * widest * 4));
     w.h = static_cast<float*>(take(N * O * 4));
     w.c = q.cell == CellKind::lstm ? static_cast<float*>(take(N * H * 4)) : nullptr;
     w.held = static_cast<float*>(take(cell.phases == 2 ? N * H * 4 : 0));
