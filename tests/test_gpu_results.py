@@ -33,8 +33,10 @@ from benchmarks.gpu import (
 from benchmarks.gpu.clock import HostClock
 from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, Stop
 from benchmarks.schema import Record, Results
+from tests.bnlstm_problems import BNCase, BNProblem
 from tests.campaigns import AT, timed
 from tests.gpu import on_gpu
+from tests.gpu import test_gpu_bnlstm as on_bnlstm
 from tests.gpu import test_gpu_modules as on_modules
 from tests.problems import Case as LayerCase
 from tests.problems import Problem, check
@@ -416,6 +418,16 @@ def test_the_test_stage_resumes(tmp_path: Path) -> None:
 def test_module_checks_hold_on_the_cpu(name: str) -> None:
     call = on_modules.CALLS[len(name) % 3]
     on_modules.check_module("cpu", name, torch.bfloat16, call, where="cpu")
+
+
+def test_batch_norm_checks_hold_on_the_cpu() -> None:
+    case = BNCase(torch.bfloat16, T=4, N=3, H=9, lengths=True, reset=True)
+    on_bnlstm.verify(BNProblem(case), "bf16", "cpu")
+    p = BNProblem(case)
+    p.weights[1] = p.weights[1] * 2  # caught: the problem that is solved is not the one checked
+    got = on_gpu.on_host(on_bnlstm.solve_ops(on_bnlstm.on_device(p, "cpu")))
+    with pytest.raises(AssertionError, match="beyond the rule"):
+        on_bnlstm.check(BNProblem(case), got)
 
 
 def test_layer_checks_hold_on_the_cpu() -> None:

@@ -52,11 +52,14 @@ StepsWeights read_weights(const py::tuple& fields, int directions) {
 
 template <class Params>
 void run(int ordinal, intptr_t stream, const Call& c, Params& p, const py::tuple& weights,
-         const py::tuple& noise, intptr_t workspace) {
+         intptr_t workspace) {
+  const bool batch_norm =
+      std::is_same<Params, StepsBnForwardParams>::value || std::is_same<Params, StepsBnBackwardParams>::value;
+  if (batch_norm != (c.problem.cell == CellKind::bnlstm))
+    throw std::invalid_argument("fastrnn CUDA library: a kernel of other parameters");
   p.T = c.T;
   p.lengths = c.lengths;
   p.reset = c.reset;
-  p.noise = read_noise(noise);
   const StepsWeights w = read_weights(weights, c.problem.directions);
   py::gil_scoped_release release;
   check(select_device(ordinal), "selecting the device");
@@ -81,7 +84,8 @@ void forward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tu
     for (Rows* rows : {&d.wx, &d.y, &d.tape, &d.cells, &d.mid, &d.scales}) read_rows(f, *rows);
   }
   f.end();
-  run(ordinal, stream, c, p, weights, noise, workspace);
+  p.noise = read_noise(noise);
+  run(ordinal, stream, c, p, weights, workspace);
 }
 
 void backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
@@ -105,7 +109,23 @@ void backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::t
       read_rows(f, *rows);
   }
   f.end();
-  run(ordinal, stream, c, p, weights, noise, workspace);
+  p.noise = read_noise(noise);
+  run(ordinal, stream, c, p, weights, workspace);
+}
+
+// Batch-normalised LSTM: the fields of its persistent kernels, of which weights and mail are not read.
+template <class Params, bool kBackward>
+void bnlstm(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
+            const py::tuple& weights, const py::tuple& directions, const py::tuple& options,
+            intptr_t workspace) {
+  const Call c = read_call(kernel, shape);
+  if (c.problem.backward != kBackward)
+    throw std::invalid_argument("fastrnn CUDA library: a kernel of other parameters");
+  Params p;
+  p.directions = c.problem.directions;
+  read_batch_norm(directions, options, p);
+  if constexpr (!kBackward) p.wx_is_float = true;
+  run(ordinal, stream, c, p, weights, workspace);
 }
 
 }  // namespace
@@ -113,6 +133,8 @@ void backward(int ordinal, intptr_t stream, const py::tuple& kernel, const py::t
 void bind_steps(py::module_& m) {
   m.def("steps_forward", &forward);
   m.def("steps_backward", &backward);
+  m.def("steps_bnlstm_forward", &bnlstm<StepsBnForwardParams, false>);
+  m.def("steps_bnlstm_backward", &bnlstm<StepsBnBackwardParams, true>);
   m.def("steps_workspace_bytes", [](const py::tuple& kernel, const py::tuple& shape) {
     const Call c = read_call(kernel, shape);
     return steps_workspace_bytes(c.problem, c.wide);

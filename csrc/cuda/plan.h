@@ -38,7 +38,9 @@ struct PlanProblem {
   bool normed = false;       // layer norm
 };
 
-inline bool takes_steps(const PlanProblem& q) { return q.cell <= CellKind::rnn_relu; }
+inline bool takes_steps(const PlanProblem& q) {
+  return q.cell <= CellKind::rnn_relu || q.cell == CellKind::bnlstm;
+}
 inline StepsProblem steps_problem(const PlanProblem& q) {
   return {q.cell, q.format, q.backward, q.normed, q.N, q.H, q.O, q.directions};
 }

@@ -8,11 +8,14 @@ namespace fastrnn::cuda {
 void steps_products(StepsKernels& k, Format format, bool wide);
 void steps_forward(StepsKernels& k, CellKind cell, Format format);
 void steps_backward(StepsKernels& k, CellKind cell, Format format);
+void steps_bnlstm(StepsKernels& k, bool backward, Format format);
 
 inline StepsKernels steps_kernels(const StepsProblem& q, bool wide) {
   StepsKernels k;
   steps_products(k, q.format, wide);
-  if (q.backward)
+  if (q.cell == CellKind::bnlstm)
+    steps_bnlstm(k, q.backward, q.format);
+  else if (q.backward)
     steps_backward(k, q.cell, q.format);
   else
     steps_forward(k, q.cell, q.format);
