@@ -173,13 +173,13 @@ def test_beyond_the_persistent_kernels(rows: bool) -> None:
     choose_format("bf16x3")
     case = BNCase(T=2, N=9, H=65, directions=2, lengths=True, plan="cuda")
     if rows:
-        case = dataclasses.replace(case, N=450, H=5, directions=1)
+        case = dataclasses.replace(case, N=900, H=5, directions=1)
     verify(BNProblem(case), "bf16x3")
     need = cuda_native.Need("bnlstm", torch.float32, case.N, case.H, case.directions)
     for back in (False, True):
         assert cuda_native.choose(need, back, 0).exchange == "steps"
         (why,) = refusals(need, back)
-        assert ("statistics are over the whole batch, and with 450 rows" in why) == rows, why
+        assert ("statistics are over the whole batch, and with 900 rows" in why) == rows, why
         assert ("its warps reduce over up to" in why) != rows, why
 
 
