@@ -1,4 +1,6 @@
 // Layers that run step by step: the part of the CUDA module that fastrnn/backends/cuda_steps.py calls.
+#include <type_traits>
+
 #include "../cuda/steps/launch.h"
 #include "cuda.h"
 
