@@ -167,3 +167,23 @@ def steps_backward(
     noise: tuple[float, ...],
     workspace: int,
 ) -> None: ...
+def steps_bnlstm_forward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    directions: tuple[int, ...],
+    options: tuple[float, ...],
+    workspace: int,
+) -> None: ...
+def steps_bnlstm_backward(
+    ordinal: int,
+    stream: int,
+    kernel: tuple[int, ...],
+    shape: tuple[int, ...],
+    weights: tuple[int, ...],
+    directions: tuple[int, ...],
+    options: tuple[float, ...],
+    workspace: int,
+) -> None: ...

@@ -67,6 +67,11 @@ def test_kernels_of_single_steps_are_named(gate):
         "_ZN7fastrnn4cuda24steps_forward_row_kernelINS0_4LstmENS0_4Fp16ELi512ELb0EEEvPKNS0_"
         "18StepsForwardParamsEi"
     )
+    columns = (
+        "_ZN7fastrnn4cuda29steps_backward_columns_kernelINS0_4Bf16ELi8ELi512ELb0EEEvPKNS0_"
+        "21StepsBnBackwardParamsEi"
+    )
+    assert gate.short(columns) == "steps_backward_columns Bf16 <8,512>"
     assert gate.short(product) == "steps_product Bf16 <4,4,1,2,4,4,4>"
     assert gate.short(row) == "steps_forward_row Lstm Fp16 <512>"
 

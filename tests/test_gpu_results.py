@@ -33,8 +33,10 @@ from benchmarks.gpu import (
 from benchmarks.gpu.clock import HostClock
 from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, Stop
 from benchmarks.schema import Record, Results
+from tests.bnlstm_problems import BNCase, BNProblem
 from tests.campaigns import AT, timed
 from tests.gpu import on_gpu
+from tests.gpu import test_gpu_bnlstm as on_bnlstm
 from tests.gpu import test_gpu_modules as on_modules
 from tests.gpu import test_gpu_rhn as on_rhn
 from tests.problems import Case as LayerCase
@@ -429,6 +431,16 @@ def test_highway_checks_hold_on_the_cpu() -> None:
     got = on_gpu.on_host(on_rhn.solve_ops(on_gpu.moved(p, "cpu")))
     with pytest.raises(AssertionError, match="beyond the rule"):
         on_rhn.check(HighwayProblem(case), got)
+
+
+def test_batch_norm_checks_hold_on_the_cpu() -> None:
+    case = BNCase(T=4, N=3, H=9, lengths=True, reset=True)
+    on_bnlstm.verify(BNProblem(case), "bf16x3", "cpu")
+    p = BNProblem(case)
+    p.weights[1] = p.weights[1] * 2  # caught: the problem that is solved is not the one checked
+    got = on_gpu.on_host(on_bnlstm.solve_ops(on_bnlstm.on_device(p, "cpu")))
+    with pytest.raises(AssertionError, match="beyond the rule"):
+        on_bnlstm.check(BNProblem(case), got)
 
 
 def test_layer_checks_hold_on_the_cpu() -> None:

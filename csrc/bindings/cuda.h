@@ -79,6 +79,25 @@ Noise read_noise(const py::tuple& fields);
 void read_forward(const py::tuple& directions, ForwardParams& p);
 void read_backward(const py::tuple& directions, BackwardParams& p);
 
+// Of a batch-normalised LSTM, persistent or step by step: a direction's fields, then the address of the counts of live rows, eps,
+// whether statistics are the batch's.
+void read_direction(Fields& f, BnLstmForwardDirection& d);
+void read_direction(Fields& f, BnLstmBackwardDirection& d);
+template <class Params>
+void read_batch_norm(const py::tuple& directions, const py::tuple& options, Params& p) {
+  Fields f(directions);
+  for (int i = 0; i < p.directions; i++) {
+    p.dir[i].reverse = i == 1;
+    read_direction(f, p.dir[i]);
+  }
+  f.end();
+  Fields o(options);
+  p.alive = static_cast<const int*>(o.address());
+  p.eps = static_cast<float>(o.real());
+  p.batch = o.integer() != 0;
+  o.end();
+}
+
 template <class Params>
 void start(int ordinal, intptr_t stream, const Kernel& kernel, const Params& params) {
   py::gil_scoped_release release;

@@ -1,4 +1,6 @@
 // Layers that run step by step: the part of the CUDA module that fastrnn/backends/cuda_steps.py calls.
+#include <type_traits>
+
 #include "../cuda/steps/launch.h"
 #include "cuda.h"
 
@@ -33,7 +35,7 @@ Call read_call(const py::tuple& kernel, const py::tuple& shape) {
   }
   f.end();
   if (q.directions < 1 || q.directions > 2) throw std::invalid_argument("fastrnn CUDA library: directions");
-  if (!takes_steps(q) || (q.O && q.cell != CellKind::lstm) ||
+  if ((q.O && q.cell != CellKind::lstm) ||
       (q.normed && q.cell != CellKind::lstm && q.cell != CellKind::gru) || q.depth < 1)
     throw std::invalid_argument("fastrnn CUDA library: a cell without kernels of this kind");
   c.problem = steps_problem(q);
@@ -57,6 +59,10 @@ StepsWeights read_weights(const py::tuple& fields, int directions) {
 template <class Params>
 void run(int ordinal, intptr_t stream, const Call& c, Params& p, const py::tuple& weights,
          intptr_t workspace) {
+  const bool batch_norm =
+      std::is_same<Params, StepsBnForwardParams>::value || std::is_same<Params, StepsBnBackwardParams>::value;
+  if (batch_norm != (c.problem.cell == CellKind::bnlstm))
+    throw std::invalid_argument("fastrnn CUDA library: a kernel of other parameters");
   p.T = c.T;
   p.lengths = c.lengths;
   p.reset = c.reset;
@@ -149,6 +155,21 @@ void micro_steps_backward(int ordinal, intptr_t stream, const py::tuple& kernel,
   run(ordinal, stream, c, p, weights, workspace);
 }
 
+// Batch-normalised LSTM: the fields of its persistent kernels, of which weights and mail are not read.
+template <class Params, bool kBackward>
+void bnlstm(int ordinal, intptr_t stream, const py::tuple& kernel, const py::tuple& shape,
+            const py::tuple& weights, const py::tuple& directions, const py::tuple& options,
+            intptr_t workspace) {
+  const Call c = read_call(kernel, shape);
+  if (c.problem.backward != kBackward)
+    throw std::invalid_argument("fastrnn CUDA library: a kernel of other parameters");
+  Params p;
+  p.directions = c.problem.directions;
+  read_batch_norm(directions, options, p);
+  if constexpr (!kBackward) p.wx_is_float = true;
+  run(ordinal, stream, c, p, weights, workspace);
+}
+
 }  // namespace
 
 void bind_steps(py::module_& m) {
@@ -156,6 +177,8 @@ void bind_steps(py::module_& m) {
   m.def("steps_backward", &backward);
   m.def("steps_rhn_forward", &micro_steps_forward);
   m.def("steps_rhn_backward", &micro_steps_backward);
+  m.def("steps_bnlstm_forward", &bnlstm<StepsBnForwardParams, false>);
+  m.def("steps_bnlstm_backward", &bnlstm<StepsBnBackwardParams, true>);
   m.def("steps_workspace_bytes", [](const py::tuple& kernel, const py::tuple& shape) {
     const Call c = read_call(kernel, shape);
     return steps_workspace_bytes(c.problem, c.wide);

@@ -222,5 +222,13 @@ Status launch(const StepsProblem& problem, bool wide, const StepsBackwardParams&
               const StepsWeights& weights, void* workspace, void* stream) {
   return launch_steps(problem, wide, params, weights, workspace, stream);
 }
+Status launch(const StepsProblem& problem, bool wide, const StepsBnForwardParams& params,
+              const StepsWeights& weights, void* workspace, void* stream) {
+  return launch_steps(problem, wide, params, weights, workspace, stream);
+}
+Status launch(const StepsProblem& problem, bool wide, const StepsBnBackwardParams& params,
+              const StepsWeights& weights, void* workspace, void* stream) {
+  return launch_steps(problem, wide, params, weights, workspace, stream);
+}
 
 }  // namespace fastrnn::cuda

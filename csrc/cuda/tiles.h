@@ -85,3 +85,6 @@
 #define FASTRNN_STEPS_WIDE 8, 16, 2, 4, 1, 2, 3
 // Threads of a layer-normalised row.
 #define FASTRNN_STEPS_ROW_THREADS 512
+// A batch-normalised step: adjacent units of a CTA, and its threads. Eight units are a 32-byte sector of fp32, and of most layers
+// as many CTAs as there are SMs.
+#define FASTRNN_STEPS_COLUMNS 8, 512

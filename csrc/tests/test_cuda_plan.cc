@@ -134,7 +134,7 @@ TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
   const auto most_rows = [&q](const Device& device) {
     int most = 0;
     for (q.N = 1; q.N <= 300; q.N++) {
-      const Plan p = candidates(q, device).front();
+      const Plan p = persistent(q, device).front();
       if (!p.possible()) continue;
       most = q.N;
       CHECK_EQ(p.groups * p.launches, 1);
@@ -154,13 +154,36 @@ TEST(batch_statistics_need_the_whole_batch_in_a_cta) {
         if (H <= 128) CHECK(most_rows(kSmall) >= 64);
       }
   q.N = 300;
-  for (const Plan& p : candidates(q, kH100)) {
+  for (const Plan& p : persistent(q, kH100)) {
     const bool wide = p.refused.find("its warps reduce") != std::string::npos;
     CHECK(wide || p.refused.find("statistics are over the whole batch, and with 300 rows") == 0);
   }
   q.N = 64, q.H = 100, q.format = Format::bf16;
   CHECK_EQ(candidates(q, kH100).front().tile.rows(), 64);
   q.H = 513;
+  for (const Plan& p : persistent(q, kH100)) CHECK(!p.possible());
+}
+TEST(batch_statistics_of_more_rows_are_made_step_by_step) {
+  PlanProblem q;
+  q.cell = CellKind::bnlstm;
+  for (const bool backward : {false, true})
+    for (const Device& device : {kH100, kA100, kSmall})
+      for (const auto& [N, H] : {std::pair<int, int>{1, 513}, {1000, 100}, {5000, 33}, {64, 4096}}) {
+        q.backward = backward, q.N = N, q.H = H;
+        const Plan p = candidates(q, device).front();
+        CHECK(p.possible() && p.exchange == ExchangeKind::steps);
+        CHECK_EQ(p.of_a_step, 2);
+      }
+  q.N = 64, q.H = 100;
+  const Plan persistent_one = candidates(q, kH100).front();
+  CHECK(persistent_one.exchange == ExchangeKind::sentinel);
+  // More rows and more units take longer, and there is a pass over the rows for each kind of sum.
+  const auto step_us = [&q](int N, int H) {
+    q.N = N, q.H = H;
+    return steps_plan(q, kH100, false).step_us;
+  };
+  CHECK(step_us(300, 512) < step_us(3000, 512) && step_us(300, 512) < step_us(300, 4096));
+  q.N = 1 << 20, q.H = 4096;
   for (const Plan& p : candidates(q, kH100)) CHECK(!p.possible());
 }
 
@@ -307,6 +330,7 @@ TEST(packing_of_products_round_trips) {
   for (const bool backward : {false, true})
     for (int H = 1; H <= 70; H += 9) {
       for (int cell = 0; cell < 5; cell++) steps_round_trip(static_cast<CellKind>(cell), backward, H, 0, 0);
+      steps_round_trip(CellKind::bnlstm, backward, H, 0, 0);
       steps_round_trip(CellKind::gru_reset_before, backward, H, 0, 1);
       for (const int which : {0, 1}) steps_round_trip(CellKind::lstm, backward, H, 21, which);
     }

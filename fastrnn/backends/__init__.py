@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.compiler import is_compiling
 
 from fastrnn.backends import torch_nn
 from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, choose, refusal
@@ -252,15 +251,8 @@ def _cuda_refusal(*need: Any) -> str:
     return cuda_native.refusal(cuda_need.need_of(*need))
 
 
-def _cuda_most_rows(*need: Any) -> int:
-    from fastrnn.backends import cuda_native, cuda_need
-
-    return cuda_native.most_rows(cuda_need.need_of(*need))
-
-
-# As _constant, for each of their arguments.
+# As _constant, for each of its arguments.
 _cuda_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_cuda_most_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _serves_cuda(p: Problem) -> str:
@@ -278,18 +270,7 @@ def _serves_cuda(p: Problem) -> str:
     if not p.hidden_size or not p.input_size:
         return "it has no kernels for an input or hidden size of 0"
     cell, dtype, _, *sizes = _cuda_need(p)
-    why = _cuda_refusal(cell, dtype, 1, *sizes)
-    if why or cell != "bnlstm":
-        return why
-    if p.packed and is_compiling():
-        return ""  # a trace does not know the batch of packed rows; the operator will refuse
-    most = _cuda_most_rows(cell, dtype, 1, *sizes)
-    if p.batch > most:
-        return (
-            f"statistics are over the whole batch, of which its kernels take up to {most} rows "
-            f"with a hidden size of {p.hidden_size}: got {p.batch}"
-        )
-    return ""
+    return _cuda_refusal(cell, dtype, 1, *sizes)
 
 
 def cuda_plan(p: Problem) -> str:

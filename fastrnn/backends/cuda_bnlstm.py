@@ -1,9 +1,10 @@
 """Batch-normalised LSTM layers on the native CUDA library: the operators of ``fastrnn.ops.bnlstm``.
 
 The input term is normalised here, over all steps at once; statistics of the recurrent term and of
-the cell are made inside the one launch. Sums over rows that are no recurrence are torch's.
-Statistics, cells and sums are float32, the tape is in the tensors' dtype: activated gates, the
-normalised recurrent term and the normalised input term, (T * N, 12 * H) by time.
+the cell are made inside the one launch or, where it cannot hold the layer, inside those of each
+step, with the same tape. Sums over rows that are no recurrence are torch's. Statistics, cells and
+sums are float32, the tape is in the tensors' dtype: activated gates, the normalised recurrent term
+and the normalised input term, (T * N, 12 * H) by time.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def bnlstm_forward(
             launcher, layer, grid, per, given, used if known else None,
             (h0, c0, h_n, c_n), wx, y, tape if record else None, cells,
         )  # fmt: skip
-        launcher.start("bnlstm_forward", grid, (0, size), fields, _options(steps, eps, batch_stats))
+        _run("bnlstm_forward", launcher, layer, grid, fields, _options(steps, eps, batch_stats))
     y = grid.gather(y).view(*x.shape[:-1], directions * hidden)
     found = x.new_empty(0, dtype=torch.float32) if cells is None else grid.gather(cells).view_as(y)
     return y, h_n, c_n, found, tape, used[0], used[1], used[2]
@@ -178,6 +179,35 @@ def bnlstm_forward(
 
 def _options(steps: _Steps, eps: float, batch_stats: bool) -> tuple[int, float, bool]:
     return 0 if steps.alive is None else steps.alive.data_ptr(), eps, batch_stats
+
+
+def _run(
+    name: str,
+    launcher: Launcher,
+    layer: _Layer,
+    grid: Grid,
+    fields: list[int],
+    options: tuple[int, float, bool],
+) -> None:
+    """The one launch of a persistent kernel, or all launches step by step."""
+    if launcher.plan.exchange != "steps":
+        return launcher.start(name, grid, (0, grid.size), fields, options)
+    reset = grid.reset_of(0, grid.size)
+    shape = (
+        grid.steps, grid.size, layer.hidden, 0, layer.directions, False, grid.lengths_at(0),
+        0 if reset is None else reset.data_ptr(),
+    )  # fmt: skip
+    matrices = [launcher.keep(m.contiguous()) for m in layer.w_hh]
+    weights = tuple(a for m in matrices for a in (m.data_ptr(), 0))
+    launcher.steps("steps_" + name, shape, weights, fields, options)
+    return None
+
+
+def _packed(launcher: Launcher, layer: _Layer) -> list[int]:
+    """Addresses of packed weight_hh; step by step the library packs it into its scratch."""
+    if launcher.plan.exchange == "steps":
+        return [0] * layer.directions
+    return launcher.pack(layer.w_hh)
 
 
 def _forward_fields(
@@ -194,7 +224,7 @@ def _forward_fields(
     cells: Tensor | None,
 ) -> list[int]:
     hidden = layer.hidden
-    addresses = launcher.pack(layer.w_hh)
+    addresses = _packed(launcher, layer)
     mail = _mail(launcher, layer, grid, y, 1)
     fields: list[int] = []
     for d in range(layer.directions):
@@ -274,7 +304,7 @@ def bnlstm_backward(
     dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
     upstream = (spread(dy, x.dtype), spread(dcells, torch.float32))
     finals = (dense(dh_n), dense(dc_n))
-    addresses = launcher.pack(layer.w_hh)
+    addresses = _packed(launcher, layer)
     mail = _mail(launcher, layer, grid, x, 4)
     fields: list[int] = []
     for d in range(directions):
@@ -287,7 +317,7 @@ def bnlstm_backward(
         fields += grid.at(tape[d], 0, 0) + grid.at(memory, d * hidden, 0)
         fields += grid.at(dz[d], 0, 0) + grid.at(da[d], 0, 0) + grid.at(dm[d], 0, 0)
         fields += grid.steps_at(None if mail is None else mail[d], 0, 0)
-    launcher.start("bnlstm_backward", grid, (0, size), fields, _options(steps, eps, batch_stats))
+    _run("bnlstm_backward", launcher, layer, grid, fields, _options(steps, eps, batch_stats))
 
     tape = tape if grid.lengths is None else torch.stack([grid.without_padding(t) for t in tape])
     db = _input_terms(layer, grid, steps, dz, tape, used[0], eps, sequence)

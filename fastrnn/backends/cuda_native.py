@@ -36,7 +36,6 @@ __all__ = [
     "emulated",
     "launcher_of",
     "missing",
-    "most_rows",
     "on_its_device",
     "padded",
     "pair_line",
@@ -162,7 +161,6 @@ _chosen: dict[tuple[object, ...], Plan] = {}
 # Kernels whose cooperative launch the driver refused in this process.
 _too_large: set[tuple[int, ...]] = set()
 _REFUSED = "too many blocks in cooperative launch"  # the runtime's words for its error 720
-_most: dict[tuple[object, ...], int] = {}
 
 
 def _device(ordinal: int) -> tuple[int, ...]:
@@ -233,23 +231,6 @@ def refusal(need: Need) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
-
-
-def most_rows(need: Need) -> int:
-    """The largest batch of a layer that has to run whole, as statistics over it do; 0 if none."""
-    key = (need, current(), _format(need.dtype))
-    if key not in _most:
-        fits, beyond = 0, 1
-        while beyond <= 1 << 16 and not refusal(need._replace(size=beyond)):
-            fits, beyond = beyond, 2 * beyond
-        while beyond - fits > 1:
-            middle = (fits + beyond) // 2
-            if refusal(need._replace(size=middle)):
-                beyond = middle
-            else:
-                fits = middle
-        _most[key] = fits
-    return _most[key]
 
 
 def describe_plans(need: Need, training: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from copy import deepcopy
@@ -44,10 +45,13 @@ def verify(p: BNProblem, name: str) -> None:
 
 
 def grid() -> list[tuple[BNCase, str]]:
-    """Every mode x statistics x layout; all else drawn, from a fixed seed, per point."""
+    """Every mode x statistics x layout, persistent and step by step; all else drawn, from a fixed
+    seed, per point."""
     draw = random.Random(1603)
     cases = []
-    for layout, batch, sequence in itertools.product(LAYOUTS, (True, False), (False, True)):
+    for plan, layout, batch, sequence in itertools.product(
+        ("cuda", "cuda,steps"), LAYOUTS, (True, False), (False, True)
+    ):
         kind, lengths, reset = LAYOUTS[layout]
         name = tuple(FORMATS)[len(cases) % len(FORMATS)]
         case = BNCase(
@@ -64,7 +68,7 @@ def grid() -> list[tuple[BNCase, str]]:
             batch_stats=batch,
             sequence=sequence,
             rows=draw.choice((1, 2, 4)),
-            plan="cuda",
+            plan=plan,
             seed=len(cases),
         )
         cases.append((case, name))
@@ -76,9 +80,10 @@ def test_layer(case: BNCase, name: str) -> None:
     verify(BNProblem(case), name)
 
 
-def test_lengths_that_leave_one_row() -> None:
+@pytest.mark.parametrize("plan", ["cuda", "cuda,steps"])
+def test_lengths_that_leave_one_row(plan: str) -> None:
     """A step of one live row takes the statistics that were given."""
-    p = BNProblem(BNCase(T=3, N=3, H=5, directions=2, lengths=True, plan="cuda"))
+    p = BNProblem(BNCase(T=3, N=3, H=5, directions=2, lengths=True, plan=plan))
     p.plain.lengths = torch.tensor([1, 3, 1])
     del p.plain.padding  # of the lengths before
     p.x = p.plain.to_layout(torch.randn(3, 3, 4), padding=torch.nan)
@@ -89,9 +94,10 @@ def test_lengths_that_leave_one_row() -> None:
     assert_same_bits("variance", used[0, 1, 1:], var[1:3])
 
 
+@pytest.mark.parametrize("plan", ["cuda", "cuda,steps"])
 @pytest.mark.parametrize("upstream", UPSTREAM)
-def test_gradients_of_one_output(upstream: str) -> None:
-    verify(BNProblem(BNCase(T=2, H=5, upstream=(upstream,), plan="cuda")), "bf16x3")
+def test_gradients_of_one_output(upstream: str, plan: str) -> None:
+    verify(BNProblem(BNCase(T=2, H=5, upstream=(upstream,), plan=plan)), "bf16x3")
 
 
 @pytest.mark.parametrize("need", range(3))
@@ -106,19 +112,21 @@ def test_gradients_not_asked_for(need: int) -> None:
         assert got[name].numel() == 0, name
 
 
-def test_same_bits_twice() -> None:
-    p = BNProblem(BNCase(torch.bfloat16, T=2, N=9, H=37, directions=2, lengths=True, plan="cuda"))
+@pytest.mark.parametrize("plan", ["cuda", "cuda,steps"])
+def test_same_bits_twice(plan: str) -> None:
+    p = BNProblem(BNCase(torch.bfloat16, T=2, N=9, H=37, directions=2, lengths=True, plan=plan))
     expected = solve_ops(p)
     for name, value in solve_ops(p).items():
         assert_same_bits(f"second run: {name}", value, expected[name])
 
 
+@pytest.mark.parametrize("hidden", [5, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stats", ["step", "sequence"])
-def test_module(stats: str, dtype: torch.dtype) -> None:
+def test_module(stats: str, dtype: torch.dtype, hidden: int) -> None:
     """Outputs, gradients and running statistics are those of the reference."""
     choose_format("bf16x3")
-    rnn = fastrnn.BNLSTM(3, 5, 2, max_length=2, input_stats=stats, bidirectional=True, eps=0.1)
+    rnn = fastrnn.BNLSTM(3, hidden, 2, max_length=2, input_stats=stats, bidirectional=True, eps=0.1)
     x = torch.randn(3, 4, 3).to(dtype)
     initial = deepcopy(rnn.to(dtype).state_dict())
     results = []
@@ -141,24 +149,52 @@ def test_module(stats: str, dtype: torch.dtype) -> None:
         assert_close_by_rule(f"result {index}", got, exact.double(), same, dtype, name)
 
 
-def test_more_rows_than_a_plan_takes() -> None:
-    """The number of rows is the plan's business."""
-    rnn = fastrnn.BNLSTM(3, 65, max_length=2, dtype=torch.bfloat16)
+def test_either_family_reads_the_tape_of_the_other() -> None:
+    """What runs follows from the size, forward and backward by themselves."""
+    choose_format("bf16x3")
+    p = BNProblem(BNCase(T=3, N=9, H=17, directions=2, lengths=True, reset=True, plan="cuda"))
+    q = BNProblem(dataclasses.replace(p.case, plan="cuda,steps"))
+    for here, there in ((p, q), (q, p)):
+        full = forward(here, record=True)
+        grads = backward(there, full)
+        del full["tape"]
+        check_in_format(here, full | grads, "bf16x3", check)
+
+
+def refusals(need: cuda_native.Need, backward: bool) -> set[str]:
+    """What became of the persistent kernels."""
+    plans = cuda_native.candidates(need, backward, 0)
+    return {p.refused for p in plans if p.exchange != "steps"}
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_beyond_the_persistent_kernels(rows: bool) -> None:
+    """The plan follows from the size: of more units than they have, or of more rows."""
+    choose_format("bf16x3")
+    case = BNCase(T=2, N=9, H=65, directions=2, lengths=True, plan="cuda")
+    if rows:
+        case = dataclasses.replace(case, N=900, H=5, directions=1)
+    verify(BNProblem(case), "bf16x3")
+    need = cuda_native.Need("bnlstm", torch.float32, case.N, case.H, case.directions)
+    for back in (False, True):
+        assert cuda_native.choose(need, back, 0).exchange == "steps"
+        (why,) = refusals(need, back)
+        assert ("statistics are over the whole batch, and with 900 rows" in why) == rows, why
+        assert ("its warps reduce over up to" in why) != rows, why
+
+
+def test_plans_are_explained() -> None:
+    large = fastrnn.BNLSTM(3, 65, max_length=2, dtype=torch.bfloat16)
+    small = fastrnn.BNLSTM(3, 5, max_length=2, dtype=torch.bfloat16)
     x = torch.randn(2, 2, 3).bfloat16()
     with fastrnn.use_backend("cuda"):
-        with pytest.raises(RuntimeError, match="no bf16 kernel takes a hidden size of 65"):
-            rnn(x)
-        small = fastrnn.BNLSTM(3, 5, max_length=2, dtype=torch.bfloat16)
         plan = fastrnn.explain(small, x).plan
         assert plan.startswith("bf16; forward: sentinel, 8 units x")
         assert "; backward: sentinel" in plan
-        need = cuda_native.Need("bnlstm", torch.bfloat16, 1, 5, 1)
-        most = cuda_native.most_rows(need)
-        assert not cuda_native.refusal(need._replace(size=most))
-        assert cuda_native.refusal(need._replace(size=most + 1))
-        small(torch.randn(2, most, 3).bfloat16())
-        with pytest.raises(RuntimeError, match=f"up to {most} rows with a hidden size of 5: got"):
-            small(torch.randn(2, most + 1, 3).bfloat16())
+        plan = fastrnn.explain(large, x).plan
+        assert plan.startswith("bf16; forward: steps, 2 launches a step")
+        assert "; backward: steps" in plan
+        assert "its warps reduce over up to 64 units" in plan
 
 
 def test_gradient_of_a_gradient() -> None:

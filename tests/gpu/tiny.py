@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from tests.bnlstm_problems import BNCase, BNProblem, solve_ops
 from tests.gpu.on_gpu import moved, settle, solve
+from tests.gpu.test_gpu_bnlstm import on_device
 from tests.problems import PLAIN, Case, Problem
 
 
@@ -19,6 +21,10 @@ def main() -> None:
             )  # fmt: skip
             solve(moved(Problem(case)))
             settle()
+    for plan in ("cuda,sentinel", "cuda,steps"):
+        bn = BNCase(torch.bfloat16, T=3, N=70, H=20, directions=2, lengths=True, plan=plan)
+        solve_ops(on_device(BNProblem(bn)))
+        settle()
     print("all done")
 
 

@@ -11,6 +11,7 @@ namespace fastrnn::cuda {
 FASTRNN_CONSTEXPR StepsTile steps_tile(bool wide) {
   return wide ? StepsTile{FASTRNN_STEPS_WIDE} : StepsTile{FASTRNN_STEPS_NARROW};
 }
+FASTRNN_CONSTEXPR StepsColumns steps_columns() { return {FASTRNN_STEPS_COLUMNS}; }
 
 struct StepsModel {
   double launch_us = 1.3;  // from node to node of a graph, both ends of the kernels included
@@ -19,6 +20,19 @@ struct StepsModel {
   double l2_size = 30e6;  // weights beyond it come from HBM in every step
   double sm_flops_us_16bit = 5.0e6, sm_flops_us_tf32 = 2.5e6;
 };
+
+// Microseconds of a batch-normalised step's pointwise part: a chain of passes over the rows, each with a barrier or two behind it
+// where it adds up, and what an element has in L2 and HBM. Passes that read the same again find it in L1.
+inline double columns_time(const StepsProblem& q, int sms, const StepsModel& m = {}) {
+  const double ctas = double(q.directions) * ceil_div(q.H, steps_columns().units);
+  const double waves = double(int((ctas + sms - 1) / sms));
+  // Words of fp32: forward four sums, one of them once more there and back, four input terms, c and cells; backward the sums and
+  // terms there and back, cells, dc and dcells. In the tensors' type: the tape, and y and the operand, or dy and four gradients.
+  const double words = q.backward ? 18 : 13, elements = q.backward ? 22 : 10;
+  const double element = 4 * words + element_bytes(q.format) * elements;
+  const double bytes = element * steps_columns().units * q.N;  // of a CTA
+  return m.launch_us + 5 * m.fill_us + std::max(ctas * bytes / m.l2_bytes_us, waves * bytes / m.sm_bytes_us);
+}
 
 // Microseconds of a step, all micro-steps of a highway layer: each product streams its weights, and every CTA its tile of both
 // operands, from L2.
@@ -40,6 +54,10 @@ inline double steps_time(const StepsProblem& q, const StepsTile& tile, int sms, 
     double read = std::max(ctas * bytes / m.l2_bytes_us, waves * bytes / m.sm_bytes_us);
     if (weights > m.l2_size) read = std::max(read, chains * element * w.outputs * w.inner() / m.hbm_bytes_us);
     us += m.launch_us + m.fill_us + std::max(read, waves * flops / rate);
+    if (q.cell == CellKind::bnlstm) {
+      us += columns_time(q, sms, m);
+      continue;
+    }
     // The sums, there and back, and about as much for everything else of an element.
     const double pointwise = 4.0 * 4 * chains * q.N * w.outputs;
     us += m.launch_us + m.fill_us * (q.normed ? 3 : 1) + pointwise / m.l2_bytes_us;

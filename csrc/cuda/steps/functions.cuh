@@ -1,5 +1,6 @@
 // Addresses of the kernels of one problem: taking them compiles them.
 #pragma once
+#include "columns.cuh"
 #include "kernels.cuh"
 #include "product.cuh"
 #include "program.h"
@@ -51,6 +52,22 @@ void steps_backward_functions(StepsKernels& k) {
   if constexpr (Cell::kHasCell) k.projection = address_of(&steps_backward_projection_kernel<D, kLinear>);
   if constexpr (Cell::kHasCell || Cell::kTwoGradients)
     k.row = address_of(&steps_backward_row_kernel<Cell, D, RowThreads, kLinear>);
+}
+
+// Batch-normalised LSTM.
+template <class D, int Units, int Threads, bool kLinear = false>
+void steps_columns_functions(StepsKernels& k, bool backward) {
+  k.columns_shape = {Units, Threads};
+  if (backward) {
+    k.block = address_of(&steps_block_kernel<StepsBnBackwardParams>);
+    k.begin = address_of(&steps_begin_backward_columns_kernel<D>);
+    k.end = address_of(&steps_end_backward_columns_kernel<D>);
+    k.columns = address_of(&steps_backward_columns_kernel<D, Units, Threads, kLinear>);
+  } else {
+    k.block = address_of(&steps_block_kernel<StepsBnForwardParams>);
+    k.begin = address_of(&steps_begin_forward_columns_kernel<D>);
+    k.columns = address_of(&steps_forward_columns_kernel<D, Units, Threads, kLinear>);
+  }
 }
 
 }  // namespace fastrnn::cuda

@@ -18,5 +18,10 @@ Status launch(const StepsProblem& problem, bool wide, const StepsForwardParams& 
               const StepsWeights& weights, void* workspace, void* stream);
 Status launch(const StepsProblem& problem, bool wide, const StepsBackwardParams& params,
               const StepsWeights& weights, void* workspace, void* stream);
+// Batch-normalised LSTM; also eps, whose statistics, alive.
+Status launch(const StepsProblem& problem, bool wide, const StepsBnForwardParams& params,
+              const StepsWeights& weights, void* workspace, void* stream);
+Status launch(const StepsProblem& problem, bool wide, const StepsBnBackwardParams& params,
+              const StepsWeights& weights, void* workspace, void* stream);
 
 }  // namespace fastrnn::cuda

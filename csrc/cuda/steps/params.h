@@ -24,7 +24,7 @@ struct StepsWork {
   float* sums = nullptr;                  // (parts, N, outputs) of the product before
   float *h = nullptr, *c = nullptr;       // (N, O), (N, H): the state, in backward its gradients
   float* held = nullptr;                  // (N, H): between the two phases of a step
-  float* terms = nullptr;                 // (N, G * H): layer norm, backward
+  float* terms = nullptr;                 // (N, G * H): layer and batch norm, backward
 };
 
 struct StepsParams : Shape {

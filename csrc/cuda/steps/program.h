@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "columns.h"
 #include "params.h"
 #include "tile.h"
 
@@ -39,7 +40,9 @@ struct StepsKernels {
   const void* begin = nullptr;    // this and all below: (const Params*, int step)
   const void* phase[2] = {nullptr, nullptr};
   const void* projection = nullptr;
-  const void* row = nullptr;    // in the place of phase 0, with layer norm
+  const void* row = nullptr;      // in the place of phase 0, with layer norm
+  const void* columns = nullptr;  // and with batch norm, of this shape
+  StepsColumns columns_shape;
   const void* end = nullptr;    // backward
   const void* block = nullptr;  // (Params, Params*)
   const void* pack = nullptr;   // (StepsPack)
@@ -90,6 +93,12 @@ inline StepsProgram steps_program(const StepsKernels& k, const StepsProblem& q) 
     cell.grid = q.directions * q.N;
     cell.block = k.row_threads;
     cell.shared_bytes = 6 * k.row_threads / 32 * 4;  // RowSums
+  }
+  if (q.cell == CellKind::bnlstm) {
+    cell.function = k.columns;
+    cell.grid = q.directions * ceil_div(q.H, k.columns_shape.units);
+    cell.block = k.columns_shape.threads;
+    cell.shared_bytes = k.columns_shape.shared_bytes();
   }
   p.begin = elements(k.begin, q, q.H);
   add(product(k, q, 0));
@@ -154,6 +163,7 @@ inline size_t steps_bind(const StepsProblem& q, const StepsTile& tile, StepsPara
   StepsParams none;
   StepsParams& out = p ? *p : none;
   const CellShape cell = cell_shape(q.cell);
+  const bool whole_batch = q.cell == CellKind::bnlstm;
   const size_t N = q.N, H = q.H, O = q.outputs(), element = element_bytes(q.format);
   out.N = q.N;
   out.H = q.H;
@@ -180,9 +190,9 @@ inline size_t steps_bind(const StepsProblem& q, const StepsTile& tile, StepsPara
     w.middle = take(N * out.product[1].inner * element);
     w.sums = static_cast<float*>(take(parts * N * widest * 4));
     w.h = static_cast<float*>(take(N * O * 4));
-    w.c = q.cell == CellKind::lstm ? static_cast<float*>(take(N * H * 4)) : nullptr;
+    w.c = q.cell == CellKind::lstm || whole_batch ? static_cast<float*>(take(N * H * 4)) : nullptr;
     w.held = static_cast<float*>(take(cell.phases == 2 ? N * H * 4 : 0));
-    w.terms = static_cast<float*>(take(q.normed && q.backward ? N * cell.gates * H * 4 : 0));
+    w.terms = static_cast<float*>(take((q.normed || whole_batch) && q.backward ? N * cell.gates * H * 4 : 0));
   }
   return used;
 }

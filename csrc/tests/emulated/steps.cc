@@ -37,5 +37,13 @@ Status launch(const StepsProblem& problem, bool wide, const StepsBackwardParams&
               const StepsWeights& weights, void* workspace, void*) {
   return run(problem, wide, params, weights, workspace);
 }
+Status launch(const StepsProblem& problem, bool wide, const StepsBnForwardParams& params,
+              const StepsWeights& weights, void* workspace, void*) {
+  return run(problem, wide, params, weights, workspace);
+}
+Status launch(const StepsProblem& problem, bool wide, const StepsBnBackwardParams& params,
+              const StepsWeights& weights, void* workspace, void*) {
+  return run(problem, wide, params, weights, workspace);
+}
 
 }  // namespace fastrnn::cuda
