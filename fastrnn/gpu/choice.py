@@ -7,7 +7,7 @@ verified: by the data, or by a trial before their first use (``fastrnn.gpu.trial
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -110,6 +110,11 @@ def _first(
     return None
 
 
+def _on(ordinal: int | None) -> AbstractContextManager[Any]:
+    """The device is the current one, about which the backends are asked."""
+    return torch.cuda.device(ordinal) if torch.cuda.is_available() else nullcontext()
+
+
 def where(ordinal: int) -> torch.device:
     """Where trials have their tensors."""
     return torch.device("cuda", ordinal)
@@ -119,8 +124,7 @@ def where(ordinal: int) -> torch.device:
 def _ranking(p: Problem, tf32: bool) -> _Ranking:
     """Those that can serve and are worth it, best first, torch or the loop last; ``p.ordinal`` is
     the device, ``tf32`` the switch by which float32 gets its format."""
-    here = torch.cuda.device(p.ordinal) if torch.cuda.is_available() else nullcontext()
-    with here:
+    with _on(p.ordinal):
         return _rank(p, {name: SERVES[name](p) for name in _ALL})
 
 
@@ -184,8 +188,7 @@ def _traced(served: tuple[str, ...], *fields: Any) -> str:
     )  # fmt: skip
     ordinal = _ordinal(p)
     refusals = {name: "" if name in served else "it cannot serve this call" for name in _ALL}
-    here = torch.cuda.device(ordinal) if torch.cuda.is_available() else nullcontext()
-    with here:
+    with _on(ordinal):
         found = _rank(p._replace(ordinal=ordinal), refusals)
     best = _first(found, p, ordinal, True, "a traced call")
     return best.backend if best else ""

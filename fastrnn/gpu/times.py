@@ -17,7 +17,7 @@ constants was measured by this project; where torch has a kernel of its own they
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -286,7 +286,7 @@ def _reference_us(p: Problem, at: Device) -> float:
     )
 
 
-_MODELS = {
+_MODELS: dict[str, Callable[[Problem, Device], float | None]] = {
     "cuda": _cuda_us,
     "triton": _triton_us,
     "torch": _torch_us,

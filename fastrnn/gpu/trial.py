@@ -13,7 +13,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -117,8 +117,11 @@ _NO_MEMORY = "there was no memory to try it in"
 
 
 def _tried(key: Key, p: Problem, device: torch.device) -> str:
+    here: AbstractContextManager[Any] = nullcontext()
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if device.type == "cuda":
+            here = torch.cuda.device(device)
+        with here:
             for noise in _noises(key):
                 why = _compared(key, p, noise, device)
                 if why:
@@ -206,7 +209,7 @@ class _Layer:
         self.lengths = torch.tensor([max(p.steps - i // 2, 1) for i in range(n)], device=device)
         self.reset = (torch.arange(p.steps * n, device=device) % 7 == 5).view(p.steps, n)
         self.seed = torch.full((1,), 11, dtype=torch.int64, device="cpu") if noise else None
-        self.s_mask = None
+        self.s_mask: Tensor | None = None
         if p.cell == "rhn":
             groups = p.gates if p.gate_masks else 1
             kept = torch.rand(d, groups, n, h, generator=self._draw, device="cpu") < 0.75
