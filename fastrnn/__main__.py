@@ -57,8 +57,8 @@ def _native() -> Iterator[tuple[str, str]]:
 def _cuda() -> str:
     why = cuda_missing()
     if why:
-        return f"{why}; tensors on a GPU run on torch's own kernels"
-    return f"{torch.cuda.get_device_name()}; our kernels run there on request: use_backend('cuda')"
+        return f"{why}; tensors on a GPU run on Triton's kernels or torch's own"
+    return f"{torch.cuda.get_device_name()}; fastrnn.explain says what runs a call there, and why"
 
 
 def _run(module: nn.Module, x: Tensor, dtype: torch.dtype, backend: str | None) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Which backend runs a call, and why.
 
 Order: ``use_backend`` > the environment variable FASTRNN_BACKEND > the heuristic. The heuristic
-takes the native backend of the input's device, hands over to torch's kernels where HANDOVER says
-they were measured faster, and to the plain-PyTorch reference where nothing else can serve.
+takes the native kernels on the CPU, on a GPU what ``fastrnn.gpu`` says, hands over to torch's
+kernels where HANDOVER says they were measured faster, and to the plain-PyTorch reference where
+nothing else can serve.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, ON_REQUEST, PLANS, SERVES, Problem
+from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, PLANS, SERVES, Problem
+from fastrnn.bf16 import BF16_CELLS, bf16_allowed, bf16_pays
 from fastrnn.handover import handed_over
-from fastrnn.kinds import KINDS
 from fastrnn.sequence import Batch, describe
 
 __all__ = [
@@ -47,7 +47,8 @@ class Explanation:
         backend: the chosen backend's name.
         plan: what that backend does with the call.
         reason: why this backend.
-        rejected: (backend, reason) of those that were preferred or asked for but cannot serve.
+        rejected: (backend, reason) of those that were preferred or asked for but cannot serve, or
+            would take longer.
     """
 
     backend: str
@@ -171,13 +172,11 @@ def _candidates(p: Problem) -> list[tuple[str, str]]:
             faster = ("torch", f"torch's own kernel was measured faster here: {box.measured}")
             return [faster, native, last]
         return [native, torch_own, last]
-    if p.device == "cuda":
-        return [("cuda", ""), ("torch", "torch's own kernels serve this call"), last]
     return [("torch", f"fastrnn has no kernels for {p.device}, torch's own serve this call"), last]
 
 
-def decide(problem: Problem) -> Explanation:
-    """Choose the backend of a call; the plan is left empty.
+def decide(problem: Problem, runs: bool = False) -> Explanation:
+    """Choose the backend of a call, which ``runs`` right after; the plan is left empty.
 
     Raises:
         RuntimeError: the backend that was asked for, or every backend, cannot serve the call.
@@ -194,8 +193,15 @@ def decide(problem: Problem) -> Explanation:
                 f"to let another backend run it, {override.undo}"
             )
         rejected.append((override.name, why))
+    if problem.device == "cuda" and not problem.transforms:
+        from fastrnn.gpu import choice
+
+        best = choice.choose(problem, runs)
+        if best is not None:
+            others = [each for each in best.rejected if each not in rejected]
+            return Explanation(best.backend, "", best.reason, rejected + others)
     for name, reason in _candidates(problem):
-        why = SERVES[name](problem) or ON_REQUEST.get(name, "")
+        why = SERVES[name](problem)
         if not why:
             return Explanation(name, "", reason, rejected)
         if (name, why) not in rejected:
@@ -253,8 +259,8 @@ def choose(
         backend = settle(_problem(cell, input, batch, sizes, training, *options))
     if backend != "cpu":
         return backend, backend if backend in ("cuda", "triton") else ""
-    rounds = cell in _BF16_CELLS and not training and input.dtype == torch.float32
-    return backend, "bf16" if rounds and _bf16_allowed() and _bf16_pays(batch.size) else ""
+    rounds = cell in BF16_CELLS and not training and input.dtype == torch.float32
+    return backend, "bf16" if rounds and bf16_allowed() and bf16_pays(batch.size) else ""
 
 
 def settled() -> bool | None:
@@ -262,12 +268,12 @@ def settled() -> bool | None:
     the arguments stay, ``choose`` returns the same in eager mode."""
     if _in_force or torch._C._are_functorch_transforms_active():
         return None
-    return _bf16_allowed()
+    return bf16_allowed()
 
 
 def settle(problem: Problem) -> str:
     """The backend of a call; where it is not the one asked for, ``use_backend`` hears of it."""
-    found, override = decide(problem), _override()
+    found, override = decide(problem, runs=True), _override()
     if override is not None and found.backend != override.name and not is_compiling():
         override.fallbacks.append((override.name, found.backend, found.rejected[0][1]))
     return found.backend
@@ -307,48 +313,13 @@ def _problem(
         gates=gates,
         regularisers=regularisers,
         gate_masks=gate_masks,
+        ordinal=input.device.index,
     )
 
 
 def _under_transforms() -> bool:
     """Whether torch.func (vmap, grad, jvp...) is at work in eager mode."""
     return not is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-# Those whose kernels take float32 activations with bfloat16 weights.
-_BF16_CELLS = frozenset(name for name, kind in KINDS.items() if not kind.norms)
-_rnn_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
-
-
-def _constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
-    """What assume_constant_result sets; calling that would import all of torch._dynamo."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-def _bf16_pays(batch: int) -> bool:
-    """Few rows wait for weights, whose bytes are halved; many gain only where vdpbf16ps is fast."""
-    return batch <= 4 or _bf16_is_fast()
-
-
-@_constant_in_graphs
-def _bf16_is_fast() -> bool:
-    from fastrnn.backends import cpu
-
-    return cpu.isa() == "avx512bf16"
-
-
-@_constant_in_graphs
-def _bf16_allowed() -> bool:
-    """Whether torch's switches allow bfloat16 weights for float32 input on the CPU."""
-    # torch before 2.9 has no switch of its own for recurrent layers.
-    if _rnn_precision is not None and _rnn_precision("mkldnn", "rnn") == "bf16":
-        return True
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:
-        # torch refuses to name one precision where its backends were set to different ones.
-        return False
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -386,12 +357,12 @@ def _plan(backend: str, p: Problem) -> str:
     from fastrnn.backends import cpu
 
     precision = ""
-    if p.dtype == torch.float32 and _bf16_allowed():
-        if p.cell not in _BF16_CELLS:
+    if p.dtype == torch.float32 and bf16_allowed():
+        if p.cell not in BF16_CELLS:
             precision = "float32 (no bf16 weights for this cell), "
         elif p.training:
             precision = "float32 (bf16 weights are for inference only), "
-        elif _bf16_pays(p.batch):
+        elif bf16_pays(p.batch):
             precision = "bf16 weights, "
         else:
             precision = "float32 (bf16 weights pay up to 4 rows on this CPU), "

@@ -119,7 +119,7 @@ def test_the_report_of_a_machine_without_a_gpu() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("CUDA")]
     assert cuda_missing() in line
-    assert line.endswith("tensors on a GPU run on torch's own kernels")
+    assert line.endswith("tensors on a GPU run on Triton's kernels or torch's own")
 
 
 def test_a_library_that_finds_no_driver(tmp_path: Path) -> None:

@@ -249,16 +249,19 @@ def problem(**changes: object) -> dispatch.Problem:
 
 
 def test_devices_without_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.SERVES, "cuda", lambda p: "no GPU in this test")
+    """A GPU that our kernels can do nothing with; tests/test_gpu_choice.py has those they can."""
+    from fastrnn.gpu import choice
+
+    choice.forget()
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends.SERVES, name, lambda p: "no GPU in this test")
     found = dispatch.decide(problem())
-    assert (found.backend, found.rejected) == ("torch", [("cuda", "no GPU in this test")])
-    monkeypatch.setitem(backends.SERVES, "cuda", lambda p: "")
-    found = dispatch.decide(problem())
-    assert found.backend == "torch"
-    assert found.rejected == [("cuda", backends.ON_REQUEST["cuda"])]
-    with fastrnn.use_backend("cuda"):
-        assert dispatch.decide(problem()).backend == "cuda"
-    assert dispatch.decide(problem(lengths=True)).backend == "reference"
+    whys = [("cuda", "no GPU in this test"), ("triton", "no GPU in this test")]
+    assert (found.backend, found.rejected) == ("torch", whys)
+    found = dispatch.decide(problem(lengths=True))
+    assert found.backend == "reference"
+    assert found.rejected == [*whys, ("torch", "torch.nn has no lengths")]
+    choice.forget()
     assert dispatch.decide(problem(device="mps")).backend == "torch"
     assert dispatch.decide(problem(device="meta")).backend == "cpu"
 

@@ -340,11 +340,13 @@ def test_fit_table_report_and_figures(tmp_path: Path, evaluator: model.CostModel
     assert fitted["worst_factor"] < 1.2
     assert set(fitted["constants"]) == set(model.read_constants())
     assert fitted["source"] == "A GPU, 2000-01-01 00:00 UTC"
-    table = json.loads((tmp_path / "dispatch.json").read_text())
-    assert len(table["rows"]) == 6
-    assert table["rows"][0] | {"T": 0} == {
-        "cell": "lstm", "dtype": "bfloat16", "training": False, "directions": 1, "ragged": "",
-        "T": 0, "N": 16, "H": 768, "backend": "cuda", "gain": 3.0,
+    found = json.loads((tmp_path / "dispatch.json").read_text())
+    assert (found["name"], found["sms"], found["verified"]) == ("A GPU", 132, [])
+    assert len(found["rows"]) == 8  # six beside torch, two beside loops
+    assert found["rows"][0] == {
+        "cell": "lstm", "format": "bfloat16", "training": False, "directions": 1, "packed": False,
+        "depth": 1, "T": 1024, "N": 16, "H": 768, "us": {"cuda": 0.9766, "torch": 2.9297},
+        "call": {},
     }  # fmt: skip
     text = report.text(tmp_path)
     for words in (

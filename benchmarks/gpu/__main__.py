@@ -72,8 +72,10 @@ def parser() -> argparse.ArgumentParser:
         "--results", type=Path, help="folder of the results (benchmarks/results/<device>)"
     )
     it.add_argument(
-        "--write", action="store_true", help="put fitted constants into csrc/cuda/cost_model.h"
-    )
+        "--write", action="store_true",
+        help="refit: put times and verified kernels into fastrnn/gpu/table.json, which dispatch "
+        "goes by, and fitted constants into csrc/cuda/cost_model.h",
+    )  # fmt: skip
     it.add_argument("--plot", action="store_true", help="draw docs/img/gpu_*.svg and leave")
     it.add_argument("--inside", choices=NAMES, help=argparse.SUPPRESS)
     it.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
@@ -223,8 +225,9 @@ def _timed(name: str, results: Path, stop: Stop) -> int:
 
 
 def _refit(results: Path, write: bool) -> None:
-    """refit.json and dispatch.json of what was measured so far; with --write the header too."""
-    from benchmarks.gpu import model, refit
+    """refit.json and dispatch.json of what was measured so far; with --write the library's too."""
+    from benchmarks.gpu import model, refit, table
+    from benchmarks.gpu.suite import FILE
     from benchmarks.schema import Results
 
     path = results / "grid.json"
@@ -232,7 +235,12 @@ def _refit(results: Path, write: bool) -> None:
         raise RuntimeError(f"{path} does not exist: nothing was timed yet")
     held = Results.load(path)
     source = f"{held.environment['device']}, {held.environment['date']}"
-    save(results / "dispatch.json", refit.dispatch_table(held.records, source))
+    tests = load(results / FILE).get("tests", {})
+    found_here = table.entry(held.records, tests, held.environment)
+    save(results / "dispatch.json", found_here)
+    if write:
+        table.write(found_here)
+        say(f"written to {table.TABLE}: dispatch on such a GPU goes by it")
     measured = refit.measured_steps(held.records)
     if not measured:
         raise RuntimeError("the stage `steps` has no verified kernel yet: no constants to fit")

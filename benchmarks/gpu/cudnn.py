@@ -1,18 +1,14 @@
-"""Which algorithm torch asks cuDNN for, by torch's own rules (aten/src/ATen/native/cudnn/RNN.cpp).
+"""Which algorithm torch asks cuDNN for, by torch's own rules, for a case.
 
 A request only: what cuDNN does inside STANDARD is closed. The names go beside the numbers, so that
-a reader sees what a speedup was over.
+a reader sees what a speedup was over. The rules are the library's (`fastrnn.gpu.times`), whose
+dispatch goes by them.
 """
 
 from __future__ import annotations
 
 from benchmarks.cases import Case
-
-SMALL_H = {  # dense, all dtypes but float64: largest H forward, backward
-    "lstm": (192, 128),
-    "gru": (192, 128),
-    "rnn": (384, 256),
-}
+from fastrnn.gpu import times
 
 
 def algorithm(case: Case, backward: bool, sms: int = 132) -> str:
@@ -20,19 +16,10 @@ def algorithm(case: Case, backward: bool, sms: int = 132) -> str:
 
     One layer on compute capability 8.0 or newer.
     """
-    if case.cell not in SMALL_H:
-        return ""
-    if case.proj or case.ragged or case.dtype == "float64":
-        return "STANDARD"
-    if SMALL_H[case.cell][backward] >= case.H:
-        return "PERSIST_STATIC_SMALL_H"
-    if case.cell == "gru" or case.bidirectional or case.dtype != "float16" or sms < 98:
-        return "STANDARD"
-    whole = case.H <= 1024 and case.H % 128 == 0 and case.input_size % 128 == 0
-    fits = case.N % 8 == 0 and case.N <= 128
-    if case.cell == "rnn":
-        fits = fits and (case.N < 96 or case.H < 896)
-    return "PERSIST_STATIC" if whole and fits else "STANDARD"
+    return times.algorithm(
+        case.cell, case.dtype or "float32", case.N, case.input_size, case.H, backward=backward,
+        directions=case.directions, proj=case.proj, packed=bool(case.ragged), sms=sms,
+    )  # fmt: skip
 
 
 def describe(case: Case, sms: int = 132) -> str:

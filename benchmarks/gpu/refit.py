@@ -1,4 +1,4 @@
-"""Fits the cost model's constants to what was measured, and says which backend won where.
+"""Fits the cost model's constants to what was measured.
 
 Two sources. The probes measure some constants alone (hops, rates, the clock); the steps measured
 of whole kernels hold all of them, summed. The fit is least squares of log(measured / model) over
@@ -149,41 +149,6 @@ def measured_steps(records: Sequence[Record]) -> list[tuple[Step, float]]:
         and record.ok
         and record.details.get("us_per_step", {}).get("fastrnn", 0.0) > 0
     ]
-
-
-def dispatch_table(records: Sequence[Record], source: str) -> dict[str, Any]:
-    """The fastest backend of every timed case with torch.nn in it, as data for a heuristic.
-
-    rows: cell, dtype, training, directions, ragged, T, N, H, backend, and its gain over torch.nn's
-    kernel (1 where that won).
-    """
-    rows = []
-    names = {"fastrnn": "cuda", "fastrnn-triton": "triton", "torch": "torch"}
-    for record in records:
-        times = {
-            name: record.timings[each].median
-            for each, name in names.items()
-            if record.ok and each in record.timings
-        }
-        if len(times) < 2 or "torch" not in times:
-            continue
-        best = min(times, key=lambda name: times[name])
-        case = record.case
-        rows.append(
-            {
-                "cell": case.cell,
-                "dtype": case.dtype or "float32",
-                "training": case.mode == "training",
-                "directions": case.directions,
-                "ragged": case.ragged,
-                "T": case.T,
-                "N": case.N,
-                "H": case.H,
-                "backend": best,
-                "gain": round(times["torch"] / times[best], 3),
-            }
-        )
-    return {"schema": 1, "source": source, "rows": rows}
 
 
 def text(found: Fit) -> str:

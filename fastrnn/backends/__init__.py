@@ -19,17 +19,19 @@ import torch
 
 from fastrnn.backends import torch_nn
 from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, choose, refusal
+from fastrnn.backends.triton.plan import Plan as TritonPlan
 from fastrnn.kinds import GATES
 
 __all__ = [
     "CPU_DTYPES",
     "CPU_MISSING",
     "NAMES",
-    "ON_REQUEST",
     "PLANS",
     "SERVES",
     "Problem",
     "cuda_missing",
+    "cuda_plans",
+    "triton_numbers",
     "triton_plan",
 ]
 
@@ -45,7 +47,8 @@ class Problem(NamedTuple):
     ``training`` means that gradients are recorded, not the module's mode. ``regularisers`` names
     recurrent dropout, zoneout and weight dropout that have an effect on the call. ``given`` is the
     dtype of the tensors where the other backends compute in the wider ``dtype``; ``gate_masks``
-    that each gate of a Recurrent Highway Network has a mask of the state of its own.
+    that each gate of a Recurrent Highway Network has a mask of the state of its own; ``ordinal``
+    the number of the input's device, None for the current one.
     """
 
     cell: str
@@ -71,6 +74,7 @@ class Problem(NamedTuple):
     regularisers: str = ""
     given: torch.dtype | None = None
     gate_masks: bool = False
+    ordinal: int | None = None
 
 
 def _probe_cpu() -> str:
@@ -210,11 +214,18 @@ def _serves_triton(p: Problem) -> str:
     return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch, triton_shared_memory())
 
 
+def triton_numbers(p: Problem) -> tuple[TritonPlan, int]:
+    """How the Triton kernels cut a layer up, and how many recurrent matrices it has."""
+    count = GATES | {"rhn": p.gates, "bnlstm": 4}
+    out = p.proj_size or p.hidden_size
+    sizes = (p.hidden_size, out, p.dtype.itemsize, p.batch, p.directions)
+    plan = choose(p.cell, count[p.cell], *sizes, triton_shared_memory())
+    return plan, count[p.cell] + (out != p.hidden_size)
+
+
 def triton_plan(p: Problem) -> str:
     """What the Triton kernels will do, in words for ``explain``."""
-    count = GATES | {"rhn": p.gates, "bnlstm": 4}
-    sizes = (p.hidden_size, p.proj_size or p.hidden_size, p.dtype.itemsize, p.batch, p.directions)
-    return str(choose(p.cell, count[p.cell], *sizes, triton_shared_memory()))
+    return str(triton_numbers(p)[0])
 
 
 @_constant
@@ -280,6 +291,14 @@ def cuda_plan(p: Problem) -> str:
     return cuda_native.describe_plans(cuda_need.need_of(*_cuda_need(p)), p.training)
 
 
+def cuda_plans(p: Problem) -> list[Any]:
+    """The ``cuda_native.Plan`` of forward and backward; RuntimeError where there is none."""
+    from fastrnn.backends import cuda_native, cuda_need
+
+    need, ordinal = cuda_need.need_of(*_cuda_need(p)), cuda_native.current()
+    return [cuda_native.choose(need, backward, ordinal) for backward in (False, True)]
+
+
 SERVES = {
     "cpu": _serves_cpu,
     "cuda": _serves_cuda,
@@ -293,9 +312,4 @@ PLANS: dict[str, Callable[[Problem], str]] = {
     "cuda": cuda_plan,
     "triton": triton_plan,
     "torch": lambda p: torch_nn.plan(p.cell),
-}
-
-# Backends that could serve a call but that nothing is given to unasked.
-ON_REQUEST = {
-    "cuda": "it runs on request only, use_backend('cuda'): nothing of it was measured on a GPU yet"
 }

@@ -95,7 +95,8 @@ class Plan(NamedTuple):
     """One compiled kernel for a problem; ``refused`` says why it cannot run.
 
     ``groups`` of ``rows`` batch rows and ``ctas`` CTAs run at a time, for each direction; a batch
-    takes ``launches``.
+    takes ``launches``. ``step_us`` is the cost model's, of all of them; 0 where the library does
+    not tell.
     """
 
     text: str
@@ -106,6 +107,7 @@ class Plan(NamedTuple):
     groups: int
     ctas: int
     launches: int
+    step_us: float = 0.0
 
     @property
     def through_memory(self) -> bool:
@@ -158,6 +160,7 @@ def pair_line(hidden: int) -> int:
 
 _numbers: dict[int, tuple[int, ...]] = {}
 _chosen: dict[tuple[object, ...], Plan] = {}
+_none: dict[tuple[object, ...], str] = {}  # why a layer has no kernel, by the same and the device
 # Kernels whose cooperative launch the driver refused in this process.
 _too_large: set[tuple[int, ...]] = set()
 _REFUSED = "too many blocks in cooperative launch"  # the runtime's words for its error 720
@@ -194,6 +197,9 @@ def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan
     found = _chosen.get(key)
     if found is not None:
         return found
+    nothing = (*key, _device(ordinal))
+    if nothing in _none:
+        raise RuntimeError(_none[nothing])
     reasons = []
     for plan in candidates(need, backward, ordinal):
         if exchange and plan.exchange != exchange:
@@ -215,11 +221,14 @@ def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan
         reasons.append(f"{plan.exchange} of {plan.rows} rows: {plan.refused}")
     what = "regularised " if need.regularised else ""
     depth = f", depth {need.depth}" if need.cell.startswith("rhn") else ""
-    raise RuntimeError(
+    if len(_none) >= 1024:
+        _none.clear()
+    _none[nothing] = (
         f"no {what}{_NAMES[_format(need.dtype)]} kernel takes a hidden size of {need.hidden}{depth}"
         f" in {need.directions} direction(s) "
         f"({'; '.join(dict.fromkeys(reasons)) or f'none with exchange {exchange}'})"
     )
+    raise RuntimeError(_none[nothing])
 
 
 def refusal(need: Need) -> str:

@@ -166,6 +166,7 @@ def _problem(
         return_cells=return_cells,
         transforms=dispatch._under_transforms(),
         process_group=process_group,
+        ordinal=input.device.index,
     )
 
 

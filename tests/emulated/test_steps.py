@@ -122,6 +122,7 @@ def test_a_refused_grid_gets_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> N
     """As a driver answers that shares its device with others."""
     monkeypatch.setattr(cuda_native, "_too_large", set())
     monkeypatch.setattr(cuda_native, "_chosen", {})
+    monkeypatch.setattr(cuda_native, "_none", {})
     choose_format("bf16x3")
 
     def refuse(*_: object) -> None:

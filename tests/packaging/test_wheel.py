@@ -80,7 +80,7 @@ def test_holds_the_package_and_nothing_else(wheel, root):
     assert not [n for n in members if n.endswith((".cc", ".h", ".map"))]
     sources = {str(p.relative_to(root)) for p in (root / "fastrnn").rglob("*.py")}
     assert sources <= set(members)
-    assert "fastrnn/py.typed" in members
+    assert {"fastrnn/py.typed", "fastrnn/gpu/table.json"} <= set(members)
     assert any(n.endswith("licenses/LICENSE") for n in members)
 
 
