@@ -18,6 +18,7 @@ pytestmark = [
     # torch's own compile stack warns about its own deprecations.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning"),  # torch 2.6
 ]
 
 

@@ -21,6 +21,7 @@ pytestmark = [
     # torch's own compile stack warns about its own deprecations.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning"),  # torch 2.6
 ]
 
 

@@ -129,25 +129,32 @@ def kind(name: str, dtype: str) -> str:
     return "*" + FLOATS["float32" if name in WIDE else dtype]
 
 
+def source_of(kernel: Any, values: dict[str, Any], dtype: str) -> Any:
+    """The kernel with its constants and the types of all else; pointers are multiples of 16."""
+    from triton.backends import compiler
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {name: kind(name, dtype) for name in names if name not in values}
+    pointers = [names.index(name) for name, text in types.items() if text.startswith("*")]
+    if hasattr(compiler, "AttrsDescriptor"):  # Triton 3.2
+        hints = compiler.AttrsDescriptor.from_hints(dict.fromkeys(pointers, 16))
+        return ASTSource(kernel, types, values, hints)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    hints = {(at,): [["tt.divisibility", 16]] for at in pointers}
+    return ASTSource(kernel, signature, values, hints)
+
+
 def compile_for(case: Case, arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from fastrnn.backends.triton.host import OPTIONS
 
     kernel = find(case.kernel)
     fixed, warps = constants(case)
-    names = kernel.arg_names
-    values = {name: fixed[name] for name in names if name in fixed}
-    signature = {n: "constexpr" if n in values else kind(n, case.dtype) for n in names}
-    pointers = [n for n in names if signature[n].startswith("*")]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(n),): value for n, value in values.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in pointers},
-    )
+    values = {name: fixed[name] for name in kernel.arg_names if name in fixed}
+    source = source_of(kernel, values, case.dtype)
     target = GPUTarget("cuda", arch, 32)
     return triton.compile(source, target=target, options=OPTIONS | {"num_warps": warps})
 
