@@ -15,6 +15,7 @@ from torch.export import Dim
 
 import fastrnn
 from tests.test_compile import assert_equal_to_eager, flat
+from tests.versions import OLD
 
 pytestmark = [
     pytest.mark.compile,
@@ -23,9 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning"),  # torch 2.6
 ]
-
-
-OLD = not hasattr(torch.compiler, "is_exporting")  # torch 2.6
 
 
 def skip_on_old_torch(name: str, strict: bool, training: bool) -> None:
