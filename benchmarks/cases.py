@@ -14,7 +14,10 @@ from typing import Any
 CELLS = ("lstm", "gru", "rnn")
 MODES = ("forward", "training", "step")
 LOOP_CELLS = ("rhn", "bnlstm")  # no peer in torch.nn: the peer is a loop
-GROUPS = ("grid", "step", "bf16", "isa", "options", "loops", "regularised", "layer_norm", "memory")
+GROUPS = (
+    *("grid", "step", "overhead", "bf16", "isa", "options", "loops", "regularised", "layer_norm"),
+    "memory",
+)
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rhn": 2, "bnlstm": 4}
 
 
@@ -27,7 +30,8 @@ class Case:
       torch.nn's cell.
     ragged: "" (all sequences have T steps), "lengths" (padded batch with lengths) or "packed"
       (PackedSequence).
-    depth: micro-steps of an RHN. option: one of `loops.OPTIONS`.
+    depth: micro-steps of an RHN. option: one of `loops.OPTIONS`, or "compiled": every contestant
+      through torch.compile.
     dtype: of the whole module, as torch spells it; "" is float32 (the GPU campaign has others).
     """
 
@@ -149,6 +153,19 @@ def step() -> list[Case]:
         Case(cell, "step", 1, 1, 256, "step", contestants=("fastrnn", "torch-cell"), quick=True)
         for cell in CELLS
     ]
+
+
+def overhead() -> list[Case]:
+    """A call with next to nothing to compute, eager and through torch.compile."""
+    return [
+        Case(
+            cell, mode, 1, 1, 16, "overhead",
+            option=option, quick=cell == "lstm" and not option,
+        )
+        for option in ("", "compiled")
+        for cell in CELLS
+        for mode in ("forward", "training")
+    ]  # fmt: skip
 
 
 def bf16() -> list[Case]:
@@ -302,8 +319,8 @@ def layer_norm() -> list[Case]:
 def registry() -> list[Case]:
     """Every case, in the order it is run."""
     return [
-        *grid(), *step(), *bf16(), *isa(), *options(), *loops(), *regularised(), *layer_norm(),
-        *memory(),
+        *grid(), *step(), *overhead(), *bf16(), *isa(), *options(), *loops(), *regularised(),
+        *layer_norm(), *memory(),
     ]  # fmt: skip
 
 

@@ -13,18 +13,22 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import json
 import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastrnn
+from benchmarks.schema import SCHEMA, cpu_name, environment
+from benchmarks.timing import LocalRunner, Timing, measure
 
 Call = Callable[[nn.Module], Sequence[Tensor]]
 
@@ -313,18 +317,21 @@ def verify(model: Model, small: bool) -> str:
     return ""
 
 
-def _time(plain: nn.Module, ours: nn.Module, call: Call, training: bool, seconds: float) -> str:
-    from benchmarks.timing import LocalRunner, measure
-
+def _time(
+    plain: nn.Module, ours: nn.Module, call: Call, training: bool, seconds: float
+) -> dict[str, Timing]:
     def runner(model: nn.Module) -> LocalRunner:
         model.train(training)
         if training:
             return LocalRunner(lambda: outputs_and_gradients(model, call))
         return LocalRunner(lambda: call(model), torch.no_grad)
 
-    timings = measure({"torch": runner(plain), "ours": runner(ours)}, budget=seconds)
-    old, new = timings["torch"].median, timings["ours"].median
-    mark = " disturbed" if timings["torch"].disturbed or timings["ours"].disturbed else ""
+    return measure({"torch": runner(plain), "fastrnn": runner(ours)}, budget=seconds)
+
+
+def _columns(timings: dict[str, Timing]) -> str:
+    old, new = timings["torch"].median, timings["fastrnn"].median
+    mark = " disturbed" if any(timing.disturbed for timing in timings.values()) else ""
     return f"{old * 1e3:.1f} ms | {new * 1e3:.1f} ms | {old / new:.2f}{mark}"
 
 
@@ -337,10 +344,10 @@ def main(arguments: list[str] | None = None) -> int:
     it.add_argument("--verify-only", action="store_true", help="compare, time nothing")
     it.add_argument("--seconds", type=float, default=10.0, help="of timing for each line")
     it.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    it.add_argument("--out", type=Path, help="a JSON file for the times")
     options = it.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    from benchmarks.schema import cpu_name
-
+    found: list[dict[str, Any]] = []
     print(f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}\n")
     print("| model | | mode | torch.nn | fastrnn | times faster |\n|---|---|---|---|---|---|")
     green = red = 0
@@ -363,8 +370,13 @@ def main(arguments: list[str] | None = None) -> int:
             if options.verify_only:
                 print(f"| {model.name} | {model.what} | {mode} | verified | verified | |")
             else:
-                numbers = _time(plain, ours, call, training, options.seconds)
-                print(f"| {model.name} | {model.what} | {mode} | {numbers} |", flush=True)
+                timings = _time(plain, ours, call, training, options.seconds)
+                print(f"| {model.name} | {model.what} | {mode} | {_columns(timings)} |", flush=True)
+                named = {name: asdict(timing) for name, timing in timings.items()}
+                found.append({"model": model.name, "mode": mode, "timings": named})
+    if options.out is not None:
+        written = {"schema": SCHEMA, "environment": environment(options.threads), "models": found}
+        options.out.write_text(json.dumps(written, indent=1) + "\n")
     return 0 if green and not red else 1
 
 

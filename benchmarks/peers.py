@@ -76,6 +76,18 @@ def make_module(case: Case, kind: type[nn.Module], **extra: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
+def compiled_switch(training: bool) -> Iterator[None]:
+    """torch.nn's layers whole in a graph, and as torch's own operations: inductor of torch 2.13
+    fails on oneDNN's LSTM in inference."""
+    with (
+        torch._dynamo.config.patch(allow_rnn=True),
+        torch.backends.mkldnn.flags(enabled=False),
+        nullcontext() if training else torch.no_grad(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def bf16_switch() -> Iterator[None]:
     """torch's own opt-in to bfloat16 weights of float32 recurrent layers, and no gradients."""
     switch = torch.backends.mkldnn.rnn
@@ -98,7 +110,7 @@ def build(
     if case.mode == "step":
         return _step(problem, name, dtype)
     if name == "torch":
-        return _layer(problem, name, TORCH_MODULES[case.cell], dtype)
+        return _layer(problem, name, TORCH_MODULES[case.cell], dtype, case.option == "compiled")
     if name == "torch-bf16":
         return _layer(problem, name, TORCH_MODULES[case.cell], torch.bfloat16)
     if name.split("-")[0].split("@")[0] == "fastrnn":
@@ -106,7 +118,7 @@ def build(
 
         kind = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}[case.cell]
         extra = {"recompute": True} if name == "fastrnn-recompute" else {}
-        contestant = _layer(problem, name, kind, dtype, **extra)
+        contestant = _layer(problem, name, kind, dtype, case.option == "compiled", **extra)
         if name == "fastrnn-bf16":
             contestant.context = bf16_switch
         return contestant
@@ -117,27 +129,38 @@ def build(
 
 
 def _layer(
-    problem: Problem, name: str, kind: type[nn.Module], dtype: torch.dtype, **extra: Any
+    problem: Problem,
+    name: str,
+    kind: type[nn.Module],
+    dtype: torch.dtype,
+    compiled: bool = False,
+    **extra: Any,
 ) -> Contestant:
     case = problem.case
     module = problem.load(make_module(case, kind, **extra), dtype)
     training = case.mode == "training"
     x = problem.x.detach().to(dtype).requires_grad_(training)
-    run, leaf = _forward(problem, module, x, ours=name.startswith("fastrnn"))
+    callee: Any = torch.compile(module, fullgraph=True) if compiled else module
+    run, leaf = _forward(problem, callee, x, ours=name.startswith("fastrnn"))
     if training:
-        return _training(problem, name, module, x, leaf, run)
+        contestant = _training(problem, name, module, x, leaf, run)
+        if compiled:
+            contestant.context = lambda: compiled_switch(training)
+        return contestant
 
     def outputs() -> Outputs:
         y, state = run()
         return _named(y, state)
 
     contestant = Contestant(name, run, outputs, torch.no_grad)
-    contestant.backend = _explain(name, module, x, contestant.context)
+    if compiled:
+        contestant.context = lambda: compiled_switch(training)
+    contestant.backend = _explain(name, module, x, torch.no_grad)
     return contestant
 
 
 def _forward(
-    problem: Problem, module: nn.Module, x: Tensor, *, ours: bool
+    problem: Problem, module: Callable[..., Any], x: Tensor, *, ours: bool
 ) -> tuple[Callable[[], Any], Tensor]:
     """The call a user would write, and the leaf its input gradient lands in.
 

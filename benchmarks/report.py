@@ -25,6 +25,7 @@ LABELS = {
 TITLES = {
     "grid": "",
     "step": " - one module.step",
+    "overhead": " - overhead of a call",
     "bf16": " - bfloat16 weights",
     "isa": " - instruction sets",
     "options": " - options",

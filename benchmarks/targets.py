@@ -161,6 +161,15 @@ def _overhead(grid: list[Record], records: list[Record]) -> Iterator[Outcome]:
     for mode in ("forward", "training"):
         call = _of(grid, mode=mode, keep=lambda case: (case.T, case.N, case.H) == (1, 1, 128))
         yield _worst(f"one call, T=1 N=1 H=128, {mode}: against torch.nn", 2.0, call, vs_torch)
+    for mode in ("forward", "training"):
+        for option in ("", "compiled"):
+            small = [
+                record
+                for record in _of(records, mode=mode)
+                if (record.case.group, record.case.option) == ("overhead", option)
+            ]
+            text = f"one call, T=1 N=1 H=16, {mode}, {option or 'eager'}: against torch.nn"
+            yield _worst(text, 1.0, small, vs_torch)
     steps = _of(records, mode="step")
     yield _worst(
         "module.step, N=1 H=256: against torch.nn's cell",

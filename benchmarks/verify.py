@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,13 @@ class Check:
 
 def truth(case: Case, problem: Problem, dtype: torch.dtype = torch.float64) -> Outputs:
     """torch.nn in float64, or at the dtype that our error is measured against."""
-    return _run(build(case, "torch", problem, dtype=dtype))
+    return _run(build(replace(case, option=""), "torch", problem, dtype=dtype))
 
 
 def peer_outputs(case: Case, problem: Problem, name: str) -> Outputs:
     """torch.nn at the contestant's precision: what its error is measured against."""
     yardstick = "torch-bf16" if name.endswith("bf16") else "torch"
-    return _run(build(case, yardstick, problem))
+    return _run(build(replace(case, option=""), yardstick, problem))
 
 
 def check(

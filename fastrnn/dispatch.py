@@ -114,8 +114,17 @@ def _change(add: str | None = None, remove: str | None = None) -> None:
         _in_force = tuple(names)
 
 
+def _of_this_thread() -> _Override | None:
+    return _active.override
+
+
+if not hasattr(torch.compiler, "is_exporting"):
+    # torch 2.6 traces a thread local as its class: it has to ask, once for each state of _in_force.
+    _of_this_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _override() -> _Override | None:
-    return _active.override if _in_force else None
+    return _of_this_thread() if _in_force else None
 
 
 class use_backend:

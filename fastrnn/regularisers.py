@@ -161,15 +161,16 @@ def drop_weights(
 
     Those that stay are divided by 1 - p. Differentiable: gradients meet the same mask.
     """
-    weights = list(weights)
     per = len(weights) // (num_layers * directions)
+    found: list[Tensor] = []
     for k in range(num_layers):
         for d in range(directions):
-            at = (k * directions + d) * per + 1
-            w = weights[at]
+            # A new list: an index is a symbol where torch 2.6 traces num_layers.
+            start = (k * directions + d) * per
+            w_ih, w, *others = weights[start : start + per]
             keep = _keep(seed, _stream(k, d, _WEIGHT), p, 1, w.size(0), w.size(1), w.device)
-            weights[at] = w * _inverted(keep[0], p, w.dtype)
-    return weights
+            found += [w_ih, w * _inverted(keep[0], p, w.dtype), *others]
+    return found
 
 
 def draw_masks(

@@ -150,7 +150,8 @@ def check_lengths(
             f"lengths: got shape {tuple(checked.shape)}, {expected()}, one per sequence"
         )
     # The values are data: while tracing they are unknown, and kernels clamp what they read.
-    if size and not is_compiling() and not checked.is_meta:
+    # Last, the size: torch 2.6 fixes a traced one where it is asked for its truth.
+    if not is_compiling() and not checked.is_meta and size:
         low, high = checked.aminmax()
         if int(low) < 1 or int(high) > steps:
             raise ValueError(

@@ -15,21 +15,18 @@ from torch.export import Dim
 
 import fastrnn
 from tests.test_compile import assert_equal_to_eager, flat
+from tests.versions import OLD, exporting
 
 pytestmark = [
     pytest.mark.compile,
     # torch's own compile stack warns about its own deprecations.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning"),  # torch 2.6
 ]
 
 
-OLD = not hasattr(torch.compiler, "is_exporting")  # torch 2.6
-
-
 def skip_on_old_torch(name: str, strict: bool, training: bool) -> None:
-    if OLD and strict:
-        pytest.skip("torch 2.6 fails inside dynamo on the wrapper's *args with dynamic sizes")
     if OLD and training and name == "bnlstm":
         pytest.skip("torch 2.6 does not tell export from compile: a minimum of sizes stays")
 
@@ -134,7 +131,8 @@ def test_export_with_dynamic_sizes(name: str, strict: bool) -> None:
     case = CASES[name]
     model = Caller(case).eval()
     args, shapes = arguments(case, 5, 3)
-    program = torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
+    with exporting(strict):
+        program = torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
     targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     layers = case.options.get("num_layers", 1)
     assert sum("fastrnn" in target for target in targets) == layers, targets
@@ -160,7 +158,8 @@ def test_export_in_training_mode(name: str, strict: bool) -> None:
         case = case._replace(options={**case.options, "max_length": 1000})
     model = Caller(case).train()
     args, shapes = arguments(case, 5, 3)
-    program = torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
+    with exporting(strict):
+        program = torch.export.export(model, args, dynamic_shapes=shapes, strict=strict)
     run, eager = program.module(), copy.deepcopy(model)
     args, _ = arguments(case, 9, 4)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Inference calls of a shape seen before: prepared once, with the bits of the general way."""
+"""Calls of a shape seen before: prepared once, with the bits of the general way."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_bits_of_the_general_way(
     hx = None
     if given:
         hx = states(module, None if x.dim() == 2 else shape[0 if batch_first else 1])
-    expected = module(x, hx)  # gradients are recorded: never prepared
+    expected = module(x, hx)  # the first with gradients: not prepared
     with torch.no_grad():
         for turn in range(3):
             assert_same(module(x, hx), expected)
@@ -152,3 +152,142 @@ def test_options_and_overrides_take_the_general_way() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert module(x)[0].dtype == torch.bfloat16
         assert torch.equal(module(x)[0], expected)
+
+
+def leaves(hx: Any) -> list[torch.Tensor]:
+    return [] if hx is None else list(hx) if isinstance(hx, tuple) else [hx]
+
+
+def recorded(module: Any, x: torch.Tensor, hx: Any = None, **options: Any) -> list[torch.Tensor]:
+    """Outputs and all gradients of a loss in which every output takes part, but for bits alike."""
+    outputs = parts(module(x, hx, **options))
+    loss = sum((i + 1) * out.square().sum() for i, out in enumerate(outputs))
+    wanted = [t for t in (x, *leaves(hx), *module.parameters()) if t.requires_grad]
+    return [*outputs, *torch.autograd.grad(loss, wanted)]
+
+
+def prepared(module: Any) -> bool:
+    return module._packed.training is not None
+
+
+TRAINED = [
+    ("lstm", {}),
+    ("lstm", {"bidirectional": True, "batch_first": True}),
+    ("lstm", {"proj_size": 3, "bias": False}),
+    ("lstm", {"layer_norm": True, "bidirectional": True}),
+    ("gru", {"bidirectional": True}),
+    ("gru", {"reset_after": False, "batch_first": True}),
+    ("gru", {"layer_norm": True}),
+    ("rnn", {"bidirectional": True, "batch_first": True}),
+    ("rnn", {"nonlinearity": "relu", "bias": False}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("cell, options", TRAINED, ids=str)
+def test_gradients_have_the_bits_of_the_general_way(
+    cell: str, options: dict[str, Any], given: bool, dtype: torch.dtype
+) -> None:
+    module = make(cell, **options).train().to(dtype)
+    x = torch.randn(3, 2, 5, dtype=dtype, requires_grad=True)
+    hx = None
+    if given:
+        hx = states(module, 3 if module.batch_first else 2)
+        hx = tuple(t.to(dtype).requires_grad_() for t in leaves(hx))
+        hx = hx if len(hx) == 2 else hx[0]
+    expected = recorded(module, x, hx)
+    assert not prepared(module)
+    for _ in range(2):
+        for a, b in zip(recorded(module, x, hx), expected, strict=True):
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+    assert prepared(module) is not (module.layer_norm and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_frozen_and_changed_parameters_with_gradients(cell: str) -> None:
+    module, other = make(cell), make(cell)
+    x = torch.randn(3, 2, 5)
+    for frozen in ("weight_ih_l0", "weight_hh_l0"):
+        getattr(module, frozen).requires_grad_(False)
+        getattr(other, frozen).requires_grad_(False)
+        for turn in range(3):
+            with torch.no_grad():
+                for a, b in zip(module.parameters(), other.parameters(), strict=True):
+                    b.copy_(a.mul_(1.5 if turn == 1 else 1.0))
+            other.flatten_parameters()  # forgets what it has prepared
+            for a, b in zip(recorded(module, x), recorded(other, x), strict=True):
+                assert torch.equal(a, b)
+        assert prepared(module)
+        assert not prepared(other)
+    y = module(x)[0]
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivatives_of_a_prepared_call(cell: str) -> None:
+    module = make(cell).double()
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        module(x)
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,), fast_mode=True)
+    assert prepared(module)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_of_a_prepared_call_under_hooks_batching_and_the_profiler(cell: str) -> None:
+    module = make(cell)
+    x = torch.randn(3, 2, 5, requires_grad=True)
+    expected = recorded(module, x)
+    for _ in range(2):
+        module(x)
+    assert prepared(module)
+
+    def turned(t: torch.Tensor) -> torch.Tensor:
+        """The same values with other strides."""
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(turned, turned):
+        for a, b in zip(recorded(module, x), expected, strict=True):
+            assert torch.equal(a, b)
+    y = module(x)[0]
+    with torch.profiler.profile() as seen:
+        (dx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert "fastrnn::layer_backward" in {event.key for event in seen.key_averages()}
+    (again,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert torch.equal(dx, again)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_and_what_is_not_prepared_with_gradients(cell: str) -> None:
+    module = make(cell)
+    x = torch.randn(3, 2, 5, requires_grad=True)
+    expected, threads = recorded(module, x), torch.get_num_threads()
+    try:
+        for count in (threads, 1, threads):
+            torch.set_num_threads(count)
+            for a, b in zip(recorded(module, x), expected, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+    assert prepared(module)
+    with fastrnn.use_backend("reference"):
+        assert torch.allclose(module(x)[0], expected[0], atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(module(x)[0].float(), expected[0])
+    with pytest.raises(RuntimeError, match="input_size"):
+        module(torch.randn(3, 2, 6))
+    with pytest.raises(ValueError, match="dtype"):
+        module(x.double())
+    module.weight_ih_l0 = torch.nn.Parameter(torch.randn(module.weight_ih_l0.size(0), 6))
+    with pytest.raises(RuntimeError, match="input_size"):
+        module(x)
+    for options in ({"num_layers": 2}, {"zoneout": 0.5}, {"recompute": True}):
+        other = make(cell, **options).train()
+        for _ in range(3):
+            other(x)
+        assert not prepared(other)

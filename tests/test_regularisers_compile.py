@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.compile,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning"),  # torch 2.6
 ]
 
 

@@ -1,7 +1,7 @@
 """Gradients: one differentiable ``torch.autograd.Function`` per kind of layer."""
 
 from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward
-from fastrnn.autograd.layer import Layer, LayerBackward, distinct
+from fastrnn.autograd.layer import Layer, LayerBackward, PreparedLayer, distinct
 from fastrnn.autograd.rhn import RhnLayer, RhnLayerBackward
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "BNLSTMLayerBackward",
     "Layer",
     "LayerBackward",
+    "PreparedLayer",
     "RhnLayer",
     "RhnLayerBackward",
     "distinct",

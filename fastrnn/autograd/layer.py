@@ -17,8 +17,9 @@ from torch.compiler import is_compiling
 
 from fastrnn import ops
 from fastrnn.backends import reference
+from fastrnn.backends.cpu_prepared import LayerCall
 
-__all__ = ["Layer", "LayerBackward", "distinct"]
+__all__ = ["Layer", "LayerBackward", "PreparedLayer", "distinct"]
 
 _Grad = Tensor | None
 
@@ -89,6 +90,61 @@ class Layer(Function):
             *([None] * 9),
             *dweights,
         )  # fmt: skip
+
+
+class PreparedLayer(Function):
+    """``Layer`` for a call whose fields were prepared: ``PreparedLayer.apply(call, cell,
+    batch_first, x, h0, c0, *weights)`` returns y, h_n[, c_n]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: LayerCall,
+        cell: str,
+        batch_first: bool,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y, h_n, c_n, cells, gates = call.forward(x, h0, c0, weights)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, y, cells, gates, *weights)
+        ctx.options = (call, cell, batch_first)
+        return (y, h_n) if c_n is None else (y, h_n, c_n)
+
+    @staticmethod
+    def backward(ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad = None) -> tuple[_Grad, ...]:
+        x, h0, c0, y, cells, gates, *weights = ctx.saved_tensors
+        call, cell, batch_first = ctx.options
+        needs = ctx.needs_input_grad[3:]
+        need = (needs[0], needs[1] or needs[2], any(needs[3:]))
+        rest = (None, None, None, None, cell, batch_first, *need, "")
+        if torch.is_grad_enabled():
+            dx, dh0, dc0, *dweights = LayerBackward.apply(
+                dy, dh_n, dc_n, None, x, h0, c0, y.detach(), _plain(cells, x), _plain(gates, x),
+                *rest, "", *weights,
+            )  # fmt: skip
+        elif ops.unobserved(x, weights[0]):
+            dx, dh0, dc0, dweights = call.backward(
+                dy, dh_n, dc_n, x, y, h0, c0, cells, gates, weights, need
+            )
+        else:
+            dx, dh0, dc0, dweights = ops.layer_backward(
+                dy, dh_n, dc_n, None, x, y, h0, c0, _plain(cells, x), _plain(gates, x), weights,
+                *rest[:3], *rest[4:],
+            )  # fmt: skip
+        if not need[2]:
+            dweights = [None] * len(weights)
+        return (
+            None,
+            None,
+            None,
+            dx if need[0] else None,
+            dh0 if needs[1] else None,
+            dc0 if needs[2] else None,
+            *dweights,
+        )
 
 
 def _plain(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -335,7 +335,7 @@ def _check(
                         "Input and parameter tensors are not at the same device, found input "
                         f"tensor at {input.device} and {name}[{index}] at {tensor.device}"
                     )
-                if tensors is weights and tensor.dtype != input.dtype and not autocast:
+                if name == "flat_weights" and tensor.dtype != input.dtype and not autocast:
                     raise ValueError(
                         f"RNN input dtype ({input.dtype}) does not match weight dtype "
                         f"({tensor.dtype}). Convert input: input.to({tensor.dtype}), or convert "

@@ -263,6 +263,10 @@ class RecurrentBase(nn.RNNBase):
         """A call without gradients straight to the CPU library; None: take the general way."""
         return None
 
+    def _natively_recorded(self, input: Any, hx: Any) -> Any:
+        """As `_natively`, with gradients."""
+        return None
+
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         """Run the cell's function: (output, parts of the state[, cells]). The function makes
         torch.nn's checks of sizes, dtypes and devices, and those of the options."""
@@ -278,8 +282,9 @@ class RecurrentBase(nn.RNNBase):
         return_cells: bool = False,
     ) -> Any:
         """Run the whole sequence. The class says what goes in and what comes out."""
-        if lengths is None and reset is None and not return_cells and not torch.is_grad_enabled():
-            done = self._natively(input, hx)
+        if lengths is None and reset is None and not return_cells:
+            short = self._natively_recorded if torch.is_grad_enabled() else self._natively
+            done = short(input, hx)
             if done is not None:
                 return done
         self._check_return_cells(return_cells)

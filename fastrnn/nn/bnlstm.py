@@ -299,6 +299,7 @@ class BNLSTM(RunningStatistics):
     _check_rank: Any = RecurrentBase._check_rank
     _forward_packed: Any = RecurrentBase._forward_packed
     _natively: Any = RecurrentBase._natively
+    _natively_recorded: Any = RecurrentBase._natively_recorded
     _rank_message: Any = RecurrentBase._rank_message
 
     def _initial(

@@ -58,7 +58,7 @@ class PackedCache:
     concurrent callers at worst pack the same weights twice.
     """
 
-    __slots__ = ("_entries", "seen", "sequence", "stepper")
+    __slots__ = ("_entries", "seen", "seen_training", "sequence", "stepper", "training")
 
     def __init__(self) -> None:
         self.clear()
@@ -78,6 +78,9 @@ class PackedCache:
         self.stepper: Any = None
         self.sequence: Any = None
         self.seen: Any = None  # the shape of the last sequence
+        # The same for calls with gradients, which read the plain weights.
+        self.training: Any = None
+        self.seen_training: Any = None
 
     def find(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
         """The kept packed weights of `layer`, or None if there are none or they are stale."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastrnn.nn.base import RecurrentBase
-from fastrnn.nn.stepper import Layout, NativeCall
+from fastrnn.nn.stepper import Layout, NativeCall, TrainingCall
 
 
 class Steppable(RecurrentBase):
-    """Adds `step`, and the short way to the CPU library for calls without gradients."""
+    """Adds `step`, and the short way to the CPU library for calls of a shape seen before."""
 
     _prepares = True  # prepared calls exist for the cells of torch.nn
 
@@ -108,9 +108,8 @@ class Steppable(RecurrentBase):
             if cache.seen != input.shape:  # preparing pays from the second call of a shape on
                 cache.seen = input.shape
                 return None
-            directions = 2 if self.bidirectional else 1
-            sizes = (self.hidden_size, self.proj_size, directions, self.num_layers)
             layout = Layout.sequence(input, self.batch_first)
+            sizes = self._sizes()
             sequence = NativeCall(self._cell(), sizes, input, layout)
             done = sequence(input, h, c, weights, cache)
             if done is None:
@@ -118,6 +117,35 @@ class Steppable(RecurrentBase):
             cache.sequence = sequence
         y, h_n, c_n = done
         return y, (h_n, c_n) if self.mode == "LSTM" else h_n
+
+    def _natively_recorded(self, input: Any, hx: Any) -> Any:
+        if torch.compiler.is_compiling() or self.num_layers > 1 or self.recompute:
+            return None
+        parts, cache = self._parts(hx), self._cache()
+        if parts is None or cache is None or self._active_regularisers():
+            return None
+        h, c = parts
+        weights = self._weights()
+        done = None if cache.training is None else cache.training(input, h, c, weights)
+        if done is None:
+            if not self._takes(input, h, c, (3,)):
+                return None
+            if cache.seen_training != input.shape:
+                cache.seen_training = input.shape
+                return None
+            layout = Layout.sequence(input, self.batch_first)
+            if not TrainingCall.pays(layout, self._sizes()):
+                return None
+            training = TrainingCall(self._cell(), self._sizes(), input, layout)
+            done = training(input, h, c, weights)
+            if done is None:
+                return None
+            cache.training = training
+        return done[0], done[1:] if self.mode == "LSTM" else done[1]
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        directions = 2 if self.bidirectional else 1
+        return self.hidden_size, self.proj_size, directions, self.num_layers
 
     def _draws(self) -> bool:
         """Whether a call draws random numbers, or their expectations take part in it."""
@@ -133,7 +161,7 @@ class Steppable(RecurrentBase):
             return hx, None
         return hx if type(hx) is tuple and len(hx) == 2 else None
 
-    def _takes(self, x: Any, h: Any, c: Any, ranks: tuple[int, int]) -> bool:
+    def _takes(self, x: Any, h: Any, c: Any, ranks: tuple[int, ...]) -> bool:
         """Whether these are tensors of the right sizes."""
         if type(x) is not Tensor or x.dim() not in ranks or not x.numel():
             return False
@@ -145,7 +173,7 @@ class Steppable(RecurrentBase):
             return True
         layers = self.num_layers * (2 if self.bidirectional else 1)
         middle: tuple[int, ...] = x.shape[:-1]  # the batch, where there is one
-        if ranks == (2, 3):
+        if 3 in ranks:
             middle = (x.size(0 if self.batch_first else 1),) if x.dim() == 3 else ()
         out = self.proj_size or self.hidden_size
         return (

@@ -1,9 +1,9 @@
-"""The native path of a call without gradients: everything but the data is prepared once.
+"""The native path of a call seen before: everything but the data is prepared once.
 
 A small layer takes a few microseconds of arithmetic; this is what keeps Python's share of the call
 of the same size. It goes straight to the native library, with the description of a layer that
-`fastrnn.backends.cpu` makes. One object serves one shape and dtype of the arguments, either one
-time step or a whole dense sequence.
+`fastrnn.backends.cpu` makes. One object serves one shape and dtype of the arguments: without
+gradients either one time step or a whole dense sequence, with them a sequence through one layer.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from fastrnn import dispatch
+from fastrnn.autograd import PreparedLayer
 from fastrnn.backends import cpu
 from fastrnn.backends.cpu_plan import read_plan
+from fastrnn.backends.cpu_prepared import KEPT_WORKSPACE, LayerCall
 from fastrnn.functional.checks import check_weights
 from fastrnn.kinds import KINDS
 from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 
 _Fields = tuple[int, ...]
-_KEPT_WORKSPACE = 1 << 20  # bytes; a larger one is allocated anew for each call
+_SMALL = 1 << 16  # values of an output; above it a call with gradients gains nothing
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _library() -> Any:
@@ -100,7 +103,7 @@ class _Prepared:
             self.layers.append((problem, head, tail))
 
 
-class NativeCall:
+class _Call:
     """One step, or one sequence, through a stack of layers, for one shape and dtype.
 
     Args:
@@ -135,6 +138,33 @@ class NativeCall:
         self._c_like = x.new_zeros((*lead, hidden)) if KINDS[cell].has_cell else None
         item = x.element_size() * directions * rows
         self._h_bytes, self._c_bytes = out * item, hidden * item
+
+    def _served(self, x: Any, h: Any, c: Any) -> bool:
+        """Whether these are tensors as described, and nothing is at work that would change, or
+        wants to see, what the general way does."""
+        return not (
+            type(x) is not Tensor
+            or x.shape != self._x_shape
+            or x.dtype is not self._dtype
+            or not (x.is_contiguous() and x.is_cpu)
+            or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export
+            or torch._C._get_tracing_state() is not None
+            or torch._C._autograd._profiler_enabled()  # which shows operators
+            or torch._C._is_any_autocast_enabled()
+        ) and (
+            h is None
+            or (
+                _fits(h, self._h_like)
+                and (c is self._c_like if self._c_like is None else _fits(c, self._c_like))
+            )
+        )
+
+
+class NativeCall(_Call):
+    """A call without gradients."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._prepared: _Prepared | None = None
         self._bf16: bool | None = None
         self._plan = ""
@@ -147,23 +177,10 @@ class NativeCall:
 
         h and c are None together for zeros.
         """
-        if (
-            type(x) is not Tensor
-            or x.shape != self._x_shape
-            or x.dtype is not self._dtype
-            or not (x.is_contiguous() and x.is_cpu)
-            or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export
-            or torch._C._get_tracing_state() is not None
-            or torch._C._autograd._profiler_enabled()  # which shows operators
-            or torch._C._is_any_autocast_enabled()
-        ):
+        if not self._served(x, h, c):
             return None
         if h is None:
             h, c = self._h_like, self._c_like
-        elif not _fits(h, self._h_like) or (
-            c is not self._c_like if self._c_like is None else not _fits(c, self._c_like)
-        ):
-            return None
         bf16 = dispatch.settled()
         if bf16 is None:
             return None
@@ -247,9 +264,58 @@ class NativeCall:
             x_at = h_n_at if self._one_row else out
             h_at, h_n_at = h_at + self._h_bytes, h_n_at + self._h_bytes
             c_at, c_n_at = c_at + self._c_bytes, c_n_at + self._c_bytes
-        if prepared.workspace <= _KEPT_WORKSPACE:
+        if prepared.workspace <= KEPT_WORKSPACE:
             pool.append(scratch)
         return y, h_n, c_n
+
+
+class TrainingCall(_Call):
+    """A call with gradients through one layer without masks."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._layer: LayerCall | None = None
+        self._shapes: list[torch.Size] = []
+
+    @staticmethod
+    def pays(layout: Layout, sizes: tuple[int, int, int, int]) -> bool:
+        """Whether there is one layer, and so little to do that Python's share can be seen."""
+        hidden, _, directions, layers = sizes
+        return layers == 1 and layout.steps * layout.batch * directions * hidden <= _SMALL
+
+    def __call__(self, x: Any, h: Any, c: Any, weights: list[Any]) -> tuple[Tensor, ...] | None:
+        """y, h_n[, c_n], or None: take the general way. h and c are None together for zeros."""
+        if not self._served(x, h, c) or dispatch.settled() is None:
+            return None
+        if h is None:
+            h, c = self._h_like, self._c_like
+        dtype, records = self._dtype, x.requires_grad or h.requires_grad
+        for w in weights:
+            if type(w) not in _PLAIN or w.dtype is not dtype or not w.is_contiguous():
+                return None
+            records = records or w.requires_grad
+        if not (records or (c is not None and c.requires_grad)):
+            return None
+        if self._layer is None:
+            self._layer = self._prepare(x, weights)
+            if self._layer is None:
+                return None
+        elif [w.shape for w in weights] != self._shapes or not weights[0].is_cpu:
+            return None
+        first = self._batch.batch_first
+        return PreparedLayer.apply(self._layer, self._cell, first, x, h, c, *weights)
+
+    def _prepare(self, x: Tensor, weights: list[Tensor]) -> LayerCall | None:
+        """None where another backend runs the call; raises if the weights do not fit."""
+        chosen = dispatch.choose(self._cell, x, self._batch, self._sizes, True, False, False)
+        if chosen != ("cpu", ""):
+            return None
+        _, proj, directions, layers = self._sizes
+        bias = len(weights) // directions - KINDS[self._cell].norms >= 4
+        check_weights(self._cell, x, weights, bias, layers, directions, proj)
+        self._shapes = [w.shape for w in weights]
+        first = self._batch.batch_first
+        return LayerCall(self._cell, x, self._h_like, self._c_like, weights, first)
 
 
 def _fits(state: Any, like: Tensor) -> bool:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 
+from tests.versions import OLD
+
 
 def test_not_a_torch_subclass(kind: Kind) -> None:
     """dynamo breaks the graph on subclasses of nn.LSTM, nn.GRU and nn.RNN."""
@@ -142,9 +144,10 @@ def second_order(module: Any, x: Tensor, hx: Any) -> dict[str, Tensor]:
 
 @pytest.fixture
 def without_onednn() -> Iterator[None]:
-    enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
+    unchanged = {} if OLD else {"_fp32_precision": None}
+    enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, **unchanged)
     yield
-    torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)
+    torch.backends.mkldnn.set_flags(_enabled=enabled, **unchanged)
 
 
 @pytest.mark.usefixtures("without_onednn")

@@ -18,6 +18,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.versions import exporting
+
 # dynamo makes an instance of every autograd.Function that it traces, and torch warns of that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -87,9 +89,10 @@ def test_compiled_cell(cell: Kind, counter: Any) -> None:
 def test_export_with_dynamic_length(any_kind: Kind) -> None:
     ours, _ = twins(any_kind, 5, 7, num_layers=2)
     steps = torch.export.Dim("steps", min=2, max=64)
-    program = torch.export.export(
-        ours.eval(), (torch.randn(6, 3, 5),), dynamic_shapes=({0: steps},)
-    )
+    with exporting():
+        program = torch.export.export(
+            ours.eval(), (torch.randn(6, 3, 5),), dynamic_shapes=({0: steps},)
+        )
     for length in (6, 11):
         x = torch.randn(length, 3, 5)
         for mine, other in zip(tensors(program.module()(x)), tensors(ours(x)), strict=True):

@@ -157,11 +157,11 @@ def gru_backward_kernel(
         live = inside & (t < length)
         row = row_index(t, n, offsets, stride_t, stride_n, offsets is not None)
         mask = unit & live[None, :]
-        first = first_step(t, length, d > 0)
+        start = live & first_step(t, length, d > 0)
         t_prev = tl.minimum(tl.maximum(t - 1 + 2 * d.to(tl.int32), 0), T - 1)
         before = row_index(t_prev, n, offsets, stride_t, stride_n, offsets is not None)
-        h_prev = cube(y, before, u, D * H, unit & (live & ~first)[None, :])
-        h_prev += cube(h0 + d * N * H, n, u, H, unit & (live & first)[None, :])
+        h_prev = cube(y, before, u, D * H, unit & (live ^ start)[None, :])
+        h_prev += cube(h0 + d * N * H, n, u, H, unit & start[None, :])
         if reset is not None:
             clear = tl.load(reset + row, mask=live, other=0) != 0
             h_prev = tl.where(clear[None, :], 0.0, h_prev)

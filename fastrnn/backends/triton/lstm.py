@@ -190,12 +190,11 @@ def lstm_backward_kernel(
         row = row_index(t, n, offsets, stride_t, stride_n, offsets is not None)
         mask = unit & live[None, :]
         out_mask = out & live[None, :]
-        first = first_step(t, length, d > 0)
+        start = live & first_step(t, length, d > 0)
         t_prev = tl.maximum(t - 1 + 2 * d.to(tl.int32), 0)
         t_prev = tl.minimum(t_prev, T - 1)
         before = row_index(t_prev, n, offsets, stride_t, stride_n, offsets is not None)
-        kept = live & ~first
-        start = live & first
+        kept = live ^ start
         h_prev = cube(y, before, p, D * P, out & kept[None, :])
         h_prev += cube(h0 + d * N * P, n, p, P, out & start[None, :])
         c_prev = cube(cells, before, u, D * H, unit & kept[None, :])

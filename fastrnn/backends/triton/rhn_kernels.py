@@ -68,7 +68,7 @@ def rhn_forward_kernel(
             state = tl.where(clear[None, :], 0.0, h)
         for level in range(L):
             w = w_hh + level * G * H * H + s * zero  # no loop invariant
-            fed = mask & (level == 0)
+            fed = mask & (u * 0 + level == 0)[:, None]  # in the interpreter level is no tensor
             s_h = state
             s_t = state
             s_c = state
@@ -146,11 +146,11 @@ def rhn_backward_kernel(
         row = row_index(t, n, offsets, stride_t, stride_n, offsets is not None)
         mask = unit & live[None, :]
         written = unit & (live if offsets is not None else inside)[None, :]
-        first = first_step(t, length, d > 0)
+        start = live & first_step(t, length, d > 0)
         t_prev = tl.minimum(tl.maximum(t - 1 + 2 * d.to(tl.int32), 0), T - 1)
         before = row_index(t_prev, n, offsets, stride_t, stride_n, offsets is not None)
-        state = cube(y, before, u, D * H, unit & (live & ~first)[None, :])
-        state += cube(h0 + d * N * H, n, u, H, unit & (live & first)[None, :])
+        state = cube(y, before, u, D * H, unit & (live ^ start)[None, :])
+        state += cube(h0 + d * N * H, n, u, H, unit & start[None, :])
         if reset is not None:
             clear = tl.load(reset + row, mask=live, other=0) != 0
             state = tl.where(clear[None, :], 0.0, state)

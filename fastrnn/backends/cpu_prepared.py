@@ -1,0 +1,166 @@
+"""One layer with gradients, of one shape: the CPU kernels' fields that only the shape decides.
+
+The results are those of ``layer_forward_train`` and ``layer_backward`` in ``fastrnn.backends.cpu``,
+which describe the fields and allocate the same tensors, for dense sequences without masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrnn.backends import cpu
+from fastrnn.backends.cpu_plan import read_plan
+from fastrnn.kinds import KINDS
+
+__all__ = ["KEPT_WORKSPACE", "LayerCall"]
+
+KEPT_WORKSPACE = 1 << 20  # bytes; a larger one is allocated anew for each call
+_Grad = Tensor | None
+
+
+class _Setting(NamedTuple):
+    """What the number of threads and the instruction set decide; replaced whole."""
+
+    threads: int
+    isa: str
+    problem: tuple[int, ...]
+    bytes: dict[Any, int]
+    scratch: list[Tensor]
+
+
+class _Forward(NamedTuple):
+    """y, h_n, c_n, cells, gates; None for what the cell does not have."""
+
+    y: Tensor
+    h_n: Tensor
+    c_n: Tensor | None
+    cells: Tensor | None
+    gates: Tensor | None
+
+
+class LayerCall:
+    """A layer for inputs like ``x`` (dense, contiguous) and states like ``h`` (D, N, Hout) and
+    ``c`` (D, N, H), None but for an LSTM, with weights of these shapes."""
+
+    def __init__(
+        self,
+        cell: str,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor | None,
+        weights: Sequence[Tensor],
+        batch_first: bool,
+    ) -> None:
+        kind = KINDS[cell]
+        directions, size, out = h.shape
+        hidden = weights[1].size(0) // kind.gates
+        steps = x.size(1) if batch_first else x.size(0)
+        wide = cpu._compute_dtype(x.dtype)
+        self._cell, self._directions, self._norms = cell, directions, kind.norms
+        self._dtype, self._shape, self._state = x.dtype, (steps, size), h
+        self._y = x.new_empty((*x.shape[:-1], directions * out))
+        self._cells = self._gates = None
+        strides = [*cpu._strides(x, False, batch_first), *cpu._strides(self._y, False, batch_first)]
+        if c is not None:
+            self._cells = x.new_empty((*x.shape[:-1], directions * hidden), dtype=wide)
+            strides += cpu._strides(self._cells, False, batch_first)
+        else:
+            strides += (0, 0)
+        self._strides = tuple(strides)
+        if kind.tape:
+            shape = (directions, steps * size, kind.tape * hidden)
+            self._gates = x.new_empty(shape, dtype=wide)
+        self._setting = _Setting(0, "", (), {}, [])
+
+    def _current(self, weights: Sequence[Tensor]) -> _Setting:
+        setting = self._setting
+        threads, isa = torch.get_num_threads(), cpu.isa()
+        if threads != setting.threads or isa != setting.isa:
+            problem = cpu._problem(
+                self._cell, self._dtype, read_plan(""), weights, self._shape, self._state
+            )
+            self._setting = setting = _Setting(threads, isa, problem, {}, [])
+        return setting
+
+    def _run(self, setting: _Setting, key: Any, ask: Any, call: Any, fields: Any) -> None:
+        """Call the library with a workspace, taken off a list and put back: concurrent callers
+        never share one."""
+        _, _, problem, known, pool = setting
+        size = known.get(key)
+        if size is None:
+            size = known[key] = ask(problem, fields) + 64
+        try:
+            workspace = pool.pop()
+        except IndexError:
+            workspace = None
+        if workspace is None or workspace.numel() < size:
+            workspace = torch.empty(size, dtype=torch.uint8, device=self._y.device)
+        call(problem, fields, (workspace.data_ptr() + 63) // 64 * 64)
+        if size <= KEPT_WORKSPACE:
+            pool.append(workspace)
+
+    def forward(
+        self, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]
+    ) -> _Forward:
+        setting = self._current(weights)
+        y, h_n = torch.empty_like(self._y), torch.empty_like(h0)
+        c_n = cells = gates = None
+        c0_at = c_n_at = cells_at = gates_at = 0
+        if c0 is not None and self._cells is not None:
+            c_n, cells = torch.empty_like(c0), torch.empty_like(self._cells)
+            c0_at, c_n_at, cells_at = c0.data_ptr(), c_n.data_ptr(), cells.data_ptr()
+        if self._gates is not None:
+            gates = torch.empty_like(self._gates)
+            gates_at = gates.data_ptr()
+        fields = (
+            *self._strides, x.data_ptr(), y.data_ptr(), cells_at, h0.data_ptr(), c0_at,
+            h_n.data_ptr(), c_n_at, 0, gates_at, 0, 0, 0, 0, 0,
+            *cpu._addresses(weights, self._directions, self._norms),
+        )  # fmt: skip
+        library = cpu._cpu  # type: ignore[attr-defined]
+        self._run(setting, "forward", library.forward_workspace, library.forward, fields)
+        return _Forward(y, h_n, c_n, cells, gates)
+
+    def backward(
+        self,
+        dy: _Grad,
+        dh_n: _Grad,
+        dc_n: _Grad,
+        x: Tensor,
+        y: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        cells: Tensor | None,
+        gates: Tensor | None,
+        weights: Sequence[Tensor],
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[_Grad, _Grad, _Grad, list[Tensor]]:
+        """dx, dh0, dc0 and those of the weights; ``needs``: dx, the states', the weights'."""
+        setting = self._current(weights)
+        need_dx, need_dstate, need_dw = needs
+        # A hook on saved tensors may have given them other strides.
+        weights = cpu._contiguous(weights)
+        x, y, h0 = cpu._contiguous((x, y, h0))
+        optional = (c0, cells, gates, dy, dh_n, dc_n)
+        c0, cells, gates, dy, dh_n, dc_n = [
+            t if t is None or t.is_contiguous() else t.contiguous() for t in optional
+        ]
+        dx = torch.empty_like(x) if need_dx else None
+        dh0 = torch.empty_like(h0) if need_dstate else None
+        dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
+        dweights = [torch.empty_like(w) for w in weights] if need_dw else []
+        at = [0 if t is None else t.data_ptr() for t in (
+            x, y, cells, dx, dy, None, h0, c0, dh_n, dc_n, dh0, dc0, gates,
+        )]  # fmt: skip
+        fields = (
+            *self._strides, *at, need_dw, 0, 0, 0, 0, 0,
+            *cpu._addresses(weights, self._directions, self._norms),
+            *(cpu._addresses(dweights, self._directions, self._norms) if need_dw else ()),
+        )  # fmt: skip
+        library = cpu._cpu  # type: ignore[attr-defined]
+        self._run(setting, needs, library.backward_workspace, library.backward, fields)
+        return dx, dh0, dc0, dweights
