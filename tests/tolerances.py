@@ -18,10 +18,11 @@ FLOOR, in units of eps(dtype) = the spacing of numbers at 1.
   intermediate of size 1 costs eps even when the result is far below 1; hence the 1 in ``scale``.
   float32 and bfloat16: 16 and 4, a handful of roundings. float64: 512, a hundred rounded steps
   on both sides, still 1e-13.
-Layer norm. Two correct programs differ in more than one place there: a row's sums are made in
-  another order on every instruction set, and a norm divides by a spread that carries the errors of
-  the values it is of, so that they come into the result twice, above and below the line: K counts
-  twice (``normalised``).
+Layer norm divides by a spread, step after step: a tensor's error is one draw of roundings, many
+  times enlarged. Over 1800 tensors of layer-normalised LSTMs (19 and 11 steps) the quotient of
+  our error and the reference's had the median 1.00, 45 were above 4 and 46 below 1/4: luck on
+  either side. So ``same`` is there the worst of four draws: the reference, and three times with
+  its inputs moved by at most a spacing.
 Formats. The CUDA kernels multiply float32 in a format that torch has no dtype for: operands are
   rounded and sums are not, as with 16 bits, so K and FLOOR are those of the 16-bit types and eps is
   the format's; ``same`` is the float32 reference on rounded weights (tests/formats.py).
@@ -42,14 +43,20 @@ def allowed_error(
     same_dtype: Tensor,
     dtype: torch.dtype | None = None,
     number_format: str = "",
-    normalised: bool = False,
 ) -> float:
     """The right-hand side of the rule; ``dtype`` is the dtype under test (same_dtype's)."""
     dtype = torch.bfloat16 if number_format else dtype or same_dtype.dtype
     eps = FORMATS[number_format] if number_format else torch.finfo(dtype).eps
     scale = max(1.0, _largest(ref64))
-    factor = K[dtype] * (2 if normalised else 1)
-    return factor * _largest(same_dtype.double() - ref64) + FLOOR[dtype] * eps * scale
+    return K[dtype] * _largest(same_dtype.double() - ref64) + FLOOR[dtype] * eps * scale
+
+
+def worst_of(runs: list[dict[str, Tensor]], ref64: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For each tensor the run that is farthest from the truth."""
+    return {
+        name: max((run[name] for run in runs), key=lambda t: _largest(t.detach().double() - truth))
+        for name, truth in ref64.items()
+    }
 
 
 def assert_close_by_rule(
@@ -59,7 +66,6 @@ def assert_close_by_rule(
     same_dtype: Tensor,
     dtype: torch.dtype | None = None,
     number_format: str = "",
-    normalised: bool = False,
 ) -> None:
     """Apply the rule to one tensor.
 
@@ -70,7 +76,6 @@ def assert_close_by_rule(
         same_dtype: the reference at the dtype under test, the same shape.
         dtype: the dtype under test, where it is not that of ``same_dtype``.
         number_format: of FORMATS, where one is under test.
-        normalised: whether the layer has layer norm.
 
     Raises:
         AssertionError: wrong shape, a value that is not finite, or an error beyond the rule.
@@ -83,7 +88,7 @@ def assert_close_by_rule(
     finite = torch.isfinite(got)
     assert finite.all(), f"{name}: {int((~finite).sum())} of {got.numel()} values are not finite"
     error = (got - ref64.detach()).abs()
-    allowed = allowed_error(ref64.detach(), same_dtype.detach(), dtype, number_format, normalised)
+    allowed = allowed_error(ref64.detach(), same_dtype.detach(), dtype, number_format)
     worst = _largest(error)
     where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert worst <= allowed, (

@@ -31,7 +31,8 @@ FASTRNN_INLINE void exp2_parts(V (&x)[M], const float (&scale)[M], V (&shifted)[
 
 // Clamps are written max(bound, x), min(bound, x): x86 returns the second operand when either is NaN, so NaN
 // passes through.
-template <class V, bool Linear>
+// Sharp: for cells that divide by a spread and so enlarge the error of tanh.
+template <class V, bool Linear, bool Sharp = false>
 struct Act {
   using T = typename V::T;
 #if defined(__AVX2__)
@@ -47,7 +48,9 @@ struct Act {
     return V::load(tmp);
   }
   // In place: s becomes its sigmoids, t its tanhs. tanh(x) = (e^2x - 1) / (e^2x + 1) with e^2x - 1 as
-  // 2^n q + (2^n - 1), which keeps small arguments exact to an ulp or two.
+  // 2^n q + (2^n - 1), which keeps small arguments exact to an ulp or two. Sharp adds in first order what the quotient
+  // and the sums above and below its line lost to rounding, without a second division: 1 / (e^2x + 1) is
+  // (1 - tanh(x)) / 2. The error falls to that of torch's tanh; it costs small layers up to 15%.
   template <int NS, int NT>
   FASTRNN_INLINE void both(V (&s)[NS], V (&t)[NT]) {
     if constexpr (Linear) {
@@ -55,7 +58,7 @@ struct Act {
     } else if constexpr (kVector) {
       constexpr int M = NS + NT;
       const V one = V::set1(1.f);
-      V x[M], shifted[M], q[M], d[M];
+      V x[M], shifted[M], q[M], d[M], above[NT], below[NT], lost_above[NT], lost_below[NT];
       float scale[M];
       FASTRNN_EACH {
         const float limit = i < NS ? 87.f : 10.f;
@@ -68,17 +71,31 @@ struct Act {
         if (i < NS) {
           d[i] = one + V::times2(one + q[i], shifted[i]);
         } else {
-          V p = V::times2(one, shifted[i]);
-          x[i] = V::fma(p, q[i], p - one);
+          const int k = (i - NS) % NT;
+          const V p = V::times2(one, shifted[i]), less = p - one;
+          x[i] = V::fma(p, q[i], less);
           d[i] = x[i] + V::set1(2.f);
+          if constexpr (Sharp) {
+            above[k] = x[i];
+            below[k] = d[i];
+            lost_above[k] = V::fma(p, q[i], less - x[i]);
+            lost_below[k] = x[i] - (d[i] - V::set1(2.f)) + lost_above[k];
+          }
         }
       }
       V::template quotients<NS, NT>(x, d);
       FASTRNN_EACH {
-        if (i < NS)
+        if (i < NS) {
           s[i % NS] = d[i];
-        else
+        } else if constexpr (Sharp) {
+          const int k = (i - NS) % NT;
+          V rest = V::fnma(below[k], d[i], above[k]) + lost_above[k];
+          rest = V::fnma(d[i], lost_below[k], rest);
+          rest = V::fma(rest, V::fnma(V::set1(0.5f), d[i], V::set1(0.5f)), d[i]);
+          t[k] = V::min(one, rest);  // beyond 8.6 what was lost below is itself rounded
+        } else {
           t[(i - NS) % NT] = d[i];
+        }
       }
     } else {
       for (V& x : s) x = lanes(x, [](T v) { return T(1) / (T(1) + std::exp(-v)); });

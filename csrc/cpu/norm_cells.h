@@ -52,7 +52,7 @@ template <class E, bool Linear>
 struct NormLstm : LstmBiases {
   using V = typename E::V;
   using T = typename E::T;
-  using Math = Act<V, Linear>;
+  using Math = Act<V, Linear, true>;
   static constexpr bool kCellState = true;
   static constexpr int kSlots = 8, kStages = 1;
 
@@ -122,7 +122,7 @@ template <class E, bool Linear>
 struct NormGru : GruBiases {
   using V = typename E::V;
   using T = typename E::T;
-  using Math = Act<V, Linear>;
+  using Math = Act<V, Linear, true>;
   static constexpr bool kCellState = false;
   static constexpr int kSlots = 6, kStages = 1;
 

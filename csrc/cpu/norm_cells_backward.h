@@ -56,7 +56,7 @@ static void norm_terms_backward(const NormTerms<E>& terms, const typename E::T* 
     const int n = p.units(b);
     for (int g = 0; g < C::kGates; g++) {
       const int64_t at = g * H + p.first(b), at_h = C::h_bias(g) * H + p.first(b);
-      using A = Act<V, false>;
+      using A = Act<V, false, true>;
       store_as<V>(dx + at,
                   batch_norm_backward<A>(load_as<V>(dz + at, n) * terms.param(terms.w.ih, g, b, n),
                                          terms.hat_x(b, g, n), terms.of_x.factor, x_mean, x_mean_hat),
@@ -73,7 +73,7 @@ template <class E, bool Linear>
 struct NormLstmGrad : LstmBiases {
   using V = typename E::V;
   using T = typename E::T;
-  using Math = Act<V, Linear>;
+  using Math = Act<V, Linear, true>;
   using Sums = NormSums<E, NormLstmGrad>;
   static constexpr bool kCellState = true, kCarryH = false, kTwoStage = false;
   static constexpr int kSlots = 4, kTape = 8, kScratch = 10;
@@ -187,7 +187,7 @@ template <class E, bool Linear>
 struct NormGruGrad : GruBiases {
   using V = typename E::V;
   using T = typename E::T;
-  using Math = Act<V, Linear>;
+  using Math = Act<V, Linear, true>;
   using Sums = NormSums<E, NormGruGrad>;
   static constexpr bool kCellState = false, kCarryH = true, kTwoStage = false;
   static constexpr int kSlots = 3, kTape = 6, kScratch = 4;
