@@ -1,6 +1,6 @@
 // Addresses of the kernels of one problem: taking them compiles them.
 #pragma once
-#include "columns.cuh"
+#include "columns_kernels.cuh"
 #include "kernels.cuh"
 #include "product.cuh"
 #include "program.h"
