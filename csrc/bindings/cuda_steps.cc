@@ -35,7 +35,7 @@ Call read_call(const py::tuple& kernel, const py::tuple& shape) {
   }
   f.end();
   if (q.directions < 1 || q.directions > 2) throw std::invalid_argument("fastrnn CUDA library: directions");
-  if ((q.O && q.cell != CellKind::lstm) ||
+  if (!takes_steps(q) || (q.O && q.cell != CellKind::lstm) ||
       (q.normed && q.cell != CellKind::lstm && q.cell != CellKind::gru) || q.depth < 1)
     throw std::invalid_argument("fastrnn CUDA library: a cell without kernels of this kind");
   c.problem = steps_problem(q);

@@ -39,6 +39,10 @@ struct PlanProblem {
   bool gate_masks = false;   // a highway layer's gates have a mask of the state each
 };
 
+// Layer norm and a projection are options there, not cells.
+inline bool takes_steps(const PlanProblem& q) {
+  return !is_layer_norm(q.cell) && q.cell != CellKind::lstm_projected;
+}
 inline StepsProblem steps_problem(const PlanProblem& q) {
   return {q.cell, q.format, q.backward, q.normed, q.N, q.H, q.O, q.directions, q.depth, q.gate_masks};
 }
@@ -234,7 +238,8 @@ inline Plan steps_plan(const PlanProblem& q, const Device& device, bool wide) {
 inline std::vector<Plan> candidates(const PlanProblem& q, const Device& device) {
   std::vector<Plan> all;
   for (const Compiled& c : compiled_tiles(q)) all.push_back(plan_with(q, device, c));
-  for (const bool wide : {false, true}) all.push_back(steps_plan(q, device, wide));
+  for (const bool wide : {false, true})
+    if (takes_steps(q)) all.push_back(steps_plan(q, device, wide));
   std::stable_sort(all.begin(), all.end(), [](const Plan& a, const Plan& b) {
     if (a.possible() != b.possible()) return a.possible();
     return a.possible() && a.step_us < b.step_us;
