@@ -26,11 +26,6 @@ pytestmark = [
 ]
 
 
-def skip_on_old_torch(name: str, strict: bool, training: bool) -> None:
-    if OLD and training and name == "bnlstm":
-        pytest.skip("torch 2.6 does not tell export from compile: a minimum of sizes stays")
-
-
 class Case(NamedTuple):
     """A module's class and options, and which arguments its call takes beside the input."""
 
@@ -127,7 +122,6 @@ def arguments(case: Case, steps: int, size: int) -> tuple[tuple[Tensor, ...], An
 @pytest.mark.parametrize("name", CASES)
 def test_export_with_dynamic_sizes(name: str, strict: bool) -> None:
     """Steps and sequences of other numbers than those exported with, in evaluation."""
-    skip_on_old_torch(name, strict, training=False)
     case = CASES[name]
     model = Caller(case).eval()
     args, shapes = arguments(case, 5, 3)
@@ -152,7 +146,8 @@ def test_export_in_training_mode(name: str, strict: bool) -> None:
 
     BNLSTM has rows of statistics for as many steps as the program may meet.
     """
-    skip_on_old_torch(name, strict, training=True)
+    if OLD and name == "bnlstm":
+        pytest.skip("torch 2.6 does not tell export from compile: a minimum of sizes stays")
     case = CASES[name]
     if "max_length" in case.options:
         case = case._replace(options={**case.options, "max_length": 1000})
