@@ -61,7 +61,7 @@ py::tuple kernel_fields(const PlanProblem& q, const Plan& p) {
                         p.tile.resident, p.tile.warps, p.tile.teams);
 }
 
-// (text, refused, exchange, kernel, rows of a group, groups, ctas, launches), the best first.
+// (text, refused, exchange, kernel, rows of a group, groups, ctas, launches, us of a step), the best first.
 py::list plans(const py::tuple& device, const py::tuple& problem) {
   Fields f(problem);
   PlanProblem q = read_problem(f);
@@ -74,7 +74,7 @@ py::list plans(const py::tuple& device, const py::tuple& problem) {
     if (p.possible() && p.exchange != ExchangeKind::steps && !find_kernel(q, p))
       p.refused = "it is not compiled in";
     out.append(py::make_tuple(p.text(), p.refused, name_of(p.exchange), kernel_fields(q, p), p.rows, p.groups,
-                              p.ctas, p.launches));
+                              p.ctas, p.launches, p.step_us));
   }
   return out;
 }
