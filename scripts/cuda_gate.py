@@ -126,7 +126,8 @@ def products(name: str) -> int:
     three = "Gru" in cell or cell == "RhnILb0"
     gates = 4 if cell.endswith("Lstm") else 3 if three else 2 if cell == "RhnILb1" else 1
     if cell == "ProjectedLstm":
-        gates = 5  # with the projection
+        # With the projection; backward has the product over all gates once more behind its loop.
+        gates = 9 if name.startswith("backward") else 5
     of_a_chunk = 3 if number_format == "Bf16x3" else 2
     return gates * units // 16 * chunks * row_tiles * of_a_chunk
 

@@ -90,6 +90,8 @@ def test_silence_is_no_proof(gate):
         ("backward Lstm Bf16x3 Sentinel <16,2,4,4,8>", 96),
         ("forward GruILb0 Tf32 Sentinel <16,1,8,4,8>", 48),
         ("forward RnnILb1 Fp16 Local <64,1,1,0,2>", 8),
+        ("forward ProjectedLstm Tf32 Sentinel <16,1,4,3,8,1>", 40),
+        ("backward ProjectedLstm Tf32 Sentinel <16,1,4,3,8,1>", 72),
         ("steps_product Bf16 <8,16,2,4,1,2,3>", 64),
         ("steps_product Bf16x3 <4,4,1,2,4,4,4>", 24),
     ],
