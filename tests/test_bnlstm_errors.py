@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import functional
+from tests.bnlstm_problems import BNCase, BNProblem, solve_ops
 from tests.test_bnlstm import H, I, L, N, T, assert_same_buffers, buffers, make
 
 BAD_ARGUMENTS = [
@@ -115,3 +116,9 @@ def test_bad_functional_arguments() -> None:
         functional.bnlstm(X, None, own, [*statistics[:2], statistics[2][0], *statistics[3:]])
     with pytest.raises(ValueError, match="input_stats: got 'all'"):
         functional.bnlstm(X, None, own, statistics, input_stats="all")
+
+
+def test_a_dtype_without_kernels() -> None:
+    """Of the operators themselves: the functional converts it."""
+    with pytest.raises(TypeError, match=r"x: got torch\.bfloat16, .* has CPU kernels of float32"):
+        solve_ops(BNProblem(BNCase(dtype=torch.bfloat16)))

@@ -30,6 +30,11 @@ def _problem(
     eps: float,
     plan: str,
 ) -> tuple[float, ...]:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"x: got {x.dtype}, a batch-normalised LSTM has CPU kernels of float32 and float64; "
+            "convert it, as fastrnn.functional.bnlstm does"
+        )
     if plan and (plan != "linear" or x.dtype != torch.float64):
         raise ValueError(f"plan: got {plan!r}, expected '', or 'linear' in float64")
     return (
