@@ -22,7 +22,7 @@ from fastrnn.kinds import GATES, KINDS
 from fastrnn.noise import Noise
 from fastrnn.reference import gru_layer, lstm_layer, rnn_layer
 from fastrnn.regularisers import draw_masks
-from tests.tolerances import assert_close_by_rule, worst_of
+from tests.tolerances import assert_close_by_rule, moved_values, worst_of
 
 PLAIN = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu")
 NORMED = ("lstm_layer_norm", "gru_layer_norm")
@@ -230,10 +230,7 @@ def solve_reference(
 
     def leaf(t: Tensor) -> Tensor:
         t = t.to(dtype).detach()
-        if moved:
-            way = torch.randint(-1, 2, t.shape, generator=generator)
-            t = torch.where(way == 0, t, t.nextafter(way.to(dtype) * torch.inf))
-        return t.requires_grad_()
+        return (moved_values(t, generator) if moved else t).requires_grad_()
 
     x, h0, weights = leaf(p.x), leaf(p.h0), [leaf(w) for w in p.weights]
     c0 = None if p.c0 is None else leaf(p.c0)

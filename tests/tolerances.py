@@ -51,6 +51,12 @@ def allowed_error(
     return K[dtype] * _largest(same_dtype.double() - ref64) + FLOOR[dtype] * eps * scale
 
 
+def moved_values(values: Tensor, generator: torch.Generator) -> Tensor:
+    """A third of the values as they are, a third those just above, a third those just below."""
+    way = torch.randint(-1, 2, values.shape, generator=generator)
+    return torch.where(way == 0, values, values.nextafter(way.to(values.dtype) * torch.inf))
+
+
 def worst_of(runs: list[dict[str, Tensor]], ref64: dict[str, Tensor]) -> dict[str, Tensor]:
     """For each tensor the run that is farthest from the truth."""
     return {

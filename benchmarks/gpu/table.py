@@ -117,7 +117,9 @@ def family_of(module: str) -> str:
         return "gru_reset_before"
     if option == "uncoupled":
         return "rhn_uncoupled"
-    plain = ("", "2-layers", "both", "recompute", "weight-dropout", "deep", "masks")
+    if option == "gate-masks":
+        return f"{cell}+gate masks"
+    plain = ("", "2-layers", "both", "recompute", "weight-dropout", "deep", "beyond", "masks")
     return cell if option in plain else f"{cell}+regularisers"
 
 
