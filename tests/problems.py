@@ -292,23 +292,18 @@ def forward(p: Problem, return_cells: bool = True, packed: Tensor | None = None)
     return {"y": y, "h_n": h_n, "c_n": c_n, "cells": cells}
 
 
+def train_args(p: Problem) -> tuple:
+    """The arguments of ``layer_forward_train``."""
+    c = p.case
+    return (
+        p.x, p.h0, p.c0, p.weights, p.batch_sizes, p.op_lengths, p.reset, c.cell,
+        c.layout == "batch", c.recompute, c.plan, *p.noise,
+    )  # fmt: skip
+
+
 def forward_train(p: Problem) -> Result:
     """ops.layer_forward_train on p."""
-    c = p.case
-    y, h_n, c_n, cells, gates = ops.layer_forward_train(
-        p.x,
-        p.h0,
-        p.c0,
-        p.weights,
-        p.batch_sizes,
-        p.op_lengths,
-        p.reset,
-        c.cell,
-        c.layout == "batch",
-        c.recompute,
-        c.plan,
-        *p.noise,
-    )
+    y, h_n, c_n, cells, gates = ops.layer_forward_train(*train_args(p))
     return {"y": y, "h_n": h_n, "c_n": c_n, "cells": cells, "gates": gates}
 
 
@@ -384,3 +379,13 @@ def check(
         if name in ("y", "cells", "dx") and p.op_lengths is not None:
             past = p.from_layout(value)[p.padding]
             assert not past.any(), f"{label}: not 0 past the end of a sequence"
+
+
+def backward_args(p: Problem) -> tuple:
+    """The arguments of ``layer_backward``: all gradients are wanted."""
+    c, tape = p.case, forward_train(p)
+    return (
+        *(p.upstream.get(name) for name in ("y", "h_n", "c_n", "cells")),
+        p.x, tape["y"], p.h0, p.c0, tape["cells"], tape["gates"], p.weights, p.batch_sizes,
+        p.op_lengths, p.reset, c.cell, c.layout == "batch", True, True, True, "",
+    )  # fmt: skip

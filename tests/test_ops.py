@@ -11,7 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import ops
-from tests.problems import CELLS, Case, Problem, backward, forward, forward_train
+from tests.problems import (
+    CELLS,
+    Case,
+    Problem,
+    backward,
+    backward_args,
+    forward,
+    forward_train,
+    train_args,
+)
 from tests.tolerances import assert_same_bits
 
 CASES = [
@@ -31,23 +40,6 @@ def forward_args(p: Problem) -> tuple:
     return (
         p.x, p.h0, p.c0, p.weights, None, p.batch_sizes, p.op_lengths, p.reset, c.cell,
         c.layout == "batch", c.is_lstm, "",
-    )  # fmt: skip
-
-
-def train_args(p: Problem) -> tuple:
-    c = p.case
-    return (
-        p.x, p.h0, p.c0, p.weights, p.batch_sizes, p.op_lengths, p.reset, c.cell,
-        c.layout == "batch", c.recompute, "",
-    )  # fmt: skip
-
-
-def backward_args(p: Problem) -> tuple:
-    c, tape = p.case, forward_train(p)
-    return (
-        *(p.upstream.get(name) for name in ("y", "h_n", "c_n", "cells")),
-        p.x, tape["y"], p.h0, p.c0, tape["cells"], tape["gates"], p.weights, p.batch_sizes,
-        p.op_lengths, p.reset, c.cell, c.layout == "batch", True, True, True, "",
     )  # fmt: skip
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 import fastrnn
+from fastrnn import ops
+from fastrnn.backends import cpu, cpu_prepared
+from fastrnn.backends.cpu_prepared import CALLS
+from tests.problems import CELLS as CELL_NAMES
+from tests.problems import Case, Problem, backward_args, train_args
+from tests.tolerances import assert_same_bits
 
 CELLS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
 
@@ -291,3 +298,59 @@ def test_threads_and_what_is_not_prepared_with_gradients(cell: str) -> None:
         for _ in range(3):
             other(x)
         assert not prepared(other)
+
+
+def assert_same_results(got: Sequence[torch.Tensor], expected: Sequence[Any]) -> None:
+    """An operator's results beside a backend's, which has None for an empty one."""
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_same_bits(f"result {i}", a, a.new_empty(0) if b is None else b)
+
+
+OPERATOR_CASES = [
+    *(
+        Case(cell, dtype, layout=layout, directions=directions)
+        for cell in CELL_NAMES
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        for layout, directions in (("time", 1), ("batch", 2))
+    ),
+    Case("lstm", proj=3, directions=2),
+    *(Case(cell, bias=False) for cell in CELL_NAMES),
+    *(Case(cell, recompute=True) for cell in CELL_NAMES),
+]
+
+
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
+def test_operators_have_the_bits_of_the_general_functions(case: Case) -> None:
+    p = Problem(case)
+    args = train_args(p)
+    expected = cpu.layer_forward_train(*args)
+    given = backward_args(p)
+    for turn in range(3):  # prepared by the first, used by the others
+        assert_same_results(ops.layer_forward_train(*args), expected)
+        for needs in ((True, True, True), (False, True, turn > 0), (True, False, True)):
+            *grads, dweights = ops.layer_backward(*given[:16], *needs, "")
+            *general, general_dweights = cpu.layer_backward(*given[:16], *needs, "")
+            assert_same_results(grads, general)
+            assert_same_results(dweights, general_dweights)
+
+
+def test_operators_take_strides_and_dtypes_the_general_way() -> None:
+    p = Problem(Case("lstm"))
+    args, given = list(train_args(p)), list(backward_args(p))
+    expected, gradients = ops.layer_forward_train(*args), ops.layer_backward(*given)
+    args[0] = given[4] = p.x.transpose(0, 1).contiguous().transpose(0, 1)
+    args[3] = [w.t().contiguous().t() if w.dim() == 2 else w for w in p.weights]
+    assert not args[0].is_contiguous()
+    assert not args[3][0].is_contiguous()
+    assert_same_results(ops.layer_forward_train(*args), expected)
+    given[0] = given[0].double()
+    assert_same_results(ops.layer_backward(*given)[:3], gradients[:3])
+
+
+def test_few_calls_of_operators_are_kept() -> None:
+    weights = [p.detach() for p in fastrnn.RNN(3, 4).parameters()]
+    for batch in range(1, 2 * CALLS):
+        x, h = torch.randn(2, batch, 3), torch.randn(1, batch, 4)
+        args = (x, h, None, weights, None, None, None, "rnn_tanh", False, False, "")
+        assert_same_results(ops.layer_forward_train(*args), cpu.layer_forward_train(*args))
+        assert len(cpu_prepared._calls) <= CALLS

@@ -127,7 +127,7 @@ class PreparedLayer(Function):
             )  # fmt: skip
         elif ops.unobserved(x, weights[0]):
             dx, dh0, dc0, dweights = call.backward(
-                dy, dh_n, dc_n, x, y, h0, c0, cells, gates, weights, need
+                dy, dh_n, dc_n, None, x, y, h0, c0, cells, gates, weights, need
             )
         else:
             dx, dh0, dc0, dweights = ops.layer_backward(

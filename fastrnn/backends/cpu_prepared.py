@@ -1,7 +1,8 @@
 """One layer with gradients, of one shape: the CPU kernels' fields that only the shape decides.
 
 The results are those of ``layer_forward_train`` and ``layer_backward`` in ``fastrnn.backends.cpu``,
-which describe the fields and allocate the same tensors, for dense sequences without masks.
+which describe the fields and allocate the same tensors, for dense sequences without masks. The
+functions of these names here take small such calls and pass on every other.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from fastrnn.backends import cpu
 from fastrnn.backends.cpu_plan import read_plan
 from fastrnn.kinds import KINDS
 
-__all__ = ["KEPT_WORKSPACE", "LayerCall"]
+__all__ = ["CALLS", "KEPT_WORKSPACE", "SMALL", "LayerCall", "layer_backward", "layer_forward_train"]
 
 KEPT_WORKSPACE = 1 << 20  # bytes; a larger one is allocated anew for each call
+# The operators keep so many calls, each with outputs of at most so many elements: beyond that
+# Python's share of a training step is not seen. A call holds tensors like its outputs.
+CALLS = 32
+SMALL = 1 << 14
 _Grad = Tensor | None
 
 
@@ -76,6 +81,16 @@ class LayerCall:
             self._gates = x.new_empty(shape, dtype=wide)
         self._setting = _Setting(0, "", (), {}, [])
 
+    def takes(self, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, gates: _Grad) -> bool:
+        """Whether ``backward`` serves them: the tape was kept, and the dtypes are the forward's."""
+        dtype = self._dtype
+        for gradient in (dy, dh_n, dc_n):
+            if gradient is not None and gradient.dtype is not dtype:
+                return False
+        if self._gates is not None and (gates is None or gates.shape != self._gates.shape):
+            return False
+        return dcells is None or self._cells is None or dcells.dtype is self._cells.dtype
+
     def _current(self, weights: Sequence[Tensor]) -> _Setting:
         setting = self._setting
         threads, isa = torch.get_num_threads(), cpu.isa()
@@ -130,6 +145,7 @@ class LayerCall:
         dy: _Grad,
         dh_n: _Grad,
         dc_n: _Grad,
+        dcells: _Grad,
         x: Tensor,
         y: Tensor,
         h0: Tensor,
@@ -145,8 +161,8 @@ class LayerCall:
         # A hook on saved tensors may have given them other strides.
         weights = cpu._contiguous(weights)
         x, y, h0 = cpu._contiguous((x, y, h0))
-        optional = (c0, cells, gates, dy, dh_n, dc_n)
-        c0, cells, gates, dy, dh_n, dc_n = [
+        optional = (c0, cells, gates, dy, dh_n, dc_n, dcells)
+        c0, cells, gates, dy, dh_n, dc_n, dcells = [
             t if t is None or t.is_contiguous() else t.contiguous() for t in optional
         ]
         dx = torch.empty_like(x) if need_dx else None
@@ -154,7 +170,7 @@ class LayerCall:
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dweights = [torch.empty_like(w) for w in weights] if need_dw else []
         at = [0 if t is None else t.data_ptr() for t in (
-            x, y, cells, dx, dy, None, h0, c0, dh_n, dc_n, dh0, dc0, gates,
+            x, y, cells, dx, dy, dcells, h0, c0, dh_n, dc_n, dh0, dc0, gates,
         )]  # fmt: skip
         fields = (
             *self._strides, *at, need_dw, 0, 0, 0, 0, 0,
@@ -164,3 +180,91 @@ class LayerCall:
         library = cpu._cpu  # type: ignore[attr-defined]
         self._run(setting, needs, library.backward_workspace, library.backward, fields)
         return dx, dh0, dc0, dweights
+
+
+_calls: dict[Any, LayerCall] = {}
+
+
+def _prepared(
+    cell: str,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+) -> LayerCall | None:
+    """The call for inputs of these shapes; None where one would not pay or does not exist."""
+    w_hh = weights[1]
+    key = (cell, batch_first, x.dtype, x.shape, h.shape, w_hh.shape, len(weights))
+    call = _calls.get(key)
+    if call is None:
+        hidden = w_hh.size(0) // KINDS[cell].gates
+        outputs = x.size(0) * x.size(1) * h.size(0) * hidden
+        if not (0 < outputs <= SMALL and x.size(2)) or cpu._widens(cell, x.dtype):
+            return None
+        if len(_calls) >= CALLS:
+            _calls.clear()
+        call = _calls[key] = LayerCall(cell, x, h, c, weights, batch_first)
+    return call
+
+
+def layer_forward_train(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    recompute: bool,
+    plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    if not (plan or noise or recompute) and batch_sizes is lengths is reset is None:
+        dense = x.is_contiguous() and h0.is_contiguous() and (c0 is None or c0.is_contiguous())
+        if dense and all(w.is_contiguous() for w in weights):
+            call = _prepared(cell, x, h0, c0, weights, batch_first)
+            if call is not None:
+                return call.forward(x, h0, c0, weights)
+    return cpu.layer_forward_train(
+        x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, recompute, plan, seed,
+        noise,
+    )  # fmt: skip
+
+
+def layer_backward(
+    dy: _Grad,
+    dh_n: _Grad,
+    dc_n: _Grad,
+    dcells: _Grad,
+    x: Tensor,
+    y: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    cells: Tensor | None,
+    gates: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    batch_first: bool,
+    need_dx: bool,
+    need_dstate: bool,
+    need_dw: bool,
+    plan: str,
+    seed: Tensor | None = None,
+    noise: str = "",
+) -> tuple[_Grad, _Grad, _Grad, list[Tensor]]:
+    if not (plan or noise) and batch_sizes is lengths is reset is None:
+        call = _prepared(cell, x, h0, c0, weights, batch_first)
+        if call is not None and call.takes(dy, dh_n, dc_n, dcells, gates):
+            needs = (need_dx, need_dstate, need_dw)
+            return call.backward(dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, needs)
+    return cpu.layer_backward(
+        dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, batch_sizes, lengths, reset,
+        cell, batch_first, need_dx, need_dstate, need_dw, plan, seed, noise,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ An output that does not apply is an empty (0,) tensor. Autograd is not registere
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -167,35 +167,25 @@ def _fake_pack_weights(weights: list[Tensor], cell: str, plan: str) -> Tensor:
     return weights[0].new_empty((elements,), dtype=torch.uint8)
 
 
-def _by_plan(
-    function: Callable[..., Any], modules: Mapping[str, str], name: str, schema: str
-) -> Callable[..., Any]:
-    """``function``, but that of another backend where the first word of the plan names it.
+def _by_plan(modules: Mapping[str, str], name: str, schema: str) -> Callable[..., Any]:
+    """The function ``name`` of a backend's module, imported at the first call: import stays light.
 
     The dispatcher takes tensors to a backend by their device, on which several can run: Triton's
-    interpreter and the emulated CUDA library have their tensors on the CPU.
+    interpreter and the emulated CUDA library have their tensors on the CPU. So ``modules`` has one
+    by the first word of the plan, "" for every other plan.
     """
     arguments = [arg.split() for arg in schema.split(")")[0].split(",")]
-    at = arguments.index(["str", "plan"])
-    others = {word: _backend(module, name) for word, module in modules.items()}
+    at = arguments.index(["str", "plan"]) if "str plan" in schema else None
+    bound: dict[str, Callable[..., Any]] = {}
 
     def call(*args: Any) -> Any:
-        plan = args[at]
-        return (others.get(plan.partition(",")[0], function) if plan else function)(*args)
-
-    call.__name__ = name
-    return call
-
-
-def _backend(module: str, name: str) -> Callable[..., Any]:
-    """The function ``name`` of a backend, imported at the first call: import stays light."""
-    bound: Callable[..., Any] | None = None
-
-    def call(*args: Any) -> Any:
-        nonlocal bound
-        if bound is None:
-            bound = getattr(importlib.import_module(module), name)
-        return bound(*args)
+        plan = "" if at is None else args[at]
+        word = plan.partition(",")[0] if plan else ""
+        function = bound.get(word)
+        if function is None:
+            module = modules.get(word) or modules[""]
+            function = bound[word] = getattr(importlib.import_module(module), name)
+        return function(*args)
 
     call.__name__ = name
     return call
@@ -206,13 +196,20 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         results = function(*args)
-        if isinstance(results, Tensor) or all(r is not None for r in results):
+        if isinstance(results, Tensor):
+            return results
+        for result in results:
+            if result is None:
+                break
+        else:
             return results
         like = next(a for a in args if isinstance(a, Tensor))
         # Cells and tape, the fourth and fifth result of a forward, are wider than 16 bits.
         wide = state_dtype(like.dtype)
         return tuple(
-            like.new_empty(0, dtype=wide if i > 2 else None) if r is None else r
+            torch.empty(0, dtype=wide if i > 2 else like.dtype, device=like.device)
+            if r is None
+            else r
             for i, r in enumerate(results)
         )
 
@@ -222,22 +219,18 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 def register(
     device: str,
     module: str,
-    names: Iterable[str] = _SCHEMAS,
+    schemas: Mapping[str, str],
     interpreted: str = "",
     cuda: str = "",
 ) -> dict[str, Callable[..., Any]]:
     """Serve operators on tensors of a dispatch key ("CPU", "CUDA") by a backend module.
 
     ``interpreted`` is the module for calls with the plan "triton", ``cuda`` for those with the plan
-    "cuda"; with either, ``names`` are schemas.
+    "cuda".
     Returns the backend's functions, which may return None for an output that does not apply.
     """
-    functions = {name: _backend(module, name) for name in names}
-    modules = {word: at for word, at in (("triton", interpreted), ("cuda", cuda)) if at}
-    if modules:
-        assert isinstance(names, Mapping)
-        for name, schema in names.items():
-            functions[name] = _by_plan(functions[name], modules, name, schema)
+    modules = {"": module, "triton": interpreted, "cuda": cuda}
+    functions = {name: _by_plan(modules, name, schema) for name, schema in schemas.items()}
     for name, function in functions.items():
         torch.library.impl(f"fastrnn::{name}", device, _filled(function))
     return functions
@@ -248,12 +241,15 @@ for _name, _schema in _SCHEMAS.items():
 
 _TRITON = "fastrnn.backends.triton.layer"
 _CUDA = "fastrnn.backends.cuda"
-_PACK = "pack_weights"
-_LAYER = {name: schema for name, schema in _SCHEMAS.items() if name != _PACK}
+_NATIVE = "fastrnn.backends.cpu"
+_PACK = {"pack_weights": _SCHEMAS["pack_weights"]}
+_FORWARD = {"layer_forward": _SCHEMAS["layer_forward"]}
+_TRAINING = {name: _SCHEMAS[name] for name in ("layer_forward_train", "layer_backward")}
 
-CPU = register("CPU", "fastrnn.backends.cpu", _LAYER, _TRITON, _CUDA)
-CPU |= register("CPU", "fastrnn.backends.cpu", [_PACK])
-register("CUDA", _TRITON, _LAYER, cuda=_CUDA)
+CPU = register("CPU", _NATIVE, _PACK)
+CPU |= register("CPU", _NATIVE, _FORWARD, _TRITON, _CUDA)
+CPU |= register("CPU", "fastrnn.backends.cpu_prepared", _TRAINING, _TRITON, _CUDA)
+register("CUDA", _TRITON, _FORWARD | _TRAINING, cuda=_CUDA)
 torch.library.register_fake("fastrnn::layer_forward", _fake_layer_forward)
 torch.library.register_fake("fastrnn::layer_forward_train", _fake_layer_forward_train)
 torch.library.register_fake("fastrnn::layer_backward", _fake_layer_backward)

@@ -12,17 +12,15 @@ from fastrnn.reference import philox
 
 __all__ = ["random_mask"]
 
-torch.library.define(
-    "fastrnn::random_mask",
-    "(Tensor seed, int stream, float p, SymInt steps, SymInt rows, SymInt units) -> Tensor",
-)
+_SCHEMA = "(Tensor seed, int stream, float p, SymInt steps, SymInt rows, SymInt units) -> Tensor"
+torch.library.define("fastrnn::random_mask", _SCHEMA)
 
 
 def _fake(seed: Tensor, stream: int, p: float, steps: int, rows: int, units: int) -> Tensor:
     return seed.new_empty((steps, rows, units), dtype=torch.bool)
 
 
-register("CPU", "fastrnn.backends.cpu", ["random_mask"])
+register("CPU", "fastrnn.backends.cpu", {"random_mask": _SCHEMA})
 torch.library.register_fake("fastrnn::random_mask", _fake)
 _operator = torch.ops.fastrnn.random_mask.default
 
