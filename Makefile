@@ -12,7 +12,7 @@ NATIVE := CMakeLists.txt setup.py fastrnn/_version.py $(shell find csrc -type f 
 CXX_SOURCES := $(filter %.cc %.h %.cu %.cuh,$(NATIVE))
 HYPOTHESIS_CASES ?= 20000
 CUDA_ARCH ?= 90a
-# Processes of pytest: a test is mostly Python on one core.
+# Tests that run side by side: one is mostly Python, or an emulator, on one core.
 JOBS ?= $(shell nproc)
 
 export PIP_CONSTRAINT := constraints.txt
@@ -57,13 +57,13 @@ test: cpp-test pytest wheel-test cuda
 cpp-test: build
 	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_BUILD_TESTS=ON > $(BUILD)/configure.log
 	$(BIN)/cmake --build $(BUILD) --target fastrnn_tests
-	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(JOBS)
 
 # With the CUDA kernels compiled for the SIMT emulator, so that their backend is tested without a GPU.
 pytest: build
 	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_BUILD_TESTS=ON > $(BUILD)/configure.log
 	$(BIN)/cmake --build $(BUILD) --target _cuda_emulated
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not wheel and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20 -m "not wheel and not slow" $(ARGS)
 
 wheel-test: wheel
 	FASTRNN_WHEEL="$$(ls dist/*.whl)" $(BIN)/python -m pytest -m wheel tests/packaging

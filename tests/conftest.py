@@ -15,6 +15,11 @@ def pytest_configure() -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest come first: at the end, the other workers would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20240229)

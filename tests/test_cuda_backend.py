@@ -45,6 +45,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.first
 @needs_emulated
 @pytest.mark.parametrize("name", FILES)
 def test_on_the_emulator(name: str) -> None:

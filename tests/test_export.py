@@ -214,6 +214,7 @@ for x, lengths, expected in calls:
 """
 
 
+@pytest.mark.first
 def test_aot_inductor(tmp_path: Path) -> None:
     """A compiled package, in a process that imports fastrnn and never builds the model.
 

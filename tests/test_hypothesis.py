@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -68,6 +69,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.mark.first
 @settings(
     max_examples=COUNT,
     derandomize=COUNT == DEFAULT,

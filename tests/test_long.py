@@ -64,6 +64,7 @@ def test_long_sequence_equals_its_pieces(cell: str, recompute: bool) -> None:
         assert_close_by_rule(name, grads[name], parts.double().sum(0), parts.sum(0))
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_long_sequence_equals_torch(kind: str) -> None:
     """Through the modules, by the rule; gradients of the LSTM only.

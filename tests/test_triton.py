@@ -32,6 +32,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.first
 @needs_triton
 @pytest.mark.parametrize("name", FILES)
 def test_under_the_interpreter(name: str) -> None:
