@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,21 +24,31 @@ ASSUMED_FLOPS = 6e10
 
 @dataclass(frozen=True)
 class Settings:
-    """quick: the short list. budget: timing seconds per case. threads: of every contestant."""
+    """quick: the short list. threads: of every contestant. budget: timing seconds per case.
+    patience: times the budget that a case waits for a quiet machine. limit: seconds for all."""
 
     quick: bool
     threads: int
     budget: float
     min_rounds: int
+    limit: float
+    patience: float = 3.0
     verify_only: bool = False
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        """The arguments of `measure`."""
+        return {
+            "budget": self.budget, "min_rounds": self.min_rounds, "patience": self.patience,
+        }  # fmt: skip
 
 
 def quick_settings(threads: int, verify_only: bool = False) -> Settings:
-    return Settings(True, threads, budget=0.5, min_rounds=3, verify_only=verify_only)
+    return Settings(True, threads, budget=0.5, min_rounds=3, limit=110, verify_only=verify_only)
 
 
 def full_settings(threads: int, verify_only: bool = False) -> Settings:
-    return Settings(False, threads, budget=1.0, min_rounds=4, verify_only=verify_only)
+    return Settings(False, threads, budget=1.0, min_rounds=4, limit=1450, verify_only=verify_only)
 
 
 class Workers:
@@ -69,6 +81,17 @@ def expected_seconds(case: Case, settings: Settings) -> float:
     return 5 * once + (0 if settings.verify_only else timing)
 
 
+def paced(settings: Settings, elapsed: float, done: float, left: float) -> Settings:
+    """The settings of the next case: less time and patience when the run is behind its limit.
+
+    done and left are expected seconds, of the cases run in `elapsed` seconds and of the others.
+    """
+    if not done or elapsed * (1 + left / done) <= settings.limit:
+        return settings
+    share = max(0.0, settings.limit - elapsed) / (elapsed * left / done)
+    return replace(settings, budget=max(0.2, share) * settings.budget, patience=1.0)
+
+
 def run(
     cases: Sequence[Case],
     settings: Settings,
@@ -82,10 +105,15 @@ def run(
     results.roofline = ceiling.to_dict()
     timed = [case for case in cases if case.group != "memory"]
     workers = Workers(settings.threads)
+    begin, done = time.perf_counter(), 0.0
+    left = sum(expected_seconds(case, settings) for case in cases)
     try:
         for index, case in enumerate(timed):
-            progress(case, expected_seconds(case, settings))
-            results.records.append(run_case(case, settings, ceiling, workers))
+            expected = expected_seconds(case, settings)
+            progress(case, expected)
+            now = paced(settings, time.perf_counter() - begin, done, left)
+            results.records.append(run_case(case, now, ceiling, workers))
+            done, left = done + expected, left - expected
             if out is not None and index % SAVE_EVERY == SAVE_EVERY - 1:
                 results.save(out)
     finally:
@@ -129,7 +157,7 @@ def _run_local(record: Record, settings: Settings) -> None:
         runners: dict[str, Runner] = {
             each.name: LocalRunner(each.call, each.context) for each in contestants
         }
-        record.timings = measure(runners, budget=settings.budget, min_rounds=settings.min_rounds)
+        record.timings = measure(runners, **settings.timing)
 
 
 def _run_loop(record: Record, settings: Settings) -> None:
@@ -144,7 +172,7 @@ def _run_loop(record: Record, settings: Settings) -> None:
         runners: dict[str, Runner] = {
             each.name: LocalRunner(each.call, each.context) for each in contestants
         }
-        record.timings = measure(runners, budget=settings.budget, min_rounds=settings.min_rounds)
+        record.timings = measure(runners, **settings.timing)
 
 
 def _verify(record: Record, problem: Problem, contestants: Sequence[Contestant]) -> None:
@@ -172,7 +200,7 @@ def _run_isa(record: Record, settings: Settings, workers: Workers) -> None:
         runners: dict[str, Runner] = {
             name: RemoteRunner(workers.get(name), case) for name in case.contestants
         }
-        record.timings = measure(runners, budget=settings.budget, min_rounds=settings.min_rounds)
+        record.timings = measure(runners, **settings.timing)
 
 
 def _measure_memory(

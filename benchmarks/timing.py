@@ -160,12 +160,13 @@ def measure(
     *,
     budget: float,
     min_rounds: int = 3,
+    patience: float = 3.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Lets the contestants take turns for `budget` seconds and `min_rounds` undisturbed turns.
 
-    Gives up waiting for a quiet machine after three times the budget (and at least `min_rounds`
-    rounds) and then falls back on the disturbed samples, marked.
+    Gives up waiting for a quiet machine after `patience` times the budget (and at least
+    `min_rounds` rounds) and then falls back on the disturbed samples, marked.
     """
     names = list(runners)
     collected = {name: _Collected() for name in names}
@@ -181,7 +182,9 @@ def measure(
         rounds += 1
         elapsed = clock() - start
         enough = min(each.clean_turns for each in collected.values()) >= min_rounds
-        if elapsed >= budget and (enough or (rounds >= min_rounds and elapsed >= 3 * budget)):
+        if elapsed >= budget and (
+            enough or (rounds >= min_rounds and elapsed >= patience * budget)
+        ):
             break
     return {name: _finish(each, min_rounds) for name, each in collected.items()}
 

@@ -227,6 +227,18 @@ def test_what_a_library_raises_becomes_a_red_record(monkeypatch: pytest.MonkeyPa
     assert record.error == "RuntimeError: planted"
 
 
+def test_a_run_behind_its_limit_spends_less_on_what_is_left() -> None:
+    settings = replace(driver.quick_settings(1), limit=100.0)
+    assert driver.paced(settings, 0.0, 0.0, 50.0) is settings
+    assert driver.paced(settings, 50.0, 10.0, 10.0) is settings  # ends at 100 s
+    late = driver.paced(settings, 60.0, 10.0, 10.0)  # would end at 120 s: 40 s are left for 60
+    assert late.budget == pytest.approx(settings.budget * 40 / 60)
+    assert late.patience == 1.0
+    over = driver.paced(settings, 150.0, 10.0, 10.0)
+    assert 0 < over.budget < late.budget
+    assert over.min_rounds == settings.min_rounds
+
+
 # ---- roofline, targets, report
 
 
