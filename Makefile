@@ -76,7 +76,7 @@ cuda-all: $(VENV)/.tools
 	$(BIN)/python scripts/cuda_gate.py $(ARGS)
 
 fuzz: build
-	FASTRNN_HYPOTHESIS_CASES=$(HYPOTHESIS_CASES) $(BIN)/python -m pytest tests/test_hypothesis.py $(ARGS)
+	FASTRNN_HYPOTHESIS_CASES=$(HYPOTHESIS_CASES) $(BIN)/python -m pytest -o faulthandler_timeout=0 tests/test_hypothesis.py $(ARGS)
 
 sanitize: $(VENV)/.tools
 	scripts/sanitize.sh $(BIN)/cmake address,undefined
