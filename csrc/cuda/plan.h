@@ -148,6 +148,10 @@ inline std::vector<Compiled> compiled_tiles(const PlanProblem& q) {
     if (narrow) return {FASTRNN_TILES_16BIT_REGULARISED(FASTRNN_LISTED)};
     return {FASTRNN_TILES_32BIT_REGULARISED(FASTRNN_LISTED)};
   }
+  if (q.cell == CellKind::gru_reset_before) {
+    if (narrow) return {FASTRNN_TILES_16BIT_TWO_MATMULS(FASTRNN_LISTED)};
+    return {FASTRNN_TILES_32BIT_TWO_MATMULS(FASTRNN_LISTED)};
+  }
   if (narrow)
     all = {FASTRNN_TILES_16BIT(FASTRNN_LISTED)};
   else

@@ -3,15 +3,21 @@
 #pragma once
 
 // K up to warps * chunks * 32. Weight registers a thread of an LSTM's forward: units / 4 * resident * 8.
-#define FASTRNN_TILES_16BIT(X)                                             \
-  X(Sentinel, 16, 1, 1, 1, 8) /* H to 256 */                               \
-  X(Sentinel, 16, 1, 2, 2, 8) /* H to 512 */                               \
-  X(Sentinel, 16, 2, 2, 2, 8)                                              \
-  X(Sentinel, 16, 1, 4, 4, 8) /* H to 1024 */                              \
-  X(Sentinel, 16, 2, 4, 4, 8)                                              \
-  X(Sentinel, 16, 1, 8, 4, 8) /* H to 2048, half of it in shared memory */ \
-  X(Cluster, 16, 1, 1, 1, 4)  /* H to 128 in eight CTAs */                 \
-  X(Local, 64, 1, 1, 0, 2)    /* H to 64 in one CTA */
+#define FASTRNN_TILES_16BIT_TO_1024(X)                    \
+  X(Sentinel, 16, 1, 1, 1, 8) /* H to 256 */              \
+  X(Sentinel, 16, 1, 2, 2, 8) /* H to 512 */              \
+  X(Sentinel, 16, 2, 2, 2, 8)                             \
+  X(Sentinel, 16, 1, 4, 4, 8) /* H to 1024 */             \
+  X(Sentinel, 16, 2, 4, 4, 8)                             \
+  X(Cluster, 16, 1, 1, 1, 4) /* H to 128 in eight CTAs */ \
+  X(Local, 64, 1, 1, 0, 2)   /* H to 64 in one CTA */
+#define FASTRNN_TILES_16BIT(X)   \
+  FASTRNN_TILES_16BIT_TO_1024(X) \
+  X(Sentinel, 16, 1, 8, 4, 8) /* H to 2048, half of it in shared memory */
+// Two matmuls a step, one after the other: with four resident chunks sm_80 spilled.
+#define FASTRNN_TILES_16BIT_TWO_MATMULS(X) \
+  FASTRNN_TILES_16BIT_TO_1024(X)           \
+  X(Sentinel, 16, 1, 8, 3, 8) /* H to 2048 */
 
 // K up to warps * chunks * 16.
 #define FASTRNN_TILES_32BIT(X)               \
@@ -19,6 +25,7 @@
   X(Sentinel, 16, 1, 4, 4, 8) /* H to 512 */ \
   X(Sentinel, 16, 2, 4, 4, 8)                \
   X(Sentinel, 16, 1, 8, 4, 8) /* H to 1024, half of it in shared memory */
+#define FASTRNN_TILES_32BIT_TWO_MATMULS(X) FASTRNN_TILES_32BIT(X)
 
 // With regularisers, for every cell and both directions: few, since the masks cost more than a tile that fits better gains.
 #define FASTRNN_TILES_16BIT_REGULARISED(X) \

@@ -1,4 +1,4 @@
 #include "instances.cuh"
 
 #define FASTRNN_ENTRY(D, E, ...) forward_entry<Gru<false>, D, Tile<__VA_ARGS__>, E>(),
-FASTRNN_KERNEL_LIST(gru_reset_before_forward)
+FASTRNN_SHORT_KERNEL_LIST(gru_reset_before_forward, TWO_MATMULS)
