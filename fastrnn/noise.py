@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
 from fastrnn.kinds import KINDS
 
-__all__ = ["MODES", "Noise", "tape_slots"]
+__all__ = ["MODES", "Noise", "seed_on", "tape_slots"]
 
 MODES = ("update", "cell", "state")
 
@@ -99,3 +103,11 @@ def tape_slots(cell: str, noise: str, plan: str = "") -> int:
     drawn = Noise.parse(noise)
     mixes = drawn.acts if plan.startswith("cuda") else drawn.mixes
     return 1 if cell.startswith("rnn") and mixes else KINDS[cell].tape
+
+
+def seed_on(seed: Tensor, device: torch.device) -> Tensor:
+    """A seed for kernels of a GPU. A fill has its number from the launch, so it does not wait and
+    can be captured, as a copy from the host could not."""
+    if type(seed) is Tensor and seed.is_cpu and device.type == "cuda" and not is_compiling():
+        return torch.full((1,), int(seed), dtype=torch.int64, device=device)
+    return seed if device.type == "cpu" else seed.to(device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.noise import MODES, Noise
+from fastrnn.noise import MODES, Noise, seed_on
 from fastrnn.reference import Masks
 
 __all__ = [
@@ -147,7 +147,7 @@ def probability(name: str, p: Any) -> float:
 
 def draw_seed() -> Tensor:
     """A seed from torch's default CPU generator: one draw, which torch.compile sees."""
-    return torch.randint(0, (1 << 63) - 1, (1,), dtype=torch.int64)
+    return torch.randint(0, (1 << 63) - 1, (1,), dtype=torch.int64, device="cpu")
 
 
 def _stream(layer: int, direction: int, kind: int) -> int:
@@ -220,4 +220,5 @@ def _inverted(keep: Tensor, p: float, dtype: torch.dtype) -> Tensor:
 def _keep(
     seed: Tensor, stream: int, p: float, steps: int, rows: int, units: int, device: torch.device
 ) -> Tensor:
-    return ops.random_mask(seed, stream, p, steps, rows, units).to(device)
+    drawn = ops.random_mask(seed_on(seed, device), stream, p, steps, rows, units)
+    return drawn.to(device)

@@ -151,14 +151,19 @@ def check_lengths(
         )
     # The values are data: while tracing they are unknown, and kernels clamp what they read.
     # Last, the size: torch 2.6 fixes a traced one where it is asked for its truth.
-    if not is_compiling() and not checked.is_meta and size:
-        low, high = checked.aminmax()
-        if int(low) < 1 or int(high) > steps:
+    if not is_compiling() and not checked.is_meta and size and not _capturing(checked):
+        low, high = torch.stack(checked.aminmax()).tolist()  # on a GPU one wait, not two
+        if low < 1 or high > steps:
             raise ValueError(
-                f"lengths: got values from {int(low)} to {int(high)}, {expected()}; drop empty "
+                f"lengths: got values from {low} to {high}, {expected()}; drop empty "
                 "sequences from the batch, or pad input to the longest"
             )
     return checked
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether its values cannot be looked at, since a CUDA graph is being recorded."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _from_list(lengths: Iterable[int], expected: Callable[[], str]) -> Tensor:

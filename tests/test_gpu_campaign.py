@@ -29,7 +29,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.campaign import Campaign, ProcessRunner, Stage
 from benchmarks.gpu.clock import HostClock, TimedRunner, per_step
-from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, RESTART
+from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, RESTART, load, save
 from benchmarks.schema import Record
 from tests.campaigns import AT, timed
 
@@ -132,6 +132,26 @@ def test_a_process_that_overruns_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
     words = ProcessRunner(tmp_path, ["--write"]).command(ONE, 33.4)
     assert words[1:5] == ["-m", "benchmarks.gpu", "--inside", "one"]
     assert words[-3:] == ["--seconds", "33", "--write"]
+
+
+def test_what_time_cut_off_is_run_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign, "GRACE", 0.1)
+
+    class Sleeps(ProcessRunner):
+        def command(self, stage: Stage, seconds: float) -> list[str]:
+            return ["sleep", "60"]
+
+    tests, mark = tmp_path / "tests.json", tmp_path / "running.txt"
+    done = {"outcome": "passed", "seconds": 1.0, "message": ""}
+    for turn in range(2):
+        save(tests, {"tests": {"a": done, "b": {**done, "outcome": "running"}}})
+        mark.write_text("a case")
+        assert Sleeps(tmp_path)(ONE, 0.05) is None
+        hangs = turn > 0
+        assert mark.exists() == hangs
+        assert set(load(tests)["tests"]) == ({"a", "b"} if hangs else {"a"})
 
 
 def test_without_a_gpu_one_line(

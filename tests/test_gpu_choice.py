@@ -379,6 +379,56 @@ def test_nothing_is_tried_in_a_traced_or_captured_call(monkeypatch: pytest.Monke
     assert not ran
 
 
+def test_nothing_is_tried_inside_a_backward_pass() -> None:
+    """There a trial's own backward pass, in a thread that is waited for, could never begin."""
+    found = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
+            found.append(trial.hindrance())
+            return dx
+
+    Asks.apply(torch.ones(1, requires_grad=True)).backward()
+    assert found == ["a call inside a backward pass"]
+    assert trial.hindrance() == ""
+
+
+def test_every_tile_of_triton_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of more rows have a trial of their own, with a batch that brings them about."""
+    few, many = problem(hidden_size=64), problem(hidden_size=64, batch=9000)
+    keys = [trial.key_of("triton", p, 0) for p in (few, many)]
+    assert keys[0] != keys[1]
+    for key, p in zip(keys, (few, many), strict=True):
+        (size,) = trial._sizes(key, p)
+        assert trial.key_of("triton", size, 0).plans == key.plans
+        assert size.batch <= p.batch
+    assert next(iter(trial._sizes(keys[0], few))).batch < 10
+
+
+def test_a_traced_batch_normalised_layer_is_not_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    serves = backends._serves_triton
+    monkeypatch.setattr(backends, "_triton_gpu", lambda: "")
+    p = problem(cell="bnlstm", hidden_size=32, batch=8)
+    assert serves(p) == ""
+    monkeypatch.setattr(backends, "is_compiling", lambda: True)
+    assert "whose size is not known" in serves(p)
+
+
+def test_cudnns_small_kernel_is_no_worse_than_its_standard_one() -> None:
+    def us(batch: int) -> float:
+        p = problem(hidden_size=64, batch=batch, training=True)
+        found = times.estimate("torch", p, H200)
+        assert found is not None
+        return found.step_us
+
+    assert us(8192) <= us(16) + 100
+
+
 def test_what_was_tried_before_is_used_in_a_traced_call(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel(monkeypatch, right)
     assert dispatch.settle(problem()) == "cuda"

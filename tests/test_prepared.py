@@ -334,17 +334,22 @@ def test_operators_have_the_bits_of_the_general_functions(case: Case) -> None:
             assert_same_results(dweights, general_dweights)
 
 
-def test_operators_take_strides_and_dtypes_the_general_way() -> None:
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+def test_operators_take_strides_and_dtypes_the_general_way(known: bool) -> None:
     p = Problem(Case("lstm"))
     args, given = list(train_args(p)), list(backward_args(p))
     expected, gradients = ops.layer_forward_train(*args), ops.layer_backward(*given)
+    if not known:
+        cpu_prepared._calls.clear()
     args[0] = given[4] = p.x.transpose(0, 1).contiguous().transpose(0, 1)
     args[3] = [w.t().contiguous().t() if w.dim() == 2 else w for w in p.weights]
     assert not args[0].is_contiguous()
     assert not args[3][0].is_contiguous()
     assert_same_results(ops.layer_forward_train(*args), expected)
-    given[0] = given[0].double()
-    assert_same_results(ops.layer_backward(*given)[:3], gradients[:3])
+    for dy in (given[0], given[0].double()):
+        *grads, dweights = ops.layer_backward(dy, *given[1:])
+        assert_same_results(grads, gradients[:3])
+        assert_same_results(dweights, gradients[3])
 
 
 def test_few_calls_of_operators_are_kept() -> None:

@@ -424,3 +424,18 @@ def test_return_cells_and_reset(kind: str) -> None:
     if isinstance(module, fastrnn.LSTM):
         _, state, cells = module(x, return_cells=True)
         assert_same_bits("cells", cells[-1], state[1][0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_default_device_moves_no_seed(backend: str) -> None:
+    module = fastrnn.LSTM(3, 4, recurrent_dropout=0.5, zoneout=0.2, weight_dropout=0.2)
+    x = torch.randn(5, 2, 3)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
+    for data in (x, packed):
+        with fastrnn.use_backend(backend):
+            torch.manual_seed(1)
+            expected = module(data)[1][0]
+            torch.manual_seed(1)
+            with torch.device("meta"):
+                got = module(data)[1][0]
+        assert torch.equal(got, expected)

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn.backends.triton.plan import SHARED, choose, padded, refusal
+from fastrnn.backends.triton.plan import (
+    BATCH_ROWS,
+    SHARED,
+    choose,
+    least_rows,
+    padded,
+    refusal,
+)
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
@@ -121,6 +128,15 @@ def test_plan(hidden: int, size: int) -> None:
         assert plan.rows == 16 or size > 16 * plan.rows
         assert plan.units * plan.rows <= 16 * 32 * plan.warps
         assert plan.stream or gates * plan.units**2 * 2 <= SHARED
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("rows", BATCH_ROWS)
+def test_the_smallest_batch_of_a_tile(rows: int, directions: int) -> None:
+    size = least_rows(rows, directions)
+    assert choose("lstm", 4, 32, 32, 2, size, directions).rows == rows
+    if rows > BATCH_ROWS[0]:
+        assert choose("lstm", 4, 32, 32, 2, size - 1, directions).rows < rows
 
 
 def test_serves_says_why_not() -> None:

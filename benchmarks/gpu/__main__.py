@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.gpu import device
 from benchmarks.gpu.campaign import Campaign, ProcessRunner, Stage
-from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, RESTART, Stop, load, save, say
+from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, RESTART, TESTS, Stop, load, save, say
 from benchmarks.schema import RESULTS, slug
 
 BUDGET = 540.0  # seconds of a run: under ten minutes with the start and the end of everything
@@ -48,7 +48,7 @@ STAGES = (
     Stage("grid-fp32", 240, "float32 (TF32), the same shapes", "build", resumable=True),
     Stage("grid-options", 180, "two directions, packed batches", "build", resumable=True),
     Stage("grid-small", 240, "H up to 192", "build", resumable=True),
-    Stage("sanitize", 300, "compute-sanitizer on tiny grids", "build", resumable=True),
+    Stage("sanitize", 460, "compute-sanitizer on tiny grids", "build", resumable=True),
     Stage("grid-triton", 150, "H up to 128, N from 512", "build", resumable=True),
     Stage("grid-large", 180, "H 1536 and 2048, N 128 and 256", "build", resumable=True),
     Stage("refit", 60, "the cost model's constants, the dispatch table", always=True, gpu=False),
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _forget(chosen: list[Stage], results: Path) -> None:
     """Takes the cases and tests of forced stages out of the results: they are run again."""
-    from benchmarks.gpu.suite import FILE, SANITIZER
+    from benchmarks.gpu.suite import SANITIZER
     from benchmarks.schema import Results
 
     names = {stage.name for stage in chosen}
@@ -126,14 +126,14 @@ def _forget(chosen: list[Stage], results: Path) -> None:
         held = Results.load(path)
         held.records = [record for record in held.records if record.case.id not in ids]
         held.save(path)
-    tests = load(results / FILE).get("tests", {})
+    tests = load(results / TESTS).get("tests", {})
     kept = {
         name: each
         for name, each in tests.items()
         if ("sanitize" if SANITIZER.name in name else "tests") not in names
     }
     if len(kept) < len(tests):
-        save(results / FILE, {"tests": kept})
+        save(results / TESTS, {"tests": kept})
 
 
 def _cases(stage: str) -> list[Any]:
@@ -227,7 +227,6 @@ def _timed(name: str, results: Path, stop: Stop) -> int:
 def _refit(results: Path, write: bool) -> None:
     """refit.json and dispatch.json of what was measured so far; with --write the library's too."""
     from benchmarks.gpu import model, refit, table
-    from benchmarks.gpu.suite import FILE
     from benchmarks.schema import Results
 
     path = results / "grid.json"
@@ -235,7 +234,7 @@ def _refit(results: Path, write: bool) -> None:
         raise RuntimeError(f"{path} does not exist: nothing was timed yet")
     held = Results.load(path)
     source = f"{held.environment['device']}, {held.environment['date']}"
-    tests = load(results / FILE).get("tests", {})
+    tests = load(results / TESTS).get("tests", {})
     found_here = table.entry(held.records, tests, held.environment)
     save(results / "dispatch.json", found_here)
     if write:

@@ -19,14 +19,13 @@ from benchmarks.gpu import cudnn
 from benchmarks.gpu.clock import Clock, CudaClock, TimedRunner, per_step
 from benchmarks.gpu.contestants import Field
 from benchmarks.gpu.roofline import Ceilings
-from benchmarks.gpu.stage import STICKY, Stop, load, say
+from benchmarks.gpu.stage import MARK, STICKY, Stop, load, say
 from benchmarks.schema import Record, Results
 from benchmarks.timing import Runner, measure
 
 FILE = "grid.json"
 SHORTER = 4
 LEAST_STEPS = 200
-MARK = "running.txt"
 
 
 @dataclass

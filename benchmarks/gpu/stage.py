@@ -14,6 +14,8 @@ from typing import Any
 COMPLETE, PARTIAL, RESTART, RED = 0, 10, 11, 12
 # What an error says after which nothing else works in a process.
 STICKY = ("CUDA error", "AcceleratorError", "illegal memory access")
+# Among the results: the outcome of each test, and the case that the grid is at.
+TESTS, MARK = "tests.json", "running.txt"
 
 
 class Stop:

@@ -18,6 +18,7 @@ from benchmarks.gpu.stage import (
     RED,
     RESTART,
     STICKY,
+    TESTS,
     Stop,
     load,
     save,
@@ -27,7 +28,6 @@ from benchmarks.gpu.stage import (
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "tests" / "gpu"
 SANITIZER = FOLDER / "test_sanitizer.py"
-FILE = "tests.json"
 
 
 class Recorder:
@@ -74,7 +74,7 @@ class Recorder:
 
 def run(paths: list[Path], results: Path, stop: Stop) -> int:
     """The stage's exit status: complete, red, partial, or to be started again."""
-    recorder = Recorder(results / FILE, stop)
+    recorder = Recorder(results / TESTS, stop)
     # Whatever else is installed there: no plugins of others, and their warnings are no errors.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     options = [

@@ -12,37 +12,53 @@ Status status_of(cudaError_t error) {
   return {static_cast<int>(error), error ? cudaGetErrorString(error) : ""};
 }
 
-// Attributes live as long as the configuration that points at them.
+// The attribute lives as long as the configuration that points at it.
 struct Configuration {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attribute = {};
   Configuration(const Kernel& kernel, int grid, int cluster, int extent, void* stream) {
     config.gridDim = dim3(grid);
     config.blockDim = dim3(kernel.tile.threads());
     config.dynamicSmemBytes = shared_bytes(kernel, extent);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attributes;
-    // Cooperative: the driver refuses a grid that is not resident as a whole, instead of a deadlock.
-    attributes[0].id = cudaLaunchAttributeCooperative;
-    attributes[0].val.cooperative = 1;
+    config.attrs = &attribute;
     config.numAttrs = 1;
-    if (kernel.exchange != ExchangeKind::cluster) return;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = cluster;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    config.numAttrs = 2;
+    if (kernel.exchange == ExchangeKind::cluster) {
+      // Resident as a whole by itself, and clusters do not wait for each other.
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    } else {
+      // The driver refuses a grid that is not resident as a whole, instead of a deadlock.
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
   }
 };
 
-cudaError_t allow_shared_memory(const Kernel& kernel, int extent) {
-  return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              shared_bytes(kernel, extent));
+// As much as the device has, not what a launch takes: the bound belongs to the function, which other threads launch too.
+cudaError_t allow_shared_memory(const Kernel& kernel) {
+  int ordinal = 0, most = 0;
+  if (const cudaError_t error = cudaGetDevice(&ordinal)) return error;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal))
+    return error;
+  return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+// What the driver translates from an older architecture's code has that one's limits: beyond them there is no kernel.
+cudaError_t is_compiled(const Kernel& kernel, int extent, bool* yes) {
+  cudaFuncAttributes code = {};
+  if (const cudaError_t error = cudaFuncGetAttributes(&code, kernel.function)) return error;
+  *yes = shared_bytes(kernel, extent) <= prim::most_shared(code.ptxVersion) &&
+         (kernel.exchange != ExchangeKind::cluster || prim::has_clusters(code.ptxVersion));
+  return cudaSuccess;
 }
 
 template <class Params>
 Status launch_with(const Kernel& kernel, const Params& params, void* stream, int extent = 1) {
   if (!takes(kernel, params)) return status_of(cudaErrorInvalidValue);
-  if (const cudaError_t error = allow_shared_memory(kernel, extent)) return status_of(error);
+  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
   const Configuration c(kernel, params.directions * params.groups * params.ctas, params.ctas, extent, stream);
   Params copy = params;
   void* arguments[] = {&copy};
@@ -80,13 +96,18 @@ Status read_device(Device* device) {
 
 Status resident_ctas(const Kernel& kernel, int ctas_of_a_cluster, int* count, int extent) {
   *count = 0;
-  if (const cudaError_t error = allow_shared_memory(kernel, extent)) return status_of(error);
+  bool compiled = false;
+  if (const cudaError_t error = is_compiled(kernel, extent, &compiled)) return status_of(error);
+  if (!compiled) return {};
+  if (const cudaError_t error = allow_shared_memory(kernel)) return status_of(error);
   if (kernel.exchange == ExchangeKind::cluster) {
     const Configuration c(kernel, ctas_of_a_cluster, ctas_of_a_cluster, extent, nullptr);
     int clusters = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &c.config);
-    *count = clusters * ctas_of_a_cluster;
-    return status_of(error);
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &c.config) == cudaSuccess)
+      *count = clusters * ctas_of_a_cluster;
+    else
+      cudaGetLastError();  // a size that the device does not take: none, and the next plan serves
+    return {};
   }
   Device device;
   if (const Status status = read_device(&device); !status.ok()) return status;

@@ -201,8 +201,11 @@ Status launch_steps(const StepsProblem& q, bool wide, Params params, const Steps
     for (; s + kGraphSteps <= count; s += kGraphSteps) {
       Params part = params;
       part.first = s;
-      if (const cudaError_t failed = graphs().replay(program, k.block, part, stream))
-        return status_of(failed);
+      if (const cudaError_t failed = graphs().replay(program, k.block, part, stream)) {
+        if (failed != cudaErrorMemoryAllocation) return status_of(failed);
+        cudaGetLastError();
+        break;  // no room for a graph, and none of its steps was launched: one by one
+      }
     }
   if (steps_range(program, s, count, one)) steps_after(program, count, one);
   return status_of(error);

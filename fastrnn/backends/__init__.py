@@ -16,9 +16,10 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
 from fastrnn.backends import torch_nn
-from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED, choose, refusal
+from fastrnn.backends.triton.plan import LEAST_SHARED, MOST_SHARED, SHARED, choose, refusal
 from fastrnn.backends.triton.plan import Plan as TritonPlan
 from fastrnn.kinds import GATES
 
@@ -175,18 +176,36 @@ def _triton_missing() -> str:
     return "" if find_spec("triton") else "triton is not installed: pip install triton"
 
 
-@_constant
+def _of_the_device(function: Callable[[], _Answer]) -> Callable[[], _Answer]:
+    """As ``_constant``, for each current device."""
+    known: dict[int, _Answer] = {}
+
+    def ask() -> _Answer:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        if device not in known:
+            known[device] = function()
+        return known[device]
+
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ask
+
+
+@_of_the_device
 def triton_shared_memory() -> int:
     """Shared memory of a program on the current GPU, or what stands for it where there is none."""
     if not torch.cuda.is_available():
         return SHARED
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
+    found = getattr(properties, "shared_memory_per_block_optin", 0)  # not in torch 2.6
+    if found or torch.version.hip is not None:
+        return int(found) or LEAST_SHARED
+    capability = (properties.major, properties.minor)
+    return MOST_SHARED.get(capability, LEAST_SHARED)
 
 
-@_constant
+@_of_the_device
 def _triton_gpu() -> str:
-    """Why no kernel runs on this machine's GPU; empty if one does."""
+    """Why no kernel runs on the current GPU; empty if one does."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     major, minor = torch.cuda.get_device_capability()
@@ -211,6 +230,8 @@ def _serves_triton(p: Problem) -> str:
         return "torch.func transforms need operations they can see into"
     if p.cell.endswith("_layer_norm"):
         return "it has no kernels with layer_norm"
+    if p.cell == "bnlstm" and p.device == "cuda" and is_compiling():
+        return "a program has the whole batch, whose size is not known in a traced call"
     return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch, triton_shared_memory())
 
 

@@ -204,7 +204,8 @@ def _prepared(
             return None
         if len(_calls) >= CALLS:
             _calls.clear()
-        call = _calls[key] = LayerCall(cell, x, h, c, weights, batch_first)
+        # A backward reads x through a dense copy, whatever the strides that its forward met.
+        call = _calls[key] = LayerCall(cell, x.contiguous(), h, c, weights, batch_first)
     return call
 
 

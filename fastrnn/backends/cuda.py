@@ -244,13 +244,20 @@ def layer_backward(
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dx = torch.empty_like(x) if need_dx else None
         return dx, torch.empty_like(h0) if need_dstate else None, dc0, zeros
-    if not tape_width(need, cell, noise, plan):
+    width = tape_width(need, cell, noise, plan)
+    if not width:
         gates = None
     elif gates is None or not gates.numel():
         gates = _forward(
             x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, False, True,
             plan, seed, noise,
         )[4]  # fmt: skip
+    elif gates.size(-1) != width:
+        raise RuntimeError(
+            f"the tape has {gates.size(-1)} values a row, expected {width}: the driver has refused "
+            "the kernels that wrote it since, and others would run the backward; call the forward "
+            "again"
+        )
     grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
     h0, c0 = h0.contiguous(), dense(c0)
     states = grid.spread(grid.rows.flat(y).contiguous())

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends.cuda_grid import Grid, states_before
-from fastrnn.backends.cuda_native import Launcher, Need, launcher_of, on_its_device, padded
+from fastrnn.backends.cuda_native import (
+    Launcher,
+    Need,
+    launcher_of,
+    on_its_device,
+    padded,
+    with_next_plan,
+)
 from fastrnn.backends.rows import dense
 
 __all__ = ["bnlstm_backward", "bnlstm_forward"]
@@ -115,6 +122,7 @@ def _input_statistics(
 
 
 @on_its_device
+@with_next_plan
 def bnlstm_forward(
     x: Tensor,
     h0: Tensor,
@@ -256,6 +264,7 @@ def _mail(
 
 
 @on_its_device
+@with_next_plan
 def bnlstm_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrnn.backends.cuda_grid import Grid
 from fastrnn.backends.cuda_native import Launcher
-from fastrnn.noise import MODES, Noise
+from fastrnn.noise import MODES, Noise, seed_on
 
 __all__ = ["Regulariser"]
 
@@ -32,11 +32,7 @@ class Regulariser:
             return
         if seed is None:
             raise ValueError(f"seed: got None, expected a tensor for noise {text!r}")
-        if seed.is_cpu and not like.is_cpu:
-            # A fill has its number from the launch, so it can be captured; a copy would wait.
-            self._seed = torch.full((1,), int(seed), dtype=torch.int64, device=like.device)
-        else:
-            self._seed = seed.to(like.device)
+        self._seed = seed_on(seed, like.device)
 
     def fields(self, first: int) -> tuple[Any, ...]:
         """What the library is told of the launch whose row 0 is row ``first`` of the batch."""

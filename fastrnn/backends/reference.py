@@ -118,7 +118,7 @@ def from_layout(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """x (T, N, I), lengths and reset (T, N), and where packed data lie in them, (T, N) bool."""
     if batch_sizes is not None:
-        live = torch.arange(size) < batch_sizes.unsqueeze(1)
+        live = torch.arange(size, device=batch_sizes.device) < batch_sizes.unsqueeze(1)
         lengths = live.sum(0).to(x.device)
         live = live.to(x.device)
         x = x.new_zeros((*live.shape, x.size(-1))).index_put(live.nonzero().unbind(1), x)

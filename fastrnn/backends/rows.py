@@ -78,12 +78,14 @@ def describe(
     """The rows of x in the layouts of ``fastrnn.ops.layer``."""
     if batch_sizes is not None:
         starts = torch.cumsum(batch_sizes, 0) - batch_sizes
-        ends = (batch_sizes.unsqueeze(1) > torch.arange(size)).sum(0)
+        rows = torch.arange(size, device=batch_sizes.device)
+        ends = (batch_sizes.unsqueeze(1) > rows).sum(0)
         ends, starts = _onto(ends, x.device), _onto(starts, x.device)
         return Rows(batch_sizes.size(0), size, x.size(0), 0, 1, ends, None, starts)
     steps = x.size(1 if batch_first else 0)
     stride_t, stride_n = (1, steps) if batch_first else (size, 1)
-    lengths = None if lengths is None else lengths.to(x.device).contiguous()
+    if lengths is not None:  # a traced call has not looked at the values
+        lengths = lengths.to(x.device).clamp(0, steps).contiguous()
     # Rows of reset are the rows of x.
     clear = None if reset is None else reset.to(x.device).contiguous().view(torch.uint8)
     return Rows(steps, size, steps * size, stride_t, stride_n, lengths, clear, None)

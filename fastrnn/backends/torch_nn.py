@@ -38,9 +38,10 @@ def stack(
     Returns:
         output, h_n and c_n (None but for an LSTM).
     """
-    weights = list(flat_weights)
+    weights, h0 = list(flat_weights), h0.contiguous()  # cuDNN takes no other states
     tail = (bias, num_layers, float(dropout), training, bidirectional)
     if c0 is not None:
+        c0 = c0.contiguous()
         if batch_sizes is not None:
             return torch._VF.lstm(input, batch_sizes, (h0, c0), weights, *tail)
         return torch._VF.lstm(input, (h0, c0), weights, *tail, batch_first)

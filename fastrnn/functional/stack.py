@@ -324,9 +324,10 @@ def _run(
     cells = None
     if backend == "torch":
         output, h_n, c_n = torch_nn.stack(
-            cell, input, h0, c0, flat_weights, bias=bias, num_layers=num_layers, dropout=dropout,
-            training=training, bidirectional=bidirectional, batch_first=batch.batch_first,
-            batch_sizes=batch_sizes,
+            cell, input, h0, c0, flat_weights, bias=bias, num_layers=num_layers,
+            dropout=dropout if training else 0.0,
+            training=training or (records and input.is_cuda),  # cuDNN's tape, in eval() too
+            bidirectional=bidirectional, batch_first=batch.batch_first, batch_sizes=batch_sizes,
         )  # fmt: skip
     else:
         output, h_n, c_n, cells = _run_layers(

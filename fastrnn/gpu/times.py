@@ -248,7 +248,9 @@ def _torch_us(p: Problem, at: Device) -> float:
         return float(numbers[when] + numbers[when + "_unit"] * p.hidden_size)
     if name == "PERSIST_STATIC_SMALL_H":
         one = numbers["forward"] + numbers["forward_element"] * p.batch * p.hidden_size
-        return float(one * (numbers["training_factor"] if p.training else 1))
+        # Linear in the elements only while they are few: no worse than the standard algorithm.
+        standard = table().model["cudnn"]["STANDARD"][when] + _products_us(p)
+        return float(min(one * (numbers["training_factor"] if p.training else 1), standard))
     return float(numbers[when]) + _products_us(p)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastrnn import ops
 from fastrnn.backends import Problem, cuda_plans, reference, reference_bnlstm, triton_numbers
+from fastrnn.backends.triton.plan import least_rows
 from fastrnn.gpu.times import family, format_name
 from fastrnn.kinds import GATES, KINDS
 from fastrnn.noise import MODES, Noise
@@ -57,8 +58,7 @@ def key_of(backend: str, p: Problem, ordinal: int) -> Key:
         plans = tuple(plan.exchange for plan in cuda_plans(p))
     else:
         tile, _ = triton_numbers(p)
-        plans = (tile.units, tile.outputs, tile.warps, tile.stream)
-        plans += (tile.rows,) if p.cell == "bnlstm" else ()
+        plans = (tile.units, tile.outputs, tile.rows, tile.warps, tile.stream)
     return Key(backend, family(p), format_name(p), p.directions, plans, ordinal)
 
 
@@ -84,6 +84,8 @@ def hindrance() -> str:
         or torch._C._are_functorch_transforms_active()
     ):
         return "a traced call"
+    if torch._C._current_graph_task_id() != -1:  # the trial's own backward would wait for this one
+        return "a call inside a backward pass"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a call that is being captured"
     return ""
@@ -143,7 +145,10 @@ def _noises(key: Key) -> list[str]:
 
 def _sizes(key: Key, p: Problem) -> Iterator[Problem]:
     """Problems to try: as small as can be, or of the call's own hidden size."""
-    rows = p.batch if key.backend == "triton" and p.cell == "bnlstm" else _ROWS
+    rows = _ROWS
+    if key.backend == "triton":  # as many as bring about the call's tile
+        tile, _ = triton_numbers(p)
+        rows = p.batch if p.cell == "bnlstm" else max(rows, least_rows(tile.rows, p.directions))
     small = p._replace(
         steps=_STEPS, batch=max(rows, 2), input_size=_INPUTS, num_layers=1, packed=False
     )

@@ -184,11 +184,14 @@ class RecurrentBase(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Drop the packed copies of the weights that inference keeps between calls.
 
-        Safe anywhere and, unlike in torch.nn, never needed for speed. Its one use: after writing
-        to a few elements of a parameter through `.data`, which no version counter sees.
+        Safe anywhere. On a CPU it has one use: after writing to a few elements of a parameter
+        through `.data`, which no version counter sees. On a GPU it also does what torch.nn's does
+        for cuDNN, which serves the calls that torch's own kernels run.
         """
         if self._packed is not None:
             self._packed.clear()
+        if isinstance(self, torch.nn.RNNBase) and self.mode != "RHN" and not self.layer_norm:
+            torch.nn.RNNBase.flatten_parameters(self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -82,7 +82,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
     def _natively(self, cell: str, input: Tensor, h: Tensor, c: Tensor | None) -> Any:
         """(y, h, c) by the prepared native call, or None: take the general way."""
         cache = self._cache()
-        if cache is None or not input.numel() or not self.hidden_size:
+        if cache is None or not input.is_cpu or not input.numel() or not self.hidden_size:
             return None
         weights = [self.weight_ih, self.weight_hh]
         if self.bias_ih is not None:

@@ -162,8 +162,8 @@ class Steppable(RecurrentBase):
         return hx if type(hx) is tuple and len(hx) == 2 else None
 
     def _takes(self, x: Any, h: Any, c: Any, ranks: tuple[int, ...]) -> bool:
-        """Whether these are tensors of the right sizes."""
-        if type(x) is not Tensor or x.dim() not in ranks or not x.numel():
+        """Whether these are CPU tensors of the right sizes."""
+        if type(x) is not Tensor or not x.is_cpu or x.dim() not in ranks or not x.numel():
             return False
         if x.size(-1) != self.input_size or not self.hidden_size:
             return False

@@ -185,6 +185,12 @@ def _by_plan(modules: Mapping[str, str], name: str, schema: str) -> Callable[...
         if function is None:
             module = modules.get(word) or modules[""]
             function = bound[word] = getattr(importlib.import_module(module), name)
+        if torch._C._is_any_autocast_enabled():
+            # The caller's: these tensors have the dtypes that it led to.
+            first = next(a for a in args if a is not None)
+            like = first if isinstance(first, Tensor) else first[0]
+            with torch.autocast(like.device.type, enabled=False):
+                return function(*args)
         return function(*args)
 
     call.__name__ = name

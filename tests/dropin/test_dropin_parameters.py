@@ -10,6 +10,8 @@ import torch
 from dropin_cases import Kind, assert_same_bits, compare, outcome, raised, results, twins
 from torch import nn
 
+import fastrnn
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"bias": False},
@@ -96,6 +98,29 @@ def test_flatten_parameters_is_safe_anywhere(any_kind: Kind) -> None:
     assert_same_bits(before, outcome(ours, x))
     ours.half().flatten_parameters()
     ours.to("meta").flatten_parameters()
+
+
+@pytest.mark.parametrize(
+    "module, theirs",
+    [
+        (lambda: fastrnn.LSTM(3, 4, proj_size=2), True),
+        (lambda: fastrnn.GRU(3, 4, reset_after=False), True),
+        (lambda: fastrnn.RNN(3, 4), True),
+        (lambda: fastrnn.LSTM(3, 4, layer_norm=True), False),
+        (lambda: fastrnn.RHN(3, 4), False),
+        (lambda: fastrnn.BNLSTM(3, 4, max_length=2), False),
+    ],
+)
+def test_flatten_parameters_does_what_cudnn_needs(
+    module: Callable[[], Any], theirs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.nn's own puts them into one piece on a GPU; what cuDNN lacks is left alone."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", asked.append)
+    built = module()
+    asked.clear()
+    built.flatten_parameters()
+    assert asked == ([built] if theirs else [])
 
 
 def test_module_switches(any_kind: Kind) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -173,3 +174,37 @@ def test_no_call_waits_for_the_device() -> None:
     done.record()
     assert not done.query()
     settle()
+
+
+@pytest.mark.parametrize("kind", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
+def test_by_torchs_kernels(kind: type[torch.nn.RNNBase]) -> None:
+    """Weights in one piece, as cuDNN wants them, and a backward in eval() as well."""
+    rnn = kind(16, 32).to("cuda").eval()
+    x = torch.randn(5, 3, 16, device="cuda", requires_grad=True)
+    with warnings.catch_warnings(), fastrnn.use_backend("torch"):
+        warnings.simplefilter("error")
+        rnn(x)[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_lengths_and_masks_in_a_graph(backend: str) -> None:
+    rnn = fastrnn.LSTM(16, 32, recurrent_dropout=0.3, weight_dropout=0.3, device="cuda")
+    x = torch.randn(9, 4, 16, device="cuda")
+    lengths = torch.tensor([9, 2, 5, 1], device="cuda")
+    with fastrnn.use_backend(backend), torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            rnn(x, lengths=lengths)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.manual_seed(3)
+        expected = rnn(x, lengths=lengths)[0]
+        graph = torch.cuda.CUDAGraph()
+        torch.manual_seed(3)
+        with torch.cuda.graph(graph):
+            captured = rnn(x, lengths=lengths)[0]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits("y", captured, expected)

@@ -130,6 +130,17 @@ def test_module(stats: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_autocast_of_the_caller_changes_nothing(sequence: bool) -> None:
+    """The module has chosen the dtypes; statistics of a 16-bit product would be others."""
+    p = BNProblem(BNCase(T=3, N=3, I=3, H=5, sequence=sequence, plan="triton"))
+    expected = solve_ops(p)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = solve_ops(p)
+    for name, value in expected.items():
+        assert_same_bits(name, got[name], value)
+
+
 def test_empty_batch() -> None:
     p = BNProblem(BNCase(T=2, N=1, H=5, plan="triton"))
     p.x, p.h0, p.c0 = p.x[:, :0], p.h0[:, :0], p.c0[:, :0]

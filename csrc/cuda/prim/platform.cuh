@@ -27,21 +27,18 @@ struct alignas(16) Vec4 {
 
 namespace prim {
 
-// What the architecture that is compiled for has: shared memory of a CTA in bytes, and clusters.
-#if !defined(__CUDA_ARCH__)
-constexpr int kMostShared = 1 << 30;
-constexpr bool kHasClusters = true;
-#elif __CUDA_ARCH__ == 800
-constexpr int kMostShared = 166912;
-constexpr bool kHasClusters = false;
-#elif __CUDA_ARCH__ < 900
-constexpr int kMostShared = 101376;
-constexpr bool kHasClusters = false;
-#elif __CUDA_ARCH__ < 1200
-constexpr int kMostShared = 232448;
-constexpr bool kHasClusters = true;
+// What an architecture (80, 90, ...) has: shared memory of a CTA in bytes, and clusters.
+constexpr int most_shared(int architecture) {
+  return architecture == 80 ? 166912 : architecture < 90 || architecture >= 120 ? 101376 : 232448;
+}
+constexpr bool has_clusters(int architecture) { return architecture >= 90; }
+
+// The one that is compiled for.
+#if defined(__CUDA_ARCH__)
+constexpr int kMostShared = most_shared(__CUDA_ARCH__ / 10);
+constexpr bool kHasClusters = has_clusters(__CUDA_ARCH__ / 10);
 #else
-constexpr int kMostShared = 101376;
+constexpr int kMostShared = 1 << 30;
 constexpr bool kHasClusters = true;
 #endif
 

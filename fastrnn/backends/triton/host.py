@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrnn.backends.rows import tf32_allowed
 from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED
-from fastrnn.noise import Noise
+from fastrnn.noise import Noise, seed_on
 from fastrnn.reference import philox
 
 __all__ = [
@@ -58,7 +58,7 @@ def noise_arguments(
     if noise.mode == "state":
         value = 1.0 / (1.0 - noise.drop) if noise.drop < 1.0 else 0.0
     found = {
-        "seed": seed.to(device) if drawn and seed is not None else None,
+        "seed": seed_on(seed, device) if drawn and seed is not None else None,
         "stream": noise.layer << 8,
         "drop_threshold": philox.threshold(noise.drop),
         "drop_value": value,

@@ -7,13 +7,27 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["LEAST_SHARED", "SHARED", "Plan", "choose", "padded", "refusal"]
+__all__ = [
+    "LEAST_SHARED",
+    "MOST_SHARED",
+    "SHARED",
+    "Plan",
+    "choose",
+    "least_rows",
+    "padded",
+    "refusal",
+]
 
 # Shared memory of a block on GPUs of compute capability 8.0, the smallest that the limits in the
 # documentation speak of. Others are asked for theirs.
 SHARED = 163 * 1024
 # What is taken for granted of a GPU that torch tells nothing about.
 LEAST_SHARED = 64 * 1024
+# By compute capability, for a torch that does not tell.
+MOST_SHARED = {
+    (8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 7): 163 * 1024, (8, 9): 99 * 1024,
+    (9, 0): 227 * 1024, (10, 0): 227 * 1024, (12, 0): 99 * 1024,
+}  # fmt: skip
 # Weights up to this size are read once and kept on chip for the whole loop: half of an SM's 256 KB
 # of registers. Larger ones are read again in each step, one gate at a time.
 KEPT = 128 * 1024
@@ -79,6 +93,11 @@ def choose(
         if -(-size // rows) * directions > PROGRAMS and more <= most:
             rows = more
     return Plan(units, outputs, rows, warps, stream)
+
+
+def least_rows(rows: int, directions: int) -> int:
+    """The smallest batch that ``choose`` gives programs of so many rows."""
+    return 1 if rows == BATCH_ROWS[0] else rows // 2 * (PROGRAMS // directions) + 1
 
 
 def refusal(cell: str, hidden: int, itemsize: int, size: int, shared: int = SHARED) -> str:
