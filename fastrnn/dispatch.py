@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import RNNBase
 from torch.nn.modules.rnn import RNNCellBase
@@ -275,7 +276,7 @@ def choose(
 def settled() -> bool | None:
     """Whether bfloat16 weights are allowed; None under an override or a transform. While this and
     the arguments stay, ``choose`` returns the same in eager mode."""
-    if _in_force or torch._C._are_functorch_transforms_active():
+    if _in_force or transformed():
         return None
     return bf16_allowed()
 
@@ -327,8 +328,14 @@ def _problem(
 
 
 def _under_transforms() -> bool:
-    """Whether torch.func (vmap, grad, jvp...) is at work in eager mode."""
-    return not is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether torch.func (vmap, grad, jvp...) or forward-mode AD is at work in eager mode."""
+    return not is_compiling() and transformed()
+
+
+def transformed() -> bool:
+    """Whether tensors may carry what the native library does not see: a level of torch.func's
+    transforms, or a tangent."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

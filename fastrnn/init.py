@@ -28,7 +28,7 @@ def identity_(weight: Tensor, gain: float = 1.0) -> Tensor:
     """
     blocks = _blocks("identity_", weight)
     with torch.no_grad():
-        blocks.copy_(torch.eye(weight.size(1)).mul_(gain).expand(blocks.shape))
+        blocks.copy_(torch.eye(weight.size(1), dtype=torch.float64).mul_(gain).expand(blocks.shape))
     return weight
 
 

@@ -265,6 +265,10 @@ def test_dropout_between_layers() -> None:
     a = copy.deepcopy(module).train()(x)[0]
     torch.manual_seed(1)
     assert_same_bits("seed", a, copy.deepcopy(module).train()(x)[0])
+    torch.manual_seed(1)
+    module.batch_first = True
+    turned = copy.deepcopy(module).train()(x.transpose(0, 1))[0].transpose(0, 1)
+    assert_same_bits("batch first", turned, a)
 
 
 @pytest.mark.parametrize("stats", ["step", "sequence"])
@@ -289,6 +293,32 @@ def test_recalibrate(stats: str) -> None:
         assert_close_by_rule(term, got[:1], want, want.float())
         if got.size(0) > 1:
             assert_close_by_rule(term, got[3], found[0][i][3], found[0][i][3].float())
+
+
+@pytest.mark.parametrize("stats", ["step", "sequence"])
+def test_recalibrate_keeps_the_steps_that_no_batch_reaches(stats: str) -> None:
+    module = make(input_stats=stats)
+    module(torch.randn(T, N, I))
+    before = buffers(module)
+    module.recalibrate([torch.randn(2, N, I)])
+    for name, was in before.items():
+        now = getattr(module, name)
+        if now.size(0) > 1:
+            assert torch.equal(now[2:], was[2:]), name
+        assert not torch.equal(now[:2], was[:2]) or "tracked" in name, name
+
+
+def test_means_over_batches_are_taken_in_the_modules_dtype() -> None:
+    module = make(momentum=None).double()
+    batches = torch.randn(3, T, N, I, dtype=torch.float64)
+    found = []
+    for batch in batches:
+        module(batch)
+        found.append(used(module, batch))
+    want = torch.stack([f[0] for f in found]).mean(0)
+    got = getattr(module, f"running_{TERMS[0]}_l0")
+    # The last row serves all later steps.
+    torch.testing.assert_close(got[: L - 1], want[: L - 1], rtol=0, atol=1e-12)
 
 
 def test_recalibrate_that_fails_changes_nothing() -> None:

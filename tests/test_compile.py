@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from tests.tolerances import assert_close_by_rule
@@ -203,3 +204,19 @@ def test_export(name: str, strict: bool) -> None:
         x = torch.randn(length, 2, 3)
         with torch.no_grad():
             assert_equal_to_eager(flat(program.module()(x)), flat(module(x)))
+
+
+@pytest.mark.parametrize("sizes", [[4, 5], [4, 400], [3, 4], [3, 3]], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "RHN", "BNLSTM"])
+def test_batch_sizes_of_other_data_are_an_error(kind: str, sizes: list[int]) -> None:
+    """Their values are unknown while a call is traced; kernels write where they point."""
+    module = getattr(fastrnn, kind)(3, 4, **({"max_length": 2} if kind == "BNLSTM" else {}))
+    call = torch.compile(
+        lambda data, batch_sizes: module(PackedSequence(data, batch_sizes))[0].data,
+        backend="eager",
+    )
+    with torch.no_grad():
+        good = call(torch.randn(7, 3), torch.tensor([4, 3]))
+        assert good.shape == (7, 4)
+        with pytest.raises(Exception, match="batch_sizes"):
+            call(torch.randn(7, 3), torch.tensor(sizes))

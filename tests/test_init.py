@@ -49,6 +49,8 @@ def test_fills_every_block_in_place(fill: Callable[..., Tensor], gates: int) -> 
 def test_identity(gates: int) -> None:
     for block in blocks(init.identity_(torch.empty(gates * 7, 7), gain=0.5)):
         assert torch.equal(block, 0.5 * torch.eye(7))
+    block = init.identity_(torch.empty(3, 3, dtype=torch.float64), gain=0.9)
+    assert torch.equal(block, 0.9 * torch.eye(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [1, 2, 50])

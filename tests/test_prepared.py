@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
 from fastrnn import ops
@@ -188,6 +192,84 @@ TRAINED = [
     ("rnn", {"bidirectional": True, "batch_first": True}),
     ("rnn", {"nonlinearity": "relu", "bias": False}),
 ]
+# Ones among the sizes: layouts that differ by their strides alone.
+SHAPES = [(3, 2), (1, 4), (4, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_every_layout(cell: str, batch_first: bool, shape: tuple[int, int]) -> None:
+    module = make(cell, batch_first=batch_first, bidirectional=True).train()
+    theirs = getattr(torch.nn, module._get_name())(
+        5, 7, batch_first=batch_first, bidirectional=True
+    )
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(*shape, 5, requires_grad=True)
+    expected = recorded(theirs, x)
+    for _ in range(4):
+        for a, b in zip(recorded(module, x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert prepared(module)
+
+
+def test_settings_changed_after_a_call_was_prepared() -> None:
+    """torch.nn's layers read their attributes in each call."""
+    x = torch.randn(4, 3, 5)
+
+    def changed(module: Any, name: str, value: Any, grad: bool) -> None:
+        other = copy.deepcopy(module)
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                module(x)
+            setattr(module, name, value)
+            setattr(other, name, value)
+            for a, b in zip(parts(module(x)), parts(other(x)), strict=True):
+                assert a.shape == b.shape
+                assert torch.equal(a, b)
+
+    for grad in (False, True):
+        for cell in CELLS:
+            changed(make(cell), "batch_first", True, grad)
+        changed(make("gru"), "reset_after", False, grad)
+        changed(make("rnn"), "mode", "RNN_RELU", grad)
+    cell, row = fastrnn.RNNCell(5, 7), x[0]
+    with torch.no_grad():
+        for _ in range(3):
+            cell(row)
+        cell.nonlinearity = "relu"
+        assert torch.equal(cell(row), copy.deepcopy(cell)(row))
+
+
+def test_a_parameter_or_state_elsewhere_is_an_error() -> None:
+    for name in ("weight_hh_l0", "bias_ih_l0"):
+        module = make("gru")
+        x = torch.randn(4, 2, 5)
+        for _ in range(3):
+            module(x)
+        setattr(module, name, torch.nn.Parameter(getattr(module, name).to("meta")))
+        with pytest.raises((RuntimeError, ValueError), match="device"):
+            module(x)
+    with FakeTensorMode():
+        h = torch.zeros(1, 2, 7)
+    with pytest.raises(Exception, match="FakeTensor"):
+        make("gru")(torch.randn(4, 2, 5), h)
+
+
+def test_scratch_belongs_to_the_thread_count_it_was_measured_for(set_threads: Any) -> None:
+    module = fastrnn.GRU(32, 64).eval()
+    x = torch.randn(16, 16, 32)
+    found = []
+    with torch.no_grad():
+        for count in (1, 2):
+            set_threads(count)
+            for _ in range(3):
+                module(x)
+            found.append(module._packed.sequence._prepared)
+    assert found[0].scratch is not found[1].scratch
+    for prepared_call in found:
+        for tensor, *_ in prepared_call.scratch:
+            assert tensor.numel() >= prepared_call.workspace
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -359,3 +441,24 @@ def test_few_calls_of_operators_are_kept() -> None:
         args = (x, h, None, weights, None, None, None, "rnn_tanh", False, False, "")
         assert_same_results(ops.layer_forward_train(*args), cpu.layer_forward_train(*args))
         assert len(cpu_prepared._calls) <= CALLS
+
+
+def test_a_kept_call_holds_no_tensor_of_its_caller() -> None:
+    weights = [p.detach() for p in fastrnn.GRU(3, 4).parameters()]
+    x, h = torch.randn(3, 2, 3), torch.randn(1, 2, 4)
+    held = weakref.ref(h)
+    ops.layer_forward_train(x, h, None, weights, None, None, None, "gru", False, False, "")
+    del h
+    gc.collect()
+    assert held() is None
+
+
+def test_saved_tensors_come_back_with_other_strides() -> None:
+    p = Problem(Case("lstm", T=30, N=7, H=100, directions=2))  # too large for a prepared call
+    given = list(backward_args(p))
+    expected = ops.layer_backward(*given)
+    for i in (4, 5, 8, 9):  # x, y, cells, gates
+        given[i] = given[i].transpose(0, -1).contiguous().transpose(0, -1)
+    found = ops.layer_backward(*given)
+    assert_same_results(found[:3], expected[:3])
+    assert_same_results(found[3], expected[3])

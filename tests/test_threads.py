@@ -136,6 +136,23 @@ def test_own_pool_is_not_started_beside_libgomp():
     run_script(script)
 
 
+def test_fork_before_the_first_use() -> None:
+    """Where the parent has used torch's threads only."""
+    script = """
+        import signal
+        torch.set_num_threads(2)
+        a = torch.randn(512, 512)
+        a @ a
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            train_step()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    """
+    run_script(script)
+
+
 @pytest.mark.parametrize("team", TEAMS)
 def test_fork_after_use(team):
     # The parent's libgomp threads do not exist in the child, where libgomp would wait for them.

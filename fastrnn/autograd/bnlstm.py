@@ -46,7 +46,7 @@ class BNLSTMLayer(Function):
     ) -> tuple[Tensor, ...]:
         batch_stats, sequence, batch_first, plan = options
         weights, running = tensors[:count], tensors[count:]
-        direct = ops.unobserved(x, weights[0])
+        direct = ops.unobserved(x, h0, c0, lengths, reset, *tensors)
         run = ops.BNLSTM_CPU["bnlstm_forward"] if direct else ops.bnlstm_forward
         y, h_n, c_n, cells, tape, *used = run(
             x, h0, c0, weights, running, None, batch_sizes, lengths, reset, eps, batch_stats,
@@ -77,7 +77,7 @@ class BNLSTMLayer(Function):
                 *weights,
             )  # fmt: skip
         else:
-            direct = ops.unobserved(x, weights[0])
+            direct = ops.unobserved(dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset, *weights)
             run = ops.BNLSTM_CPU["bnlstm_backward"] if direct else ops.bnlstm_backward
             dx, dh0, dc0, dweights = run(
                 dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, tape, used, weights, batch_sizes,

@@ -48,7 +48,7 @@ class Layer(Function):
         noise: str,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        direct = ops.unobserved(x, weights[0])
+        direct = ops.unobserved(x, h0, c0, lengths, reset, *weights)
         run = ops.CPU["layer_forward_train"] if direct else ops.layer_forward_train
         y, h_n, c_n, cells, gates = run(
             x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, recompute, plan,
@@ -74,7 +74,7 @@ class Layer(Function):
                 need_dw, plan, noise, *weights,
             )  # fmt: skip
         else:
-            direct = ops.unobserved(x, weights[0])
+            direct = ops.unobserved(dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset, *weights)
             run = ops.CPU["layer_backward"] if direct else ops.layer_backward
             dx, dh0, dc0, dweights = run(
                 dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights,
@@ -125,7 +125,7 @@ class PreparedLayer(Function):
                 dy, dh_n, dc_n, None, x, h0, c0, y.detach(), _plain(cells, x), _plain(gates, x),
                 *rest, "", *weights,
             )  # fmt: skip
-        elif ops.unobserved(x, weights[0]):
+        elif ops.unobserved(dy, dh_n, dc_n, x, h0, c0, *weights):
             dx, dh0, dc0, dweights = call.backward(
                 dy, dh_n, dc_n, None, x, y, h0, c0, cells, gates, weights, need
             )

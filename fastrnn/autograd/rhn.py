@@ -44,7 +44,7 @@ class RhnLayer(Function):
         plan: str,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        direct = ops.unobserved(x, weights[0])
+        direct = ops.unobserved(x, h0, x_mask, s_mask, lengths, reset, *weights)
         run = ops.RHN_CPU["rhn_forward_train"] if direct else ops.rhn_forward_train
         y, h_n, gates = run(
             x,
@@ -78,7 +78,7 @@ class RhnLayer(Function):
                 batch_first, need_dx, need_dstate, need_dw, plan, *weights,
             )  # fmt: skip
         else:
-            direct = ops.unobserved(x, weights[0])
+            direct = ops.unobserved(dy, dh_n, x, h0, x_mask, s_mask, lengths, reset, *weights)
             run = ops.RHN_CPU["rhn_backward"] if direct else ops.rhn_backward
             dx, dh0, dweights = run(
                 dy, dh_n, x, y, h0, gates, weights, x_mask, s_mask, batch_sizes, lengths, reset,

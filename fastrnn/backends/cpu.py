@@ -16,11 +16,13 @@ from fastrnn.backends.cpu_plan import Plan, read_plan
 from fastrnn.kinds import KINDS
 from fastrnn.noise import Noise, tape_slots
 from fastrnn.reference import philox
+from fastrnn.sequence import check_batch_sizes
 
 try:
     from fastrnn import _cpu
 
     _import_error: ImportError | None = None
+    _cpu.team_kind()  # looks after forks from now on, also those before its first call
 except ImportError as error:  # a source tree without a build: every other backend still works
     _import_error = error
 
@@ -168,9 +170,20 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _prepare_sequence(
-    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    rows: int,
+    size: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Dense, for x of so many rows and states of ``size`` sequences."""
     if batch_sizes is not None:
+        # While a call is traced the values are unknown, and the library writes where they point.
+        first = check_batch_sizes(batch_sizes, rows)
+        if first != size:
+            raise ValueError(
+                f"batch_sizes: the first is {first}, expected {size}, the sequences of the states"
+            )
         batch_sizes = batch_sizes.contiguous()
     if lengths is not None:
         lengths = lengths.contiguous()
@@ -237,7 +250,9 @@ def _forward(
     problem = _problem(cell, x.dtype, plan, weights, shape, h0)
     hidden = problem[9]
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
+    batch_sizes, lengths, reset = _prepare_sequence(
+        batch_sizes, lengths, reset, x.size(0), h0.size(1)
+    )
 
     lead = x.shape[:-1]
     dtype = x.dtype
@@ -299,22 +314,9 @@ def layer_forward(
     noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     return _forward(
-        x,
-        h0,
-        c0,
-        weights,
-        packed,
-        batch_sizes,
-        lengths,
-        reset,
-        cell,
-        batch_first,
-        return_cells,
-        False,
-        plan,
-        seed,
-        noise,
-    )[:4]
+        x, h0, c0, weights, packed, batch_sizes, lengths, reset, cell, batch_first, return_cells,
+        False, plan, seed, noise,
+    )[:4]  # fmt: skip
 
 
 def layer_forward_train(
@@ -333,22 +335,9 @@ def layer_forward_train(
     noise: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     return _forward(
-        x,
-        h0,
-        c0,
-        weights,
-        None,
-        batch_sizes,
-        lengths,
-        reset,
-        cell,
-        batch_first,
-        True,
-        not recompute,
-        plan,
-        seed,
-        noise,
-    )
+        x, h0, c0, weights, None, batch_sizes, lengths, reset, cell, batch_first, True,
+        not recompute, plan, seed, noise,
+    )  # fmt: skip
 
 
 def _widens(cell: str, dtype: torch.dtype) -> bool:
@@ -403,7 +392,9 @@ def layer_backward(
         wide_dx, dh0, dc0 = _narrow(x.dtype, *states)
         return wide_dx, dh0, dc0, _narrow(x.dtype, *dweights)
     # dx has x's logical layout, dense; x is read through its own strides only if they are the same.
-    x = x.contiguous()
+    # What was saved may have come back from a hook with other strides.
+    x, y = x.contiguous(), y.contiguous()
+    cells, gates = [None if t is None else t.contiguous() for t in (cells, gates)]
     h0 = h0.contiguous()
     lstm = kind.has_cell
     c0 = c0.contiguous() if lstm and c0 is not None else None
@@ -412,7 +403,9 @@ def layer_backward(
     shape = _shape(x, batch_sizes, batch_first, h0)
     problem = _problem(cell, x.dtype, read_plan(plan), weights, shape, h0)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
+    batch_sizes, lengths, reset = _prepare_sequence(
+        batch_sizes, lengths, reset, x.size(0), h0.size(1)
+    )
 
     dx = torch.empty_like(x) if need_dx else None
     dh0 = torch.empty_like(h0) if need_dstate else None

@@ -101,7 +101,9 @@ def bnlstm_forward(
     shape = cpu._shape(x, batch_sizes, batch_first, h0)
     problem = _problem(x, shape, directions, hidden, batch_stats, sequence, eps, plan)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
+    batch_sizes, lengths, reset = cpu._prepare_sequence(
+        batch_sizes, lengths, reset, x.size(0), size
+    )
 
     lead = x.shape[:-1]
     y = x.new_empty((*lead, directions * hidden))
@@ -181,7 +183,9 @@ def bnlstm_backward(
     shape = cpu._shape(x, batch_sizes, batch_first, h0)
     problem = _problem(x, shape, directions, hidden, batch_stats, sequence, eps, plan)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
+    batch_sizes, lengths, reset = cpu._prepare_sequence(
+        batch_sizes, lengths, reset, x.size(0), size
+    )
     empty = x.new_empty(0)
 
     dx = torch.empty_like(x) if need_dx else empty

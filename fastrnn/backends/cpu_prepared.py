@@ -66,7 +66,8 @@ class LayerCall:
         steps = x.size(1) if batch_first else x.size(0)
         wide = cpu._compute_dtype(x.dtype)
         self._cell, self._directions, self._norms = cell, directions, kind.norms
-        self._dtype, self._shape, self._state = x.dtype, (steps, size), h
+        # Of h only the sizes are read: the caller's own would stay alive, with all that led to it.
+        self._dtype, self._shape, self._state = x.dtype, (steps, size), h.new_empty(h.shape)
         self._y = x.new_empty((*x.shape[:-1], directions * out))
         self._cells = self._gates = None
         strides = [*cpu._strides(x, False, batch_first), *cpu._strides(self._y, False, batch_first)]

@@ -122,7 +122,10 @@ def bnlstm(
         c_n.append(c)
         updates.append((statistics, (used[0], used[1], used[2])))
         if training and dropout > 0 and k < last:
+            # One seed gives one result whatever the layout: masks are drawn in that of (T, N, ..).
+            x = x.transpose(0, 1).contiguous() if batch.batch_first else x
             x = torch.nn.functional.dropout(x, dropout, True)
+            x = x.transpose(0, 1) if batch.batch_first else x
     if batch_stats:
         with torch.no_grad():
             live = _live_rows(batch, updates[0][1][1].size(2), x.device, process_group)
@@ -207,7 +210,7 @@ def _layer(
         per = 6 + bias
         matrices = [w for i, w in enumerate(weights) if i % per < 2]
         packed = keeper.packed(k, matrices, "lstm", "")
-    direct = ops.unobserved(x, weights[0])
+    direct = ops.unobserved(x, h, c, lengths, reset, *weights, *given)
     run = ops.BNLSTM_CPU["bnlstm_forward"] if direct else ops.bnlstm_forward
     y, h_n, c_n, cells, _, *used = run(
         x, h, c, weights, given, packed, batch_sizes, lengths, reset, eps, batch_stats, sequence,
@@ -265,11 +268,11 @@ def _update(
     weight: Tensor | float
     if isinstance(live, int):
         counts.add_(1)
-        weight = (1.0 / counts).unsqueeze(1) if momentum is None else momentum
+        weight = (1.0 / counts.double()).unsqueeze(1) if momentum is None else momentum
     else:
         valid = live[:steps] >= 2
         counts.add_(valid.to(counts.dtype))
-        share = 1.0 / counts.clamp(min=1) if momentum is None else torch.full_like(
+        share = 1.0 / counts.clamp(min=1).double() if momentum is None else torch.full_like(
             counts, momentum, dtype=torch.float64
         )  # fmt: skip
         weight = torch.where(valid, share, torch.zeros_like(share)).unsqueeze(1)

@@ -176,7 +176,7 @@ def _run_layers(
             # Weights packed for masks that differ from gate to gate have another layout.
             plain = backend == "cpu" and (groups == 1 or (x_mask is None and s_mask is None))
             packed = cache.packed(k, weights, "rhn", "") if cache is not None and plain else None
-            direct = ops.unobserved(x, weights[0])
+            direct = ops.unobserved(x, h, x_mask, s_mask, lengths, reset, *weights)
             run = ops.RHN_CPU["rhn_forward"] if direct else ops.rhn_forward
             x, h = run(
                 x,

@@ -397,7 +397,7 @@ def _run_layers(
             packed = None
             if cache is not None and backend == "cpu":
                 packed = cache.packed(k, weights, cell, plan)
-            direct = ops.unobserved(x, weights[0])
+            direct = ops.unobserved(x, h, c, lengths, reset, *weights)
             run = ops.CPU["layer_forward"] if direct else ops.layer_forward
             x, h, c, cells = run(
                 x, h, c, weights, packed, batch_sizes, lengths, reset, cell, batch_first,

@@ -193,6 +193,11 @@ class RecurrentBase(nn.RNNBase):
         if isinstance(self, torch.nn.RNNBase) and self.mode != "RHN" and not self.layer_norm:
             torch.nn.RNNBase.flatten_parameters(self)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._packed is not None:  # torch swaps no tensor that a weak reference looks at
+            self._packed.clear()
+        return super()._apply(fn, recurse)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.flatten_parameters()

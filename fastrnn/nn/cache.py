@@ -112,6 +112,8 @@ class PackedCache:
         for weight in weights:
             if type(weight) is not torch.nn.Parameter or weight.is_inference():
                 return None
+            if weight.numel() * weight.element_size() < 8:  # too small to be looked into
+                return None
         # Another process may write to shared memory without moving our version counter.
         if any(weight.is_shared() for weight in weights):
             return None

@@ -37,6 +37,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.flatten_parameters()  # before: torch swaps no tensor that a weak reference looks at
         super()._load_from_state_dict(*args, **kwargs)
         self.flatten_parameters()
 
@@ -87,7 +88,10 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         weights = [self.weight_ih, self.weight_hh]
         if self.bias_ih is not None:
             weights += [self.bias_ih, self.bias_hh]
-        done = None if cache.stepper is None else cache.stepper(input, h, c, weights, cache)
+        known = cache.stepper
+        if known is not None and known.cell != cell:  # an attribute was changed
+            known = None
+        done = None if known is None else known(input, h, c, weights, cache)
         if done is None:
             sizes = (self.hidden_size, 0, 1, 1)
             stepper = NativeCall(cell, sizes, input, Layout.step(input), stacked=False)

@@ -30,7 +30,8 @@ class RunningStatistics(nn.Module):
     def recalibrate(self, batches: Iterable[Any]) -> Any:
         """Replace the running statistics by their means over ``batches``, as the paper evaluates.
 
-        The batches are run with the statistics of each batch, but without dropout and noise.
+        The batches are run with the statistics of each batch, but without dropout and noise. Steps
+        that no two sequences reach keep what they had.
 
         Args:
             batches: inputs as of forward, or pairs (input, lengths).
@@ -55,11 +56,22 @@ class RunningStatistics(nn.Module):
                     "recalibrate: got no batch of two sequences or more, whose statistics could "
                     "be taken"
                 )
+            self._put_back(kept)
         except BaseException:
             for buffer, before in zip(self._statistics(), kept):
                 buffer.copy_(before)
             raise
         return self
+
+    def _put_back(self, kept: list[Tensor]) -> None:
+        buffers = self._statistics()
+        for first in range(0, len(buffers), STATISTICS):
+            group = slice(first, first + STATISTICS)
+            counts = buffers[group][-1]
+            missed = counts == 0
+            for buffer, before in zip(buffers[group], kept[group]):
+                if buffer.size(0) == counts.size(0):  # else one row serves all steps
+                    buffer[missed] = before[missed]
 
     _recalibrates = False
 

@@ -81,7 +81,8 @@ class Steppable(RecurrentBase):
             return None
         h, c = parts
         weights = self._weights()
-        done = None if cache.stepper is None else cache.stepper(x_t, h, c, weights, cache)
+        known = self._still(cache.stepper, False)
+        done = None if known is None else known(x_t, h, c, weights, cache)
         if done is None:
             if not self._takes(x_t, h, c, (1, 2)):
                 return None
@@ -101,7 +102,8 @@ class Steppable(RecurrentBase):
             return None
         h, c = parts
         weights = self._weights()
-        done = None if cache.sequence is None else cache.sequence(input, h, c, weights, cache)
+        known = self._still(cache.sequence, True)
+        done = None if known is None else known(input, h, c, weights, cache)
         if done is None:
             if not self._takes(input, h, c, (2, 3)):
                 return None
@@ -126,7 +128,8 @@ class Steppable(RecurrentBase):
             return None
         h, c = parts
         weights = self._weights()
-        done = None if cache.training is None else cache.training(input, h, c, weights)
+        known = self._still(cache.training, True)
+        done = None if known is None else known(input, h, c, weights)
         if done is None:
             if not self._takes(input, h, c, (3,)):
                 return None
@@ -142,6 +145,12 @@ class Steppable(RecurrentBase):
                 return None
             cache.training = training
         return done[0], done[1:] if self.mode == "LSTM" else done[1]
+
+    def _still(self, call: Any, sequence: bool) -> Any:
+        """A prepared call, or None if it was made for other settings of the module."""
+        if call is None or call.cell != self._cell():
+            return None
+        return call if not sequence or call.layout.batch_first == self.batch_first else None
 
     def _sizes(self) -> tuple[int, int, int, int]:
         directions = 2 if self.bidirectional else 1

@@ -41,6 +41,7 @@ class Layout(NamedTuple):
     over_t: int
     over_n: int
     batched: bool  # states have a batch dimension
+    batch_first: bool = False  # a sequence's module has that set
 
     @classmethod
     def step(cls, x: Tensor) -> Layout:
@@ -52,16 +53,16 @@ class Layout(NamedTuple):
     def sequence(cls, x: Tensor, batch_first: bool) -> Layout:
         """x is (T, N, I), (N, T, I) or (T, I)."""
         if x.dim() == 2:
-            return cls(x.size(0), 1, 1, 1, False)
+            return cls(x.size(0), 1, 1, 1, False, batch_first)
         if batch_first:
-            return cls(x.size(1), x.size(0), 1, x.size(1), True)
+            return cls(x.size(1), x.size(0), 1, x.size(1), True, True)
         return cls(x.size(0), x.size(1), x.size(1), 1, True)
 
 
 class _Prepared:
     """The fields of the native calls, valid for these packed weights and this number of threads."""
 
-    __slots__ = ("_kept", "layers", "packed", "threads", "workspace")
+    __slots__ = ("_kept", "layers", "packed", "scratch", "threads", "workspace")
 
     def __init__(
         self,
@@ -73,9 +74,10 @@ class _Prepared:
         layout: Layout,
         directions: int,
     ) -> None:
-        steps, batch, over_t, over_n, _ = layout
+        steps, batch, over_t, over_n, *_ = layout
         self.packed, self.threads = packed, torch.get_num_threads()
         self.workspace = 0
+        self.scratch: list[tuple[Tensor, int, int]] = []  # of this size; replaced with it
         self.layers: list[tuple[_Fields, _Fields, _Fields]] = []
         self._kept: list[Tensor] = []  # what the addresses below point into
         for own, kept in zip(weights, packed):
@@ -123,9 +125,9 @@ class _Call:
         stacked: bool = True,
     ) -> None:
         hidden, proj, directions, layers = sizes
-        self._cell, self._sizes, self._layout, self._dtype = cell, sizes, layout, x.dtype
-        batch_first = layout.over_t == 1 and layout.batch > 1
-        self._batch = Batch(layout.steps, layout.batch, batch_first, None, None, None)
+        self.cell, self.sizes, self.layout, self._dtype = cell, sizes, layout, x.dtype
+        first = layout.batch_first and layout.batched
+        self._batch = Batch(layout.steps, layout.batch, first, None, None, None)
         self._x_shape = x.shape
         rows, out = layout.batch, proj or hidden
         self._y_like = x.new_empty((*x.shape[:-1], directions * out))
@@ -168,7 +170,6 @@ class NativeCall(_Call):
         self._prepared: _Prepared | None = None
         self._bf16: bool | None = None
         self._plan = ""
-        self._scratch: list[tuple[Tensor, int, int]] = []
 
     def __call__(
         self, x: Any, h: Any, c: Any, weights: list[Any], cache: PackedCache
@@ -186,7 +187,7 @@ class NativeCall(_Call):
             return None
         if bf16 is not self._bf16:
             backend, self._plan = dispatch.choose(
-                self._cell, x, self._batch, self._sizes, False, False, False
+                self.cell, x, self._batch, self.sizes, False, False, False
             )
             if backend != "cpu":
                 return None
@@ -195,32 +196,31 @@ class NativeCall(_Call):
         return None if prepared is None else self._run(prepared, x, h, c)
 
     def _current(self, x: Tensor, weights: list[Any], cache: PackedCache) -> _Prepared | None:
-        prepared, layers = self._prepared, self._sizes[3]
+        prepared, layers = self._prepared, self.sizes[3]
         count = len(weights) // layers
         own = [weights] if layers == 1 else [
             weights[k * count : (k + 1) * count] for k in range(layers)
         ]  # fmt: skip
         if prepared is not None and prepared.threads == torch.get_num_threads():
             for k, kept in enumerate(prepared.packed):
-                if cache.find(k, own[k], self._cell, self._plan) is not kept:
+                if cache.find(k, own[k], self.cell, self._plan) is not kept:
                     break
             else:
                 return prepared
         if any(w is None for w in weights):
             return None
-        _, proj, directions, _ = self._sizes
-        bias = count // directions - KINDS[self._cell].norms >= 4
-        check_weights(self._cell, x, weights, bias, layers, directions, proj)
+        _, proj, directions, _ = self.sizes
+        bias = count // directions - KINDS[self.cell].norms >= 4
+        check_weights(self.cell, x, weights, bias, layers, directions, proj)
         packed: list[Tensor] = []
         for k, group in enumerate(own):
-            found = cache.packed(k, group, self._cell, self._plan)
+            found = cache.packed(k, group, self.cell, self._plan)
             if found is None:
                 return None
             packed.append(found)
         self._prepared = prepared = _Prepared(
-            self._cell, self._plan, own, packed, x, self._layout, self._sizes[2]
+            self.cell, self._plan, own, packed, x, self.layout, self.sizes[2]
         )
-        self._scratch = []
         return prepared
 
     def _new_scratch(self, prepared: _Prepared) -> tuple[Tensor, int, int]:
@@ -243,7 +243,7 @@ class NativeCall(_Call):
             c_n = torch.empty_like(c)
             c_at, c_n_at = c.data_ptr(), c_n.data_ptr()
         # Taken off a list and put back, so that concurrent callers never share one.
-        pool = self._scratch
+        pool = prepared.scratch
         try:
             scratch = pool.pop()
         except IndexError:
@@ -291,7 +291,11 @@ class TrainingCall(_Call):
             h, c = self._h_like, self._c_like
         dtype, records = self._dtype, x.requires_grad or h.requires_grad
         for w in weights:
-            if type(w) not in _PLAIN or w.dtype is not dtype or not w.is_contiguous():
+            if (
+                type(w) not in _PLAIN
+                or w.dtype is not dtype
+                or not (w.is_contiguous() and w.is_cpu)
+            ):
                 return None
             records = records or w.requires_grad
         if not (records or (c is not None and c.requires_grad)):
@@ -300,22 +304,23 @@ class TrainingCall(_Call):
             self._layer = self._prepare(x, weights)
             if self._layer is None:
                 return None
-        elif [w.shape for w in weights] != self._shapes or not weights[0].is_cpu:
+        elif [w.shape for w in weights] != self._shapes:
             return None
-        first = self._batch.batch_first
-        return PreparedLayer.apply(self._layer, self._cell, first, x, h, c, *weights)
+        return PreparedLayer.apply(
+            self._layer, self.cell, self.layout.batch_first, x, h, c, *weights
+        )
 
     def _prepare(self, x: Tensor, weights: list[Tensor]) -> LayerCall | None:
         """None where another backend runs the call; raises if the weights do not fit."""
-        chosen = dispatch.choose(self._cell, x, self._batch, self._sizes, True, False, False)
+        chosen = dispatch.choose(self.cell, x, self._batch, self.sizes, True, False, False)
         if chosen != ("cpu", ""):
             return None
-        _, proj, directions, layers = self._sizes
-        bias = len(weights) // directions - KINDS[self._cell].norms >= 4
-        check_weights(self._cell, x, weights, bias, layers, directions, proj)
+        _, proj, directions, layers = self.sizes
+        bias = len(weights) // directions - KINDS[self.cell].norms >= 4
+        check_weights(self.cell, x, weights, bias, layers, directions, proj)
         self._shapes = [w.shape for w in weights]
-        first = self._batch.batch_first
-        return LayerCall(self._cell, x, self._h_like, self._c_like, weights, first)
+        h, c = self._h_like, self._c_like
+        return LayerCall(self.cell, x, h, c, weights, self.layout.batch_first)
 
 
 def _fits(state: Any, like: Tensor) -> bool:

@@ -10,7 +10,8 @@ fresh outputs, no input is written and no output aliases an input. Shapes, with 
     gates    the tape of the backward, (D, rows, K*H): opaque
     seed     (1,) int64 on the CPU: of the masks, where noise (fastrnn.noise) asks for any
 
-An output that does not apply is an empty (0,) tensor. Autograd is not registered here: it lives in
+Sizes and dtypes are the caller's to check, as ``fastrnn.functional`` does: kernels take them at
+their word. An output that does not apply is an empty (0,) tensor. Autograd is not registered here: it lives in
 ``fastrnn.autograd``, outside the operators.
 """
 
@@ -269,17 +270,15 @@ pack_weights = torch.ops.fastrnn.pack_weights.default
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def unobserved(x: Tensor, weight: Tensor) -> bool:
-    """Whether an eager CPU call may go straight to the backend's functions in ``CPU``.
+def unobserved(*tensors: Tensor | None) -> bool:
+    """Whether an eager call with these may go straight to the backend's functions in ``CPU``.
 
     A boxed Python operator costs about 8 us, as much as a small layer itself. Nothing is lost where
     no tracer, mode, transform, profiler or tensor subclass would have seen the operator.
     """
     return (
         not is_compiling()
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and x.is_cpu
+        and all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
