@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.autograd.layer import _alias, _gradients
+from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference
 from fastrnn.backends import reference_bnlstm
 
 __all__ = ["BNLSTMLayer", "BNLSTMLayerBackward"]
@@ -70,7 +70,16 @@ class BNLSTMLayer(Function):
         needs = ctx.needs_input_grad
         need_dx, need_dstate = needs[0], needs[1] or needs[2]
         need_dw = any(needs[9 : 9 + len(weights)])
-        if torch.is_grad_enabled() and not is_compiling():
+        if batched(dy, dh_n, dc_n, dcells):
+            dx, dh0, dc0, *dweights = by_reference(
+                lambda x, h0, c0, *weights: reference_bnlstm.layer(
+                    x, h0, c0, weights, _per_direction(used), batch_sizes, lengths, reset, eps,
+                    batch_stats, sequence, batch_first,
+                )[:4],
+                [x, h0, c0, *weights],
+                (dy, dh_n, dc_n, dcells),
+            )  # fmt: skip
+        elif torch.is_grad_enabled() and not is_compiling():
             dx, dh0, dc0, *dweights = BNLSTMLayerBackward.apply(
                 dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), cells.detach(), tape, *used,
                 batch_sizes, lengths, reset, eps, ctx.options, need_dx, need_dstate, need_dw,

@@ -7,7 +7,7 @@ recomputes the layer through the plain-PyTorch reference: exact to any order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,15 @@ class Layer(Function):
         cell, batch_first, plan, noise = ctx.options
         needs = ctx.needs_input_grad
         need_dx, need_dstate, need_dw = needs[0], needs[1] or needs[2], any(needs[12:])
-        if torch.is_grad_enabled() and not is_compiling():
+        if batched(dy, dh_n, dc_n, dcells):
+            dx, dh0, dc0, *dweights = by_reference(
+                lambda x, h0, c0, *weights: reference.layer(
+                    x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, seed, noise
+                ),
+                [x, h0, c0, *weights],
+                (dy, dh_n, dc_n, dcells),
+            )
+        elif torch.is_grad_enabled() and not is_compiling():
             dx, dh0, dc0, *dweights = LayerBackward.apply(
                 dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), _plain(cells, x), _plain(gates, x),
                 batch_sizes, lengths, reset, seed, cell, batch_first, need_dx, need_dstate,
@@ -120,7 +128,15 @@ class PreparedLayer(Function):
         needs = ctx.needs_input_grad[3:]
         need = (needs[0], needs[1] or needs[2], any(needs[3:]))
         rest = (None, None, None, None, cell, batch_first, *need, "")
-        if torch.is_grad_enabled():
+        if batched(dy, dh_n, dc_n):
+            dx, dh0, dc0, *dweights = by_reference(
+                lambda x, h0, c0, *weights: reference.layer(
+                    x, h0, c0, weights, None, None, None, cell, batch_first
+                ),
+                [x, h0, c0, *weights],
+                (dy, dh_n, dc_n, None),
+            )
+        elif torch.is_grad_enabled():
             dx, dh0, dc0, *dweights = LayerBackward.apply(
                 dy, dh_n, dc_n, None, x, h0, c0, y.detach(), _plain(cells, x), _plain(gates, x),
                 *rest, "", *weights,
@@ -211,6 +227,23 @@ class LayerBackward(Function):
             second = _gradients(first, [*grads_out, *inputs], upstream, create_graph=create_graph)
         dgrads_out, dinputs = second[:4], second[4:]
         return *dgrads_out, *dinputs[:3], *([None] * 14), *dinputs[3:]
+
+
+def batched(*gradients: _Grad) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) is at work: each of these is many."""
+    return not is_compiling() and any(
+        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
+    )
+
+
+def by_reference(
+    run: Callable[..., Sequence[_Grad]], inputs: Sequence[_Grad], upstream: Sequence[_Grad]
+) -> list[_Grad]:
+    """The gradients of ``run(*inputs)`` by operations that torch can do for many at once."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [None if t is None else _alias(t, create_graph) for t in inputs]
+        return _gradients(run(*aliases), aliases, upstream, create_graph=create_graph)
 
 
 def _alias(tensor: Tensor, keep_graph: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.autograd.layer import _alias, _gradients
+from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference
 from fastrnn.backends import reference
 
 __all__ = ["RhnLayer", "RhnLayerBackward"]
@@ -72,7 +72,15 @@ class RhnLayer(Function):
         batch_first, plan = ctx.options
         needs = ctx.needs_input_grad
         need_dx, need_dstate, need_dw = needs[0], needs[1], any(needs[10:])
-        if torch.is_grad_enabled() and not is_compiling():
+        if batched(dy, dh_n):
+            dx, dh0, *dweights = by_reference(
+                lambda x, h0, *weights: reference.rhn(
+                    x, h0, weights, x_mask, s_mask, batch_sizes, lengths, reset, batch_first
+                ),
+                [x, h0, *weights],
+                (dy, dh_n),
+            )
+        elif torch.is_grad_enabled() and not is_compiling():
             dx, dh0, *dweights = RhnLayerBackward.apply(
                 dy, dh_n, x, h0, y.detach(), gates, x_mask, s_mask, batch_sizes, lengths, reset,
                 batch_first, need_dx, need_dstate, need_dw, plan, *weights,

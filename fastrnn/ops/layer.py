@@ -11,8 +11,8 @@ fresh outputs, no input is written and no output aliases an input. Shapes, with 
     seed     (1,) int64 on the CPU: of the masks, where noise (fastrnn.noise) asks for any
 
 Sizes and dtypes are the caller's to check, as ``fastrnn.functional`` does: kernels take them at
-their word. An output that does not apply is an empty (0,) tensor. Autograd is not registered here: it lives in
-``fastrnn.autograd``, outside the operators.
+their word. An output that does not apply is an empty (0,) tensor. Autograd is not registered here:
+it lives in ``fastrnn.autograd``, outside the operators.
 """
 
 from __future__ import annotations
