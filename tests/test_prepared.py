@@ -266,10 +266,18 @@ def test_scratch_belongs_to_the_thread_count_it_was_measured_for(set_threads: An
             for _ in range(3):
                 module(x)
             found.append(module._packed.sequence._prepared)
-    assert found[0].scratch is not found[1].scratch
-    for prepared_call in found:
-        for tensor, *_ in prepared_call.scratch:
-            assert tensor.numel() >= prepared_call.workspace
+    small, large = sorted(found, key=lambda each: each.workspace)
+    assert small.workspace < large.workspace
+    # One thread still runs the old call when another has prepared the new one.
+    call, kept = module._packed.sequence, [t for t, *_ in small.scratch]
+    assert kept
+    large.scratch.clear()
+    expected = module(x)[0]
+    call._run(large, x, call._h_like, None)
+    (used,) = [t for t, *_ in large.scratch]
+    assert used.numel() >= large.workspace
+    assert [t for t, *_ in small.scratch] == kept
+    assert expected.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

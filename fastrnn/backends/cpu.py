@@ -16,7 +16,6 @@ from fastrnn.backends.cpu_plan import Plan, read_plan
 from fastrnn.kinds import KINDS
 from fastrnn.noise import Noise, tape_slots
 from fastrnn.reference import philox
-from fastrnn.sequence import check_batch_sizes
 
 try:
     from fastrnn import _cpu
@@ -170,20 +169,9 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _prepare_sequence(
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    rows: int,
-    size: int,
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Dense, for x of so many rows and states of ``size`` sequences."""
     if batch_sizes is not None:
-        # While a call is traced the values are unknown, and the library writes where they point.
-        first = check_batch_sizes(batch_sizes, rows)
-        if first != size:
-            raise ValueError(
-                f"batch_sizes: the first is {first}, expected {size}, the sequences of the states"
-            )
         batch_sizes = batch_sizes.contiguous()
     if lengths is not None:
         lengths = lengths.contiguous()
@@ -250,9 +238,7 @@ def _forward(
     problem = _problem(cell, x.dtype, plan, weights, shape, h0)
     hidden = problem[9]
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = _prepare_sequence(
-        batch_sizes, lengths, reset, x.size(0), h0.size(1)
-    )
+    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
     lead = x.shape[:-1]
     dtype = x.dtype
@@ -403,9 +389,7 @@ def layer_backward(
     shape = _shape(x, batch_sizes, batch_first, h0)
     problem = _problem(cell, x.dtype, read_plan(plan), weights, shape, h0)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = _prepare_sequence(
-        batch_sizes, lengths, reset, x.size(0), h0.size(1)
-    )
+    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
     dx = torch.empty_like(x) if need_dx else None
     dh0 = torch.empty_like(h0) if need_dstate else None

@@ -101,9 +101,7 @@ def bnlstm_forward(
     shape = cpu._shape(x, batch_sizes, batch_first, h0)
     problem = _problem(x, shape, directions, hidden, batch_stats, sequence, eps, plan)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = cpu._prepare_sequence(
-        batch_sizes, lengths, reset, x.size(0), size
-    )
+    batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
 
     lead = x.shape[:-1]
     y = x.new_empty((*lead, directions * hidden))
@@ -183,9 +181,7 @@ def bnlstm_backward(
     shape = cpu._shape(x, batch_sizes, batch_first, h0)
     problem = _problem(x, shape, directions, hidden, batch_stats, sequence, eps, plan)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = cpu._prepare_sequence(
-        batch_sizes, lengths, reset, x.size(0), size
-    )
+    batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
     empty = x.new_empty(0)
 
     dx = torch.empty_like(x) if need_dx else empty

@@ -210,63 +210,28 @@ def _prepared(
     return call
 
 
-def layer_forward_train(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    batch_first: bool,
-    recompute: bool,
-    plan: str,
-    seed: Tensor | None = None,
-    noise: str = "",
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if not (plan or noise or recompute) and batch_sizes is lengths is reset is None:
+def layer_forward_train(*args: Any) -> Any:
+    """As ``cpu.layer_forward_train``."""
+    x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, *options = args
+    # recompute, plan, seed, noise
+    if batch_sizes is lengths is reset is None and not any(options):
         dense = x.is_contiguous() and h0.is_contiguous() and (c0 is None or c0.is_contiguous())
         if dense and all(w.is_contiguous() for w in weights):
             call = _prepared(cell, x, h0, c0, weights, batch_first)
             if call is not None:
                 return call.forward(x, h0, c0, weights)
-    return cpu.layer_forward_train(
-        x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, recompute, plan, seed,
-        noise,
-    )  # fmt: skip
+    return cpu.layer_forward_train(*args)
 
 
-def layer_backward(
-    dy: _Grad,
-    dh_n: _Grad,
-    dc_n: _Grad,
-    dcells: _Grad,
-    x: Tensor,
-    y: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    cells: Tensor | None,
-    gates: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    batch_first: bool,
-    need_dx: bool,
-    need_dstate: bool,
-    need_dw: bool,
-    plan: str,
-    seed: Tensor | None = None,
-    noise: str = "",
-) -> tuple[_Grad, _Grad, _Grad, list[Tensor]]:
-    if not (plan or noise) and batch_sizes is lengths is reset is None:
+def layer_backward(*args: Any) -> Any:
+    """As ``cpu.layer_backward``."""
+    dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, *sequence = args[:14]
+    cell, batch_first, *needs = args[14:19]
+    plan_and_masks = args[19:]
+    if not any(plan_and_masks) and all(each is None for each in sequence):
         call = _prepared(cell, x, h0, c0, weights, batch_first)
         if call is not None and call.takes(dy, dh_n, dc_n, dcells, gates):
-            needs = (need_dx, need_dstate, need_dw)
-            return call.backward(dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, needs)
-    return cpu.layer_backward(
-        dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, batch_sizes, lengths, reset,
-        cell, batch_first, need_dx, need_dstate, need_dw, plan, seed, noise,
-    )  # fmt: skip
+            return call.backward(
+                dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, tuple(needs)
+            )
+    return cpu.layer_backward(*args)

@@ -146,9 +146,7 @@ def _forward(
     shape = _shape(x, batch_sizes, batch_first, h0)
     problem = _problem(plan_text, weights, shape, directions, x_mask, s_mask)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = _prepare_sequence(
-        batch_sizes, lengths, reset, x.size(0), h0.size(1)
-    )
+    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
     y = x.new_empty((*x.shape[:-1], directions * hidden))
     h_n = torch.empty_like(h0)
@@ -254,9 +252,7 @@ def rhn_backward(
     shape = _shape(x, batch_sizes, batch_first, h0)
     problem = _problem(plan, weights, shape, directions, x_mask, s_mask)
     is_packed = batch_sizes is not None
-    batch_sizes, lengths, reset = _prepare_sequence(
-        batch_sizes, lengths, reset, x.size(0), h0.size(1)
-    )
+    batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
     empty = x.new_empty(0)
 
     dx = torch.empty_like(x) if need_dx else empty

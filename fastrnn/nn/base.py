@@ -190,6 +190,7 @@ class RecurrentBase(nn.RNNBase):
         """
         if self._packed is not None:
             self._packed.clear()
+        # BNLSTM borrows this, which is no RNNBase.
         if isinstance(self, torch.nn.RNNBase) and self.mode != "RHN" and not self.layer_norm:
             torch.nn.RNNBase.flatten_parameters(self)
 

@@ -27,6 +27,7 @@ from torch.compiler import is_compiling
 
 from fastrnn.kinds import KINDS
 from fastrnn.noise import Noise, tape_slots
+from fastrnn.sequence import check_batch_sizes
 
 __all__ = ["layer_backward", "layer_forward", "layer_forward_train", "pack_weights"]
 
@@ -175,8 +176,7 @@ def _by_plan(modules: Mapping[str, str], name: str, schema: str) -> Callable[...
     interpreter and the emulated CUDA library have their tensors on the CPU. So ``modules`` has one
     by the first word of the plan, "" for every other plan.
     """
-    arguments = [arg.split() for arg in schema.split(")")[0].split(",")]
-    at = arguments.index(["str", "plan"]) if "str plan" in schema else None
+    at = _places(schema).get("plan")
     bound: dict[str, Callable[..., Any]] = {}
 
     def call(*args: Any) -> Any:
@@ -198,10 +198,26 @@ def _by_plan(modules: Mapping[str, str], name: str, schema: str) -> Callable[...
     return call
 
 
-def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with an empty tensor for each None it returns, as an operator must."""
+def _places(schema: str) -> dict[str, int]:
+    """The arguments of an operator by name."""
+    names = [each.split("=")[0].split()[-1] for each in schema[1:].split(")")[0].split(", ")]
+    return {name: i for i, name in enumerate(names)}
+
+
+def _operator(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """A backend's function as an operator, which traced calls reach: batch sizes are checked, whose
+    values nobody has seen then, and there is an empty tensor for each None that is returned."""
+    at = _places(schema)
+    sizes = at.get("batch_sizes")
 
     def call(*args: Any) -> Any:
+        if sizes is not None and args[sizes] is not None:
+            first = check_batch_sizes(args[sizes], args[at["x"]].size(0))
+            if first != args[at["h0"]].size(1):
+                raise ValueError(
+                    f"batch_sizes: the first is {first}, expected {args[at['h0']].size(1)}, the "
+                    "sequences of the states"
+                )
         results = function(*args)
         if isinstance(results, Tensor):
             return results
@@ -239,7 +255,7 @@ def register(
     modules = {"": module, "triton": interpreted, "cuda": cuda}
     functions = {name: _by_plan(modules, name, schema) for name, schema in schemas.items()}
     for name, function in functions.items():
-        torch.library.impl(f"fastrnn::{name}", device, _filled(function))
+        torch.library.impl(f"fastrnn::{name}", device, _operator(function, schemas[name]))
     return functions
 
 
