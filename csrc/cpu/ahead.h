@@ -13,6 +13,16 @@ static void tile_ahead(const typename E::A* const* rows, const typename E::A* b,
                        const typename E::T* init, int64_t init_stride, typename E::T* out, int64_t out_stride,
                        const char* ahead, int64_t lines) {
   using V = typename E::V;
+  const int64_t far = strip_elements<E>(NV, K);
+  if constexpr (strip_by_strip(R, NV)) {
+    constexpr int S = strip_vectors(NV);
+    for (int v = 0; v < NV; v += S, b += far) {
+      const int64_t first = lines * v / NV, last = lines * (v + S) / NV;
+      tile_ahead<E, R, S>(rows, b, K, init ? init + v * E::W : nullptr, init_stride, out + v * E::W,
+                          out_stride, ahead + first * 64, last - first);
+    }
+    return;
+  }
   constexpr int64_t kStep = 8;  // rows of k between two groups of prefetches
   V acc[R][NV];
   const typename E::A* a[R];
@@ -25,8 +35,8 @@ static void tile_ahead(const typename E::A* const* rows, const typename E::A* b,
   const char* end = ahead + lines * 64;
   for (int64_t k = 0; k < K; k += kStep) {
     for (int64_t i = 0; i < most && ahead < end; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    multiply<E, R, NV>(acc, a, b, imin(kStep, K - k));
-    b += kStep * NV * E::W;
+    multiply<E, R, NV>(acc, a, b, far, imin(kStep, K - k));
+    b += kStep * strip_vectors(NV) * E::W;
     FASTRNN_UNROLL for (int r = 0; r < R; r++) a[r] += kStep;
   }
   FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++)
@@ -59,15 +69,16 @@ struct AheadRow {
 
 template <class E>
 FASTRNN_INLINE AheadFn<E> ahead_for(int rows, int nv) {
+  using M = Arithmetic<typename E::T, typename E::A>;
   switch (nv) {
     case 1:
-      return AheadRow<E, 1>::fn[rows - 1];
+      return AheadRow<M, 1>::fn[rows - 1];
     case 2:
-      return AheadRow<E, 2>::fn[rows - 1];
+      return AheadRow<M, 2>::fn[rows - 1];
     case 3:
-      return AheadRow<E, 3>::fn[rows - 1];
+      return AheadRow<M, 3>::fn[rows - 1];
     default:
-      return AheadRow<E, 4>::fn[rows - 1];
+      return AheadRow<M, 4>::fn[rows - 1];
   }
 }
 
@@ -81,6 +92,25 @@ FASTRNN_INLINE void multiply_ahead(const typename E::A* const* rows, int r, cons
   const int64_t first = lines * m / count, last = lines * (m + r) / count;
   ahead_for<E>(r, nv)(rows, b, K, init, init_stride, out, out_stride,
                       reinterpret_cast<const char*>(coming) + first * 64, last - first);
+}
+
+// What a sweep over panels will need next, if it is to be woven in here: a panel that `count` rows share the fetching of.
+template <class E>
+struct Coming {
+  const typename E::A* panel = nullptr;
+  int64_t elements = 0, count = 0;
+};
+
+// Rows [m, m + r) times one panel, as tile(), with what is coming.
+template <class E>
+FASTRNN_INLINE void multiply_tile(const Coming<E>& coming, int64_t m, const typename E::A* const* rows, int r,
+                                  const typename E::A* b, int64_t K, int nv, const typename E::T* init,
+                                  int64_t init_stride, typename E::T* out, int64_t out_stride) {
+  if (kRegisters == 16 && coming.panel)
+    multiply_ahead<E>(rows + m, r, b, K, nv, init, init_stride, out, out_stride, coming.panel,
+                      coming.elements, m, coming.count);
+  else
+    tile_for<E>(r, nv)(rows + m, b, K, init, init_stride, out, out_stride);
 }
 
 }  // namespace FASTRNN_ISA

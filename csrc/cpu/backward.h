@@ -24,8 +24,9 @@ class Backward : protected BackwardState<E, C> {
   static_assert(std::is_same<typename E::A, T>::value, "gradients are computed in the compute type");
   using State::all_, State::args_, State::dir_, State::direct_, State::gates_, State::hh_, State::hr_,
       State::ih_;
-  using State::carry_h_, State::first_time, State::noise_, State::unit_range;
-  using State::kCast, State::kMaxSegments, State::lane_bytes_, State::lanes_, State::layout_, State::plan_;
+  using State::carry_h_, State::far_, State::first_time, State::noise_, State::unit_range;
+  using State::kCast, State::kMaxSegments, State::kTape, State::lane_bytes_, State::lanes_, State::layout_,
+      State::plan_;
   using State::recompute_, State::seq_, State::steps_, State::time, State::zero_;
 
  public:
@@ -42,8 +43,6 @@ class Backward : protected BackwardState<E, C> {
 
  protected:
   using State::State;
-  static constexpr int kTape = C::kTape ? C::kTape : 1;  // RNN: where noise mixes
-
   void work(int tid, int nt) {
     pack(tid, nt);
     all_.wait(nt);
@@ -111,7 +110,7 @@ class Backward : protected BackwardState<E, C> {
       keep_boundary(dir, share, lane);
       if (args_.dx.data) input_grad(d, share, lane, dir.dg, C::kSlots * H);
       if (args_.want_weights) weight_grads(d, share, lane, add);
-      add = true;
+      add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
     if (args_.dh0 || args_.dc0) initial_grads(d, share, lane, i0, i1);
@@ -237,6 +236,8 @@ class Backward : protected BackwardState<E, C> {
     gather(d, lane, begin + i, first, count);
     sweep(split_units, share, hh_, dir.w_hh, gates_ * H, count, i,
           [&](int64_t b, int, int64_t cols, int64_t m, int r) {
+            for (int q = 0; far_ && q < r; q++)
+              prefetch_row<E, C>(lane.rows[m + q], hh_.first(b), hh_.units(b), H);
             state_product(dir, lane, b, m, r);
             for (int q = 0; q < r; q++) finish(0, lane, m + q, lane.tile + q * cols, hh_, b);
           });
@@ -350,7 +351,6 @@ class Backward : protected BackwardState<E, C> {
   static int64_t column(int64_t width, int id, int count) {
     return id == count ? width : width * id / count / 16 * 16;
   }
-
   void direct_input_grad(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t I = args_.I, M = lane.list.rows;

@@ -18,7 +18,8 @@ struct BackwardState {
   using IO = typename E::IO;
   static constexpr bool kCast = !std::is_same<IO, T>::value;
   static constexpr int kMaxSegments = 4;
-  struct Lane {  // per thread
+  static constexpr int kTape = C::kTape ? C::kTape : 1;  // RNN: where noise mixes
+  struct Lane {                                          // per thread
     RowList list;
     const T** next;  // gate gradients of each batch row's next step, or zeros
     const T** a_rows;
@@ -65,6 +66,7 @@ struct BackwardState {
   const MaskPlan<T> noise_;
   const bool recompute_;
   const bool carry_h_;  // h_{t-1} has gradients beside the matmul's
+  const bool far_;      // the tape lies beyond L2: asked for ahead
   const bool direct_;   // one step of few rows: every weight is used once at most, and not packed
   Panels<E> hh_, ih_, hr_;
   char* zero_;
@@ -83,6 +85,7 @@ struct BackwardState {
         noise_(args, C::kTwoStage),
         recompute_(!args.gates && (C::kTape > 0 || args.noise.mixes())),
         carry_h_(C::kCarryH || noise_.zones_h()),
+        far_(prefetches(kTape * args.H * sizeof(T), args.N, args.T)),
         direct_(args.T == 1 && args.N <= kDirectRows && !args.projected && !C::kTwoStage),
         hh_(1, args.O, block_vectors(args.O)),
         ih_(1, args.I, kNarrow),

@@ -190,7 +190,7 @@ class BnLstmBackward {
       }
       if (!deferred_) input_grad(d, share, lane, dir.db);
       weight_grads(d, share, lane, dir.da, deferred_ ? nullptr : dir.db, add);
-      add = true;
+      add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       keep_boundary(dir, lane, i0, i1);
       dir.barrier.wait(share.count);
     }

@@ -25,6 +25,23 @@ struct GradRow {
   T* mid;              // operand of a second-stage weight gradient: o * tanh(c), or r * h_prev
 };
 
+// What the pointwise part of units [u, u + n) of a row will read and write, asked for before the product that comes first.
+template <class E, class C>
+FASTRNN_INLINE void prefetch_row(const GradRow<E>& g, int64_t u, int n, int64_t H) {
+  for (int slot = 0; slot < C::kTape; slot++) prefetch_lines(g.tape + slot * H + u, n);
+  for (int slot = 0; slot < C::kSlots; slot++) prefetch_lines(g.dg + slot * H + u, n);
+  if (g.dy) prefetch_lines(g.dy + u, n);
+  if constexpr (C::kCellState) {
+    prefetch_lines(g.c + u, n);
+    prefetch_lines(g.c_prev + u, n);
+    prefetch_lines(g.dc_in + u, n);
+  } else {
+    prefetch_lines(g.h + u, n);
+    prefetch_lines(g.h_prev + u, n);
+    prefetch_lines(g.dh_in + u, n);
+  }
+}
+
 // Gradient of h_t; acc is that of what the next step's matmul took, h_t or its masked copy.
 template <class E, class M>
 FASTRNN_INLINE typename E::V incoming(const GradRow<E>& g, const typename E::T* acc, int64_t at, int u, int n,

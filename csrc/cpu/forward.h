@@ -6,6 +6,7 @@
 // part, from an L1-resident tile). Threads own blocks of units, with one barrier per stage, or rows of
 // the batch, with none.
 #pragma once
+#include "ahead.h"
 #include "cells_cpu.h"
 #include "norm.h"
 #include "plan.h"
@@ -280,7 +281,9 @@ class Forward {
     }
   }
 
-  // f(block, its recurrent weights, first row, rows) over blocks [b0, b1) of a stage at step s, tile by tile.
+  // f(block, its recurrent weights, first row, rows, what is coming) over blocks [b0, b1) of a stage at step s, tile by tile.
+  // With 16 registers the products fetch what is coming: a panel is met by few, long tiles, and a burst before each
+  // would be longer. With 32 it was not measured.
   template <class F>
   void sweep(int d, const Stage<E>& st, int64_t b0, int64_t b1, int64_t s, int64_t count, Lane& lane, F&& f) {
     const bool ahead =
@@ -292,8 +295,9 @@ class Forward {
       const A* w = weights(d, st, false, b, lane);
       const A* coming = ahead && k + 1 < b1 ? weights(d, st, false, next, lane) : nullptr;
       row_blocks(count, st.panels.vectors(b), [&](int64_t m, int r) {
-        if (coming) prefetch_part(coming, st.panels.columns(next) * st.Kh * sizeof(A), m, m + r, count);
-        f(b, w, m, r);
+        const int64_t elements = coming ? st.panels.columns(next) * st.Kh : 0;
+        if (kRegisters != 16 && coming) prefetch_part(coming, elements * sizeof(A), m, m + r, count);
+        f(b, w, m, r, Coming<E>{coming, elements, count});
       });
     }
   }
@@ -309,18 +313,28 @@ class Forward {
       const A* const* rows = j == 0 ? lane.h_rows : lane.mid_rows;
       const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
       const int64_t base = st.panels.offset(b0), M = lane.list.rows;
-      sweep(d, st, b0, b1, s0 + i, count, lane, [&](int64_t b, const A* w, int64_t m, int r) {
-        const int64_t cols = st.panels.columns(b);
-        const T* gx = term + M * (st.panels.offset(b) - base) + (first + m) * cols;
-        const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx;
-        tile_for<E>(r, st.panels.vectors(b))(rows + m, w, st.Kh, init, C::kApart ? 0 : cols, tile_out, cols);
-        const TileRows<E> rows_of{lane.states + m,   r, tile_out, gx, cols, st.panels.first(b),
-                                  st.panels.units(b)};
-        if (noise_.on)
-          C::finish(j, args_.projected, rows_of, args_.H, MaskRows<E>{noise_, lane.masks.rows + m});
-        else
-          C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
-      });
+      sweep(d, st, b0, b1, s0 + i, count, lane,
+            [&](int64_t b, const A* w, int64_t m, int r, const Coming<E>& coming) {
+              const int64_t cols = st.panels.columns(b);
+              const T* gx = term + M * (st.panels.offset(b) - base) + (first + m) * cols;
+              if (st.from_x && !C::kApart) {
+                // The next block's products start from its input terms, which the scratch has lost from L1.
+                const int64_t next = (s0 + i) % 2 ? b - 1 : b + 1;
+                if (next >= b0 && next < b1)
+                  prefetch_lines(
+                      term + M * (st.panels.offset(next) - base) + (first + m) * st.panels.columns(next),
+                      r * st.panels.columns(next));
+              }
+              const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx;
+              multiply_tile<E>(coming, m, rows, r, w, st.Kh, st.panels.vectors(b), init, C::kApart ? 0 : cols,
+                               tile_out, cols);
+              const TileRows<E> rows_of{lane.states + m,   r, tile_out, gx, cols, st.panels.first(b),
+                                        st.panels.units(b)};
+              if (noise_.on)
+                C::finish(j, args_.projected, rows_of, args_.H, MaskRows<E>{noise_, lane.masks.rows + m});
+              else
+                C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
+            });
       if (st.from_x && b1 > b0) term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
       if (split_units) dir_[d].barrier.wait(share.count);
     }

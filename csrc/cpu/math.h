@@ -68,11 +68,13 @@ struct Act {
       FASTRNN_EACH x[i] = V::min(V::set1(i < NS ? 87.f : 10.f), x[i]);
       exp2_parts(x, scale, shifted, q);
       FASTRNN_EACH {
+        // 2^n alone is made in the exponent's bits: NaN comes in by q, whatever its own bits are.
+        const V p = V::times2(one, shifted[i]);
         if (i < NS) {
-          d[i] = one + V::times2(one + q[i], shifted[i]);
+          d[i] = one + V::fma(p, q[i], p);
         } else {
           const int k = (i - NS) % NT;
-          const V p = V::times2(one, shifted[i]), less = p - one;
+          const V less = p - one;
           x[i] = V::fma(p, q[i], less);
           d[i] = x[i] + V::set1(2.f);
           if constexpr (Sharp) {
@@ -141,7 +143,7 @@ struct Act {
     T a[V::W], b[V::W];
     V::store(a, y);
     V::store(b, g);
-    for (int i = 0; i < V::W; i++) b[i] = a[i] > T(0) ? b[i] : T(0);
+    for (int i = 0; i < V::W; i++) b[i] = a[i] <= T(0) ? T(0) : b[i];  // as torch's, NaN lets gradients pass
     return V::load(b);
   }
   FASTRNN_INLINE V fma(V a, V b, V c) { return V::fma(a, b, c); }

@@ -6,7 +6,9 @@
 // Rows come through pointers: the operand may be a strided view, an initial state or a zero row.
 // b is a packed panel, streamed once. Tiles: 32 registers hold 6 x 4 or 8 x 3 accumulators plus the
 // weights of one k; 16 registers hold 3 x 4, 4 x 3 or 6 x 2. The narrow ones take half as much of the panel per
-// multiplication, so matrices of one gate, whose panels may have any width, come in panels of kNarrow vectors.
+// multiplication, so with 16 registers matrices of one gate, whose panels may have any width, come in panels of
+// kNarrow vectors, and a panel of four lies as two strips of two, which up to three rows meet side by side
+// and more rows one after the other.
 #pragma once
 #include "simd.h"
 
@@ -28,8 +30,17 @@ struct Types {
 constexpr int kMaxVectors = 4;
 constexpr int kNarrow = kRegisters == 32 ? kMaxVectors : 2;
 constexpr int kMaxRows = 8;
+// Vectors of a panel that lie side by side.
+constexpr int strip_vectors(int nv) { return nv == 4 ? kNarrow : nv; }
 constexpr int max_rows(int nv) {
-  return kRegisters == 32 ? (nv == 4 ? 6 : 8) : nv == 4 ? 3 : nv == 3 ? 4 : nv == 2 ? 6 : 8;
+  return kRegisters == 32 ? (nv == 4 ? 6 : 8) : nv == 3 ? 4 : nv == 1 ? 8 : 6;
+}
+// Whether R rows meet the strips of a panel one after the other.
+constexpr bool strip_by_strip(int rows, int nv) { return strip_vectors(nv) < nv && rows > 3; }
+// Elements from a strip of K rows to the next.
+template <class E>
+constexpr int64_t strip_elements(int nv, int64_t K) {
+  return (K + E::kPair - 1) / E::kPair * E::kPair * strip_vectors(nv) * E::W;
 }
 
 constexpr int kPrefetch = 512;  // elements ahead, 2 KiB
@@ -37,11 +48,12 @@ constexpr int kPrefetch = 512;  // elements ahead, 2 KiB
 // acc += a[r][k] * b_k + a[r][k + 1] * b_{k+1} in bfloat16; without a second k the first alone.
 template <class E, int R, int NV>
 FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
-                                  const typename E::A* b, int64_t k, bool two) {
-  constexpr int W = E::W;
+                                  const typename E::A* b, int64_t far, int64_t k, bool two) {
+  constexpr int W = E::W, S = strip_vectors(NV);
 #if defined(__AVX512BF16__)
   __m512bh w[NV];
-  FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * W);
+  FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] =
+      (__m512bh)_mm512_loadu_si512(b + v / S * far + v % S * 2 * W);
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
     int pair = 0;
     std::memcpy(&pair, a[r] + k, two ? 4 : 2);
@@ -51,7 +63,7 @@ FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typena
 #else
   using V = typename E::V;
   V lo[NV], hi[NV];
-  FASTRNN_UNROLL for (int v = 0; v < NV; v++) split_pair(b + v * 2 * W, lo[v], hi[v]);
+  FASTRNN_UNROLL for (int v = 0; v < NV; v++) split_pair(b + v / S * far + v % S * 2 * W, lo[v], hi[v]);
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
     const V even = V::set1(to_float(a[r][k])), odd = V::set1(two ? to_float(a[r][k + 1]) : 0.f);
     FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
@@ -60,17 +72,18 @@ FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typena
 #endif
 }
 
+// `far`: elements from a strip of b to the next.
 template <class E, int R, int NV>
 FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
-                             const typename E::A* b, int64_t K) {
+                             const typename E::A* b, int64_t far, int64_t K) {
   using V = typename E::V;
-  constexpr int W = E::W;
+  constexpr int W = E::W, S = strip_vectors(NV);
   if constexpr (E::kPair == 1) {
     for (int64_t k = 0; k < K; k++) {
       // Whichever of the two operands is smaller is held, the other passes through one register.
       if constexpr (kRegisters == 32 || R > NV) {
         V w[NV];
-        FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
+        FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v / S * far + v % S * W);
         // Weights beyond L2: with 2 to 4 rows the loop outruns the hardware's prefetch; with one it never does.
         if constexpr (kRegisters == 32 && R >= 2 && R <= 4)
           FASTRNN_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + kPrefetch + v * W);
@@ -82,18 +95,18 @@ FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E:
         V x[R];
         FASTRNN_UNROLL for (int r = 0; r < R; r++) x[r] = V::set1(a[r][k]);
         FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
-          V w = V::load(b + v * W);
+          V w = V::load(b + v / S * far + v % S * W);
           FASTRNN_UNROLL for (int r = 0; r < R; r++) acc[r][v] = V::fma(x[r], w, acc[r][v]);
         }
       }
-      b += NV * W;
+      b += S * W;
     }
   } else {
     // bfloat16 pairs: lane j of a vector holds (k, k+1) of column j. An odd K ends in a zero weight, whose
     // activation is not read.
     int64_t k = 0;
-    for (; k + 1 < K; k += 2, b += NV * W * 2) multiply_pair<E, R, NV>(acc, a, b, k, true);
-    if (k < K) multiply_pair<E, R, NV>(acc, a, b, k, false);
+    for (; k + 1 < K; k += 2, b += S * W * 2) multiply_pair<E, R, NV>(acc, a, b, far, k, true);
+    if (k < K) multiply_pair<E, R, NV>(acc, a, b, far, k, false);
   }
 }
 
@@ -105,6 +118,13 @@ template <class E, int R, int NV>
 static void tile(const typename E::A* const* rows, const typename E::A* b, int64_t K,
                  const typename E::T* init, int64_t init_stride, typename E::T* out, int64_t out_stride) {
   using V = typename E::V;
+  const int64_t far = strip_elements<E>(NV, K);
+  if constexpr (strip_by_strip(R, NV)) {
+    constexpr int S = strip_vectors(NV);
+    for (int v = 0; v < NV; v += S, b += far)
+      tile<E, R, S>(rows, b, K, init ? init + v * E::W : nullptr, init_stride, out + v * E::W, out_stride);
+    return;
+  }
   V acc[R][NV];
   const typename E::A* a[R];
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
@@ -112,7 +132,7 @@ static void tile(const typename E::A* const* rows, const typename E::A* b, int64
     FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
         init ? V::load(init + r * init_stride + v * E::W) : V::zero();
   }
-  multiply<E, R, NV>(acc, a, b, K);
+  multiply<E, R, NV>(acc, a, b, far, K);
   FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++)
       V::store(out + r * out_stride + v * E::W, acc[r][v]);
 }
@@ -160,6 +180,18 @@ FASTRNN_INLINE void row_blocks(int64_t n, int nv, F&& f) {
     int64_t lo = n * b / blocks, hi = n * (b + 1) / blocks;
     f(lo, static_cast<int>(hi - lo));
   }
+}
+
+// Asks for the lines of n elements from p on, well before they are used: a tape, or another array of which a tile meets a few lines
+// a row, is nothing a hardware prefetcher follows.
+template <class S>
+FASTRNN_INLINE void prefetch_lines(const S* p, int64_t n) {
+  const char* at = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < n * int64_t(sizeof(S)); i += 64) __builtin_prefetch(at + i);
+}
+// Whether an array with so many bytes a row is worth it: else it stays in L2.
+FASTRNN_INLINE bool prefetches(int64_t row_bytes, int64_t N, int64_t T) {
+  return row_bytes * N * T > 256 << 10;
 }
 
 // Brings a panel towards L2 while an earlier one is in use: the share of rows [m0, m1) of M. Panels beyond L2 would else be

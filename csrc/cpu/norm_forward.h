@@ -100,9 +100,9 @@ class NormForward : Forward<E, C> {
     Base::gather(d, lane, s, first, count);
     const Panels<E>& p = gates_.panels;
     Base::sweep(d, gates_, Base::first_block(gates_, share, split), Base::last_block(gates_, share, split), s,
-                count, lane, [&](int64_t b, const T* w, int64_t m, int r) {
-                  tile_for<E>(r, p.vectors(b))(lane.h_rows + m, w, gates_.Kh, nullptr, 0,
-                                               h + m * width_ + p.offset(b), width_);
+                count, lane, [&](int64_t b, const T* w, int64_t m, int r, const Coming<E>& coming) {
+                  multiply_tile<E>(coming, m, lane.h_rows, r, w, gates_.Kh, p.vectors(b), nullptr, 0,
+                                   h + m * width_ + p.offset(b), width_);
                 });
     if (split) dir_[d].barrier.wait(share.count);
     const int64_t k0 = split ? count * share.id / share.count : 0;
@@ -131,9 +131,10 @@ class NormForward : Forward<E, C> {
     const Panels<E>& p = st.panels;
     alignas(64) T out[kMaxRows * kMaxVectors * E::W];
     Base::sweep(d, st, Base::first_block(st, share, split), Base::last_block(st, share, split), s, count,
-                lane, [&](int64_t b, const T* w, int64_t m, int r) {
+                lane, [&](int64_t b, const T* w, int64_t m, int r, const Coming<E>& coming) {
                   const int64_t cols = p.columns(b);
-                  tile_for<E>(r, p.vectors(b))(lane.mid_rows + m, w, st.Kh, nullptr, 0, out, cols);
+                  multiply_tile<E>(coming, m, lane.mid_rows, r, w, st.Kh, p.vectors(b), nullptr, 0, out,
+                                   cols);
                   const TileRows<E> tile{lane.states + m, r, out, nullptr, cols, p.first(b), p.units(b)};
                   if (noise_.on)
                     C::project(tile, MaskRows<E>{noise_, lane.masks.rows + m});

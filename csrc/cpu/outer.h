@@ -5,6 +5,8 @@
 // gradients) on the way; B into panels of up to kOuterVectors vectors. Every output is one FMA chain per
 // kOuterK rows and the chains are added in the order of the rows, whatever the thread count.
 #pragma once
+#include <type_traits>
+
 #include "sequence.h"
 #include "team.h"
 
@@ -82,41 +84,74 @@ static void outer_any(int nv, const typename E::T* a, const typename E::T* b, in
   return outer_tile<M, 1>(a, b, K, c, ldc, rows, width, add);
 }
 
-// Panel p of a job: kOuterRows columns of A over K rows, short panels padded with zeros.
-template <class E>
+// Panels [p, p + G) of a job: kOuterRows columns of A each over K rows, short panels padded with zeros. Several at a time, so that
+// a cache line of A is met once: its rows are often 4 KiB apart and share a set of L1.
+template <class E, int G>
 static void pack_outer(const OuterJob<E>& job, int64_t p, int64_t k0, int64_t K, typename E::T* dst,
                        bool add) {
   using T = typename E::T;
-  const int64_t m = p * kOuterRows;
-  const int width = static_cast<int>(imin(kOuterRows, job.columns - m));
-  const T* src = job.a + k0 * job.lda + job.column + m;
   using V = typename E::V;
-  constexpr int kParts = (kOuterRows + V::W - 1) / V::W;
-  V total[kParts];
-  FASTRNN_UNROLL for (int i = 0; i < kParts; i++) total[i] = V::zero();
-  for (int64_t k = 0; k < K; k++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
-      const int n = static_cast<int>(imin(V::W, width - i * V::W));
-      V v = n > 0 ? load_n(src + k * job.lda + i * V::W, n) : V::zero();
-      store_n(dst + k * kOuterRows + i * V::W, v, static_cast<int>(imin(V::W, kOuterRows - i * V::W)));
-      total[i] = total[i] + v;
+  constexpr int kParts = (kOuterRows + V::W - 1) / V::W, kSpan = kParts * V::W;
+  const int64_t m = p * kOuterRows, lda = job.lda;
+  const int64_t first = job.column + m, columns = imin(G * kOuterRows, job.columns - m);
+  const T* src = job.a + k0 * lda + first;
+  V total[G][kParts];
+  FASTRNN_UNROLL for (int g = 0; g < G; g++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) total[g][i] =
+      V::zero();
+  // Whole vectors while what they read is the row's and what they write beyond a panel's row is its next one's.
+  const bool whole = columns == G * kOuterRows && first + (G - 1) * kOuterRows + kSpan <= lda;
+  int64_t k = 0;
+  for (; whole && k * kOuterRows + kSpan <= K * kOuterRows; k++)
+    FASTRNN_UNROLL for (int g = 0; g < G; g++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
+      const V v = V::load(src + k * lda + g * kOuterRows + i * V::W);
+      V::store(dst + (g * K + k) * kOuterRows + i * V::W, v);
+      total[g][i] = total[g][i] + v;
     }
-  T sum[kParts * V::W];
-  FASTRNN_UNROLL for (int i = 0; i < kParts; i++) V::store(sum + i * V::W, total[i]);
+  for (; k < K; k++)
+    for (int g = 0; g < G; g++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
+        const int at = i * V::W;
+        const int n = static_cast<int>(imin(imin(V::W, kOuterRows - at), columns - g * kOuterRows - at));
+        const V v = n > 0 ? load_n(src + k * lda + g * kOuterRows + at, n) : V::zero();
+        store_n(dst + (g * K + k) * kOuterRows + at, v, static_cast<int>(imin(V::W, kOuterRows - at)));
+        total[g][i] = total[g][i] + v;
+      }
   if (!job.sums) return;
-  for (int r = 0; r < width; r++)
-    job.sums[job.column + m + r] = (add ? job.sums[job.column + m + r] : T(0)) + sum[r];
+  for (int g = 0; g < G; g++) {
+    T sum[kSpan];
+    FASTRNN_UNROLL for (int i = 0; i < kParts; i++) V::store(sum + i * V::W, total[g][i]);
+    T* out = job.sums + first + g * kOuterRows;
+    for (int r = 0; r < imin(kOuterRows, columns - g * kOuterRows); r++)
+      out[r] = (add ? out[r] : T(0)) + sum[r];
+  }
 }
 
-// Columns [c, c + n) of an operand's rows [k0, k0 + K), n <= four vectors, zero-padded to whole ones.
-template <class E>
-static void pack_operand(const OuterOperand<E>& o, int64_t c, int n, int64_t k0, int64_t K,
-                         typename E::T* dst) {
+// Blocks [b, b + G) of kOuterVectors vectors of an operand's rows [k0, k0 + K), zero-padded to whole vectors.
+template <class E, int G>
+static void pack_operand(const OuterOperand<E>& o, int64_t b, int64_t k0, int64_t K) {
   using V = typename E::V;
-  for (int64_t k = k0; k < k0 + K; k++)
-    for (int j = 0; j < n; j += E::W, dst += E::W) {
-      const int w = static_cast<int>(imin(E::W, n - j));
-      V::store(dst, o.rows ? load_as<V>(o.rows[k] + c + j, w) : load_as<V>(o.block + k * o.width + c + j, w));
+  constexpr int kWide = kOuterVectors * E::W;
+  const int64_t c = b * kWide, n = imin(G * kWide, o.width - c);
+  typename E::T* dst = o.packed + c * K;
+  for (int64_t k = 0; k < K; k++)
+    for (int g = 0; g < G; g++) {
+      // A last block has as many vectors as it needs.
+      const int64_t left = imin(kWide, n - g * kWide), cols = ceil_div(left, E::W) * E::W;
+      for (int64_t j = 0; j < cols; j += E::W) {
+        const int w = static_cast<int>(imin(E::W, left - j));
+        const int64_t at = c + g * kWide + j;
+        V::store(dst + g * kWide * K + k * cols + j, o.rows
+                                                         ? load_as<V>(o.rows[k0 + k] + at, w)
+                                                         : load_as<V>(o.block + (k0 + k) * o.width + at, w));
+      }
     }
+}
+
+// f.template operator()<G>(i) for groups of G, as large as fit, over [i, end).
+template <class F>
+FASTRNN_INLINE void in_groups(int64_t i, int64_t end, F&& f) {
+  for (; i + 8 <= end; i += 8) f(std::integral_constant<int, 8>{}, i);
+  for (; i + 2 <= end; i += 2) f(std::integral_constant<int, 2>{}, i);
+  if (i < end) f(std::integral_constant<int, 1>{}, i);
 }
 
 // The chunk's share of all jobs, by a group of `count` threads; `add` is false on the first chunk.
@@ -133,14 +168,14 @@ static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOp
     // Pack: each thread its own panels of A, and a share of every B.
     int64_t base = 0;
     for (int j = 0; j < job_count; base += jobs[j].panels(), j++)
-      for (int64_t p = imax(mine0 - base, 0); p < imin(mine1 - base, jobs[j].panels()); p++)
-        pack_outer<E>(jobs[j], p, k0, K, panels + (base + p) * K * kOuterRows, add);
+      in_groups(imax(mine0 - base, 0), imin(mine1 - base, jobs[j].panels()), [&](auto group, int64_t p) {
+        pack_outer<E, decltype(group)::value>(jobs[j], p, k0, K, panels + (base + p) * K * kOuterRows, add);
+      });
     for (int o = 0; o < operand_count; o++) {
       const int64_t blocks = ceil_div(operands[o].width, kWide);
-      for (int64_t b = blocks * id / count; b < blocks * (id + 1) / count; b++) {
-        const int n = static_cast<int>(imin(kWide, operands[o].width - b * kWide));
-        pack_operand<E>(operands[o], b * kWide, n, k0, K, operands[o].packed + b * kWide * K);
-      }
+      in_groups(blocks * id / count, blocks * (id + 1) / count, [&](auto group, int64_t b) {
+        pack_operand<E, decltype(group)::value>(operands[o], b, k0, K);
+      });
     }
     barrier.wait(count);
     auto tiles = [&](int o, int64_t c, int64_t p0, int64_t p1) {

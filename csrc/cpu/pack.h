@@ -1,5 +1,6 @@
 // Weight layouts. A `Panels` splits `width` units of `gates` gates into blocks of U units; block b is
-// one contiguous stream [k][gates * w] for the micro-kernel (gate g of unit u in column g * w + u).
+// one contiguous stream [k][gates * w] for the micro-kernel (gate g of unit u in column g * w + u), or two such
+// strips of half the columns (microkernel.h).
 // Gates of a narrow last block are packed densely, so an odd width wastes less than one vector.
 #pragma once
 #include "layer.h"
@@ -28,7 +29,7 @@ struct Panels {
   int64_t offset(int64_t b) const { return b * unit * gates; }  // columns before block b
   int64_t total() const { return blocks ? offset(blocks - 1) + columns(blocks - 1) : 0; }
   size_t elements(int64_t K) const { return total() * (ceil_div(K, E::kPair) * E::kPair); }
-  // Start of block b's stream, at row k (a multiple of kPair), in a buffer packed with K rows.
+  // Start of block b's stream, at row k (a multiple of kPair; of a block of one strip), in a buffer packed with K rows.
   int64_t stream(int64_t b, int64_t K, int64_t k = 0) const {
     return offset(b) * (ceil_div(K, E::kPair) * E::kPair) + k * columns(b);
   }
@@ -139,12 +140,15 @@ static void pack_block(const Panels<E>& p, const Src* w, int64_t K, typename E::
   const int64_t cols = p.columns(b);
   const int units = p.units(b);
   const int64_t padded = ceil_div(K, E::kPair) * E::kPair;
+  const int strip = strip_vectors(p.vectors(b)) * E::W;
   if (p.gates * units != cols || padded != K) std::memset(out, 0, cols * padded * sizeof(A));
   for (int g = 0; g < p.gates; g++)
-    for (int u = 0; u < units; u += E::W)
-      transpose_strip<E, Src>(w + (g * p.width + p.first(b) + u) * K, K,
-                              static_cast<int>(imin(E::W, units - u)), K, out + (g * units + u) * E::kPair,
-                              cols);
+    for (int u = 0, n; u < units; u += n) {
+      const int c = g * units + u;
+      n = static_cast<int>(imin(imin(E::W, units - u), strip - c % strip));
+      transpose_strip<E, Src>(w + (g * p.width + p.first(b) + u) * K, K, n, K,
+                              out + c / strip * padded * strip + c % strip * E::kPair, strip);
+    }
 }
 
 // Blocks [first, last) of a gate matrix, each where its stream begins in `dst`.
@@ -154,20 +158,20 @@ static void pack_gates(const Panels<E>& p, const Src* w, int64_t K, typename E::
   for (int64_t b = first; b < last; b++) pack_block<E, Src>(p, w, K, dst + p.stream(b, K), b);
 }
 
-// Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate, no transpose.
+// Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate and strip, no transpose.
 template <class E, class Src>
 static void pack_rows(const Panels<E>& p, const Src* w, int64_t ld, int64_t K, typename E::A* dst,
                       int64_t first, int64_t last) {
   static_assert(E::kPair == 1, "gradients are computed in the compute type");
+  using V = typename E::V;
   for (int64_t b = first; b < last; b++) {
     typename E::A* out = dst + p.stream(b, K);
     const int64_t cols = p.columns(b);
     const int units = p.units(b);
-    for (int64_t k = 0; k < K; k++) {
-      const Src* s = w + k * ld + p.first(b);
-      if (units != cols) std::memset(out + k * cols, 0, cols * sizeof(typename E::A));
-      convert_row(out + k * cols, s, units);
-    }
+    const Src* s = w + p.first(b);
+    for (int64_t k = 0; k < K; k++, s += ld, out += cols)
+      for (int u = 0; u < cols; u += E::W)
+        V::store(out + u, load_as<V>(s + u, static_cast<int>(imin(E::W, units - u))));
   }
 }
 

@@ -195,7 +195,7 @@ class RhnBackward {
       if (args_.dx.data) input_grad(d, share, lane);
       if (args_.want_weights)
         for (int l = 0; l < args_.depth; l++) weight_grads(d, l, share, lane, add);
-      add = true;
+      add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
     if (args_.dh0) initial_grads(d, lane, i0, i1);

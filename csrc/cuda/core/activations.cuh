@@ -30,7 +30,7 @@ struct Activations {
   }
   FASTRNN_DEVICE static float dsigmoid(float s) { return Linear ? 0.25f : s * (1.f - s); }
   FASTRNN_DEVICE static float dtanh(float y) { return Linear ? 1.f : prim::fma(-y, y, 1.f); }
-  FASTRNN_DEVICE static float drelu(float y, float g) { return Linear || y > 0.f ? g : 0.f; }
+  FASTRNN_DEVICE static float drelu(float y, float g) { return Linear || !(y <= 0.f) ? g : 0.f; }
   FASTRNN_DEVICE static float fma(float a, float b, float c) { return prim::fma(a, b, c); }
   FASTRNN_DEVICE static float one() { return 1.f; }
 };
