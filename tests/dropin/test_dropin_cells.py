@@ -313,9 +313,11 @@ def test_conversions(cell: Kind) -> None:
     compare(ours.bfloat16(), theirs.bfloat16(), outcome, x)
 
 
-def test_meta(cell: Kind) -> None:
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_meta(cell: Kind, grad: bool) -> None:
     for build in (cell.ours, cell.theirs):
-        outputs = tensors(build(5, 7, device="meta")(X.to("meta")))
+        with torch.set_grad_enabled(grad):
+            outputs = tensors(build(5, 7, device="meta")(X.to("meta")))
         assert all(t.is_meta and t.shape == (3, 7) for t in outputs)
 
 
