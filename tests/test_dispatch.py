@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import fastrnn
 from fastrnn import backends, dispatch
@@ -284,6 +285,51 @@ def test_explain_what_is_not_ours() -> None:
     assert "fastrnn.replace(model)" in found.reason
     with pytest.raises(TypeError, match=r"module: got Linear, expected an LSTM"):
         fastrnn.explain(torch.nn.Linear(3, 4), torch.randn(5, 2, 3))
+
+
+def doubled(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    parametrize.register_parametrization(module, name, torch.nn.Identity())
+    return module
+
+
+class Inherits(torch.nn.LSTM):
+    pass
+
+
+class InheritsGRUCell(torch.nn.GRUCell):
+    pass
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "RHN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_explain_parametrised_modules_and_subclasses_of_ours(name: str) -> None:
+    ours = getattr(fastrnn, name)
+    heir = type("Heir", (ours,), {})
+    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    weight = "weight_hh" if name.endswith("Cell") else "weight_hh_l0"
+    expected = fastrnn.explain(ours(3, 4), x)
+    assert expected.backend == "cpu"
+    for module in (doubled(ours(3, 4), weight), heir(3, 4), doubled(heir(3, 4), weight)):
+        assert fastrnn.explain(module, x) == expected
+
+
+def test_explain_a_parametrised_bnlstm() -> None:
+    module = fastrnn.BNLSTM(3, 4, max_length=5)
+    x = torch.randn(5, 2, 3)
+    assert fastrnn.explain(doubled(module, "weight_hh_l0"), x).backend == "cpu"
+
+
+def test_explain_relatives_of_torchs_modules() -> None:
+    x = torch.randn(5, 2, 3)
+    found = fastrnn.explain(doubled(torch.nn.LSTM(3, 4), "weight_hh_l0"), x)
+    assert found.backend == "torch"
+    assert found.reason.startswith("this is torch.nn.LSTM; fastrnn.replace(model) swaps it")
+    for module in (Inherits(3, 4), doubled(Inherits(3, 4), "weight_hh_l0")):
+        found = fastrnn.explain(module, x)
+        assert found.backend == "torch"
+        assert found.reason.startswith("Inherits is a subclass of torch.nn's LSTM, which")
+    found = fastrnn.explain(InheritsGRUCell(3, 4), x[0])
+    assert found.backend == "torch"
+    assert found.reason.startswith("InheritsGRUCell is a subclass of torch.nn's GRUCell, which")
 
 
 def test_explain_takes_what_the_module_takes() -> None:

@@ -112,8 +112,9 @@ class PackedCache:
         for weight in weights:
             if type(weight) is not torch.nn.Parameter or weight.is_inference():
                 return None
-            # Nothing to keep of a meta weight; one with other strides is not looked into.
-            if weight.is_meta or not weight.is_contiguous():
+            # Nothing to keep of a meta weight; one with other strides, or whose sign torch has yet
+            # to change, is not looked into.
+            if weight.is_meta or not weight.is_contiguous() or weight.is_neg():
                 return None
             if weight.numel() * weight.element_size() < 8:  # too small to be looked into
                 return None
