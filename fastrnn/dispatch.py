@@ -420,12 +420,12 @@ _MODES = {
 def _not_ours(module: Any) -> str:
     """Why a recurrent module of another library is left to its own forward."""
     kind = type_before_parametrizations(module)
+    name = kind.__name__
     if kind.__module__.startswith("torch."):
-        name = kind.__name__
         return f"this is torch.nn.{name}; fastrnn.replace(model) swaps it for fastrnn.{name}"
-    base = next(each for each in kind.__mro__ if each.__module__.startswith("torch.")).__name__
+    base = next(each.__name__ for each in kind.__mro__ if each.__module__.startswith("torch."))
     return (
-        f"{kind.__name__} is a subclass of torch.nn's {base}, which fastrnn.replace leaves alone; "
+        f"{name} is a subclass of torch.nn's {base}, which fastrnn.replace leaves alone; "
         "derive it from fastrnn's class to run on its kernels"
     )
 
@@ -448,11 +448,11 @@ def explain(
         TypeError: ``module`` is neither.
         RuntimeError, TypeError, ValueError: as the call itself raises.
     """
-    own = getattr(module, "_explain", None)
-    if own is not None:
-        explanation: Explanation = own(input, hx, lengths, reset, return_cells)
-        return explanation
-    if not isinstance(module, (RNNBase, RNNCellBase)):
+    if hasattr(module, "_explain"):
+        found: Explanation = module._explain(input, hx, lengths, reset, return_cells)
+        return found
+    recurrent = isinstance(module, (RNNBase, RNNCellBase))
+    if not recurrent:
         raise TypeError(
             f"module: got {type(module).__name__}, expected an LSTM, GRU, RNN or BNLSTM, or one of "
             "their cells; for a whole model explain its recurrent modules one by one"

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 import fastrnn
 from fastrnn import backends, dispatch
 from fastrnn import handover as handover_data
+from fastrnn.sequence import describe
 from tests.tolerances import assert_close_by_rule
 
 MODULES = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
@@ -229,6 +230,26 @@ def test_bf16_weights_follow_torchs_switches(switch: str) -> None:
     torch.testing.assert_close(rounded, exact, atol=0.02, rtol=0.02)
     assert "bf16 weights are for inference only" in fastrnn.explain(module, x).plan
     assert "bf16 weights" not in fastrnn.explain(module.double(), x.double()).plan
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_lstm_inference_with_bf16_weights_is_not_handed_over(
+    monkeypatch: pytest.MonkeyPatch, pays: bool
+) -> None:
+    """The box was measured against our float32; AVX-512 and the switch are forced here."""
+    monkeypatch.setattr(handover_data, "_AVX512", True)
+    module, x = fastrnn.LSTM(4, 448), torch.randn(8, 16, 4)
+    with torch.no_grad():
+        assert fastrnn.explain(module, x).backend == "torch"
+        for where in (dispatch, handover_data):
+            monkeypatch.setattr(where, "bf16_allowed", lambda: True)
+            monkeypatch.setattr(where, "bf16_pays", lambda batch: pays)
+        found = fastrnn.explain(module, x)
+        assert found.backend == ("cpu" if pays else "torch")
+        assert found.plan.startswith("bf16 weights, " if pays else "torch.lstm")
+        batch = describe(x, batch_first=False)
+        chosen = dispatch.choose("lstm", x, batch, (448, 0, 1, 1), False, False, False)
+        assert chosen == (("cpu", "bf16") if pays else ("torch", ""))
 
 
 def test_options_no_native_kernel_serves() -> None:
