@@ -24,6 +24,9 @@ class Steppable(RecurrentBase):
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Process one time step: the same as the whole sequence, one call per element of it.
 
+        Not so in training with masks that hold for a sequence: each call draws those of
+        recurrent_dropout_per="sequence", of weight_dropout and of RHN's variational options anew.
+
         Weights stay packed between calls made without gradients; changed and replaced parameters
         are noticed. Forward hooks are not run, but for those of torch's weight_norm, spectral_norm
         and pruning, which compute weights. In 16-bit types c is rounded between calls, which inside
