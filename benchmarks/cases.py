@@ -104,8 +104,7 @@ class Case:
         return cls(**{**values, "contestants": tuple(values["contestants"])})
 
 
-# (T, N, H) of the full grid: the measured table of docs/benchmarks.md, then odd sizes and the
-# corners of the range.
+# (T, N, H) of the full grid: common shapes, then odd sizes and the corners of the range.
 GRID = (
     *((1, 1, 128), (100, 1, 128), (100, 1, 512), (100, 1, 1024), (100, 8, 256), (100, 32, 256)),
     *((100, 32, 512), (100, 64, 512), (100, 32, 1024), (50, 128, 128), (784, 64, 128)),

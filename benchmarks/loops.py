@@ -1,9 +1,10 @@
 """Cells that torch.nn does not have, beside the loop a user would write for them.
 
 The loops are the fastest honest ones: the input product of all steps is one matmul, the time axis
-is unbound outside the loop, and batch norms of the input term are one call over all
-steps. "loop" runs them eagerly; "loop-compiled" hands the body of the loop (one time
-step) to torch.compile, which unrolls nothing over time: compiling all steps takes minutes.
+is unbound outside the loop, batch norms of the input term are one call over all steps, and biases
+that can be are added there too. "loop" runs them eagerly; "loop-compiled" hands the body of the
+loop (one time step) to torch.compile, which unrolls nothing over time: compiling all steps takes
+minutes.
 The truth is the loop in float64, written apart from the library's own references; with a
 regulariser, whose masks only the library knows, it is the reference backend in float64 with the
 same seed.
@@ -159,17 +160,18 @@ class _Loop(nn.Module):
         w_ih, w_hh = w["weight_ih_l0"], w["weight_hh_l0"]
         ys = []
         if case.cell == "rhn":
-            bias, matrices = w["bias_l0"].unbind(0), [m.t() for m in w_hh.unbind(0)]
-            for x_t in linear(x, w_ih).unbind(0):
+            (first, *bias), matrices = w["bias_l0"].unbind(0), [m.t() for m in w_hh.unbind(0)]
+            for x_t in linear(x, w_ih, first).unbind(0):
                 h = self.step(x_t, h, matrices, bias)
                 ys.append(h)
         elif case.cell == "bnlstm":
             c = h
             norms = [w[f"bn_{k}_l0"] for k in ("weight_hh", "weight_c", "bias_c")]
             z = linear(x, w_ih).transpose(0, 1).reshape(case.N, -1)
-            z = batch_norm(z, None, None, w["bn_weight_ih_l0"].repeat(case.T), None, True)
+            gain, bias = (w[name].repeat(case.T) for name in ("bn_weight_ih_l0", "bias_l0"))
+            z = batch_norm(z, None, None, gain, bias, True)
             for x_t in z.view(case.N, case.T, -1).unbind(1):
-                h, c = self.step(x_t + w["bias_l0"], h, c, w_hh, *norms)
+                h, c = self.step(x_t, h, c, w_hh, *norms)
                 ys.append(h)
         elif case.option == "layer_norm":
             c, names = h, ("ln_weight_c_l0", "ln_bias_c_l0")
@@ -190,9 +192,10 @@ class _Loop(nn.Module):
         return torch.stack(ys), h.unsqueeze(0)
 
 
-def _rhn_step(x_t: Tensor, s: Tensor, matrices: list[Tensor], bias: tuple[Tensor, ...]) -> Tensor:
-    for depth, (matrix, b) in enumerate(zip(matrices, bias, strict=True)):
-        z = torch.addmm(b if depth else x_t + b, s, matrix)
+def _rhn_step(x_t: Tensor, s: Tensor, matrices: list[Tensor], bias: list[Tensor]) -> Tensor:
+    # The input's term has the first bias.
+    for matrix, term in zip(matrices, [x_t, *bias], strict=True):
+        z = torch.addmm(term, s, matrix)
         h, t = z.chunk(2, 1)
         s = torch.lerp(s, h.tanh(), t.sigmoid())
     return s

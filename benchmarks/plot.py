@@ -11,9 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 from benchmarks.cases import CELLS
-from benchmarks.schema import RESULTS, Record, Results
+from benchmarks.schema import Record, Results, newest
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "img"
 MODES = {"forward": "forward (inference)", "training": "forward + backward"}
@@ -35,14 +36,26 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         results,
         "speedup over torch.nn (log scale)",
         lambda record: record.speedup("torch"),
+        ("fastrnn", "torch"),
         log=True,
     )
-    shares = _figure(records, results, "share of the roofline", Record.share, log=False)
+    shares = _figure(
+        records, results, "share of the roofline", Record.share, ("fastrnn",), log=False
+    )
     return [save(speedups, folder / "speedup.svg"), save(shares, folder / "roofline.svg")]
 
 
-def _figure(records: list[Record], results: Results, label: str, metric: Any, *, log: bool) -> Any:
-    """Two panels, forward and training: shapes along the axis (by work), one marker per cell."""
+def _figure(
+    records: list[Record],
+    results: Results,
+    label: str,
+    metric: Any,
+    contestants: tuple[str, ...],
+    *,
+    log: bool,
+) -> Any:
+    """Two panels, forward and training: shapes along the axis (by work), one marker per cell,
+    hollow where the time of one of these contestants was disturbed."""
     shapes = {
         (each.case.T, each.case.N, each.case.H): each.case.T * each.case.N * each.case.H**2
         for each in records
@@ -55,13 +68,20 @@ def _figure(records: list[Record], results: Results, label: str, metric: Any, *,
     for panel, (mode, title) in zip(panels, MODES.items(), strict=True):
         for offset, cell in zip((-0.2, 0.0, 0.2), CELLS, strict=True):
             points = [
-                (order[each.case.T, each.case.N, each.case.H] + offset, value)
+                (
+                    order[each.case.T, each.case.N, each.case.H] + offset,
+                    value,
+                    any(
+                        name in each.timings and each.timings[name].disturbed
+                        for name in contestants
+                    ),
+                )
                 for each in records
                 if (each.case.cell, each.case.mode) == (cell, mode)
                 and (value := metric(each)) is not None
             ]
             if points:
-                places, values = zip(*points, strict=True)
+                places, values, disturbed = zip(*points, strict=True)
                 panel.vlines(
                     places,
                     1.0 if log else 0.0,
@@ -70,8 +90,15 @@ def _figure(records: list[Record], results: Results, label: str, metric: Any, *,
                     linewidth=1.5,
                     alpha=0.5,
                 )
-                panel.plot(
-                    places, values, "o", color=COLOURS[cell], markersize=4.5, label=cell.upper()
+                fill = ["white" if each else COLOURS[cell] for each in disturbed]
+                panel.scatter(
+                    places,
+                    values,
+                    s=20,
+                    color=fill,
+                    edgecolors=COLOURS[cell],
+                    linewidths=1.0,
+                    zorder=3,
                 )
         panel.axhline(1.0, color="black", linewidth=0.8)
         panel.set_title(title, fontsize=10, loc="left")
@@ -83,7 +110,25 @@ def _figure(records: list[Record], results: Results, label: str, metric: Any, *,
         else:
             panel.set_ylim(0, 1.1)
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    panels[0].legend(loc="upper right", ncols=3, fontsize=8, frameon=False)
+    keys: list[Any] = [
+        Line2D(
+            [],
+            [],
+            color=COLOURS[cell],
+            marker="o",
+            linestyle="",
+            markersize=4.5,
+            label=cell.upper(),
+        )
+        for cell in CELLS
+    ]
+    keys.append(
+        Line2D(
+            [], [], color="black", marker="o", linestyle="", markersize=4.5,
+            markerfacecolor="white", label="disturbed: not to be quoted",
+        )
+    )  # fmt: skip
+    panels[0].legend(handles=keys, loc="upper right", ncols=4, fontsize=8, frameon=False)
     names = [f"T{steps} N{batch} H{hidden}" for steps, batch, hidden in order]
     panels[1].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
     figure.suptitle(caption(results), fontsize=8)
@@ -97,16 +142,6 @@ def caption(results: Results) -> str:
         f"{at['cpu']}, {at['threads']} threads, {at['isa']}, float32, I = H; "
         f"fastrnn {at['fastrnn']}, torch {at['torch']}, {at['date']}"
     )
-
-
-def newest() -> Path:
-    """The committed full result, the last by name of several. Raises FileNotFoundError."""
-    found = sorted(RESULTS.glob("*/full.json"))
-    if not found:
-        raise FileNotFoundError(
-            f"no full.json below {RESULTS}; run `python -m benchmarks --full` first"
-        )
-    return found[-1]
 
 
 def save(figure: Any, path: Path) -> Path:

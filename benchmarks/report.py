@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from benchmarks.cases import CELLS, MODES, Case
-from benchmarks.schema import Record, Results
+from benchmarks.schema import Record, Results, newest
 from benchmarks.targets import evaluate, geometric_mean, vs_best, vs_onnx, vs_torch
 
 LABELS = {
@@ -183,6 +186,23 @@ def slower(records: list[Record]) -> str:
     )
 
 
+def ahead(results: Results) -> str:
+    """The cases in which a peer was faster by more than 5%, as a table for docs/not-faster.md."""
+    rows = []
+    for record in results.records:
+        ratio = vs_best(record)
+        if ratio is not None and ratio < 0.95:
+            peer = min(("torch", "onnx"), key=lambda name: record.speedup(name) or float("inf"))
+            marks = [mark for mark in _marks(record).split(", ") if mark != "slower"]
+            rows.append((ratio, record.case.id, LABELS[peer], ", ".join(marks)))
+    head = ["| case | faster peer | our speed in its | |", "|---|---|---|---|"]
+    body = [
+        f"| `{case}` | {peer} | {ratio:.2f} | {marks} |".replace("|  |", "| |")
+        for ratio, case, peer, marks in sorted(rows)
+    ]
+    return "\n".join([*head, *body])
+
+
 def targets(results: Results) -> str:
     outcomes = evaluate(results)
     if results.settings["verify_only"] or all(outcome.value is None for outcome in outcomes):
@@ -250,3 +270,19 @@ def _align(rows: list[list[str]], left: int = 1) -> str:
         ]
         lines.append("  " + "  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    it = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__)
+    it.add_argument(
+        "json", nargs="?", type=Path, help="result file (default: the committed full.json)"
+    )
+    it.add_argument("--ahead", action="store_true", help="only the table of docs/not-faster.md")
+    options = it.parse_args(arguments)
+    results = Results.load(options.json or newest())
+    print(ahead(results) if options.ahead else text(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

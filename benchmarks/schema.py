@@ -77,7 +77,7 @@ class Record:
 
     @property
     def handed_over(self) -> bool:
-        """Dispatch gave this shape to torch's own kernel: counts as 1.0 by definition."""
+        """Dispatch gave this shape to torch's own kernel."""
         return self.backends.get("fastrnn") == "torch"
 
     @property
@@ -88,8 +88,6 @@ class Record:
         """Peer's median over ours; None without both, or on a red check."""
         if not self.ok or ours not in self.timings or peer not in self.timings:
             return None
-        if peer == "torch" and ours == "fastrnn" and self.handed_over:
-            return 1.0
         return self.timings[peer].median / self.timings[ours].median
 
     def share(self) -> float | None:
@@ -210,6 +208,16 @@ class Results:
                 }
                 rows.append(_case_columns(case) | shared | columns)
         return rows
+
+
+def newest() -> Path:
+    """The committed full result, the last by name of several. Raises FileNotFoundError."""
+    found = sorted(RESULTS.glob("*/full.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"no full.json below {RESULTS}; run `python -m benchmarks --full` first"
+        )
+    return found[-1]
 
 
 def _case_columns(case: Case) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Outcome:
 
 
 def evaluate(results: Results) -> list[Outcome]:
-    """All targets, in the order of docs/benchmarks.md."""
+    """All targets; those that the run did not measure have no value."""
     records = results.records
     grid = [record for record in records if record.case.group == "grid"]
     return [

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.nn import RNNBase
+from torch.nn import GRUCell, LSTMCell, RNNBase
 from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.backends import CPU_DTYPES, CPU_MISSING, NAMES, PLANS, SERVES, Problem
@@ -416,6 +417,19 @@ _MODES = {
 }
 
 
+def _not_ours(module: Any) -> str:
+    """Why a recurrent module of another library is left to its own forward."""
+    kind = type_before_parametrizations(module)
+    name = kind.__name__
+    if kind.__module__.startswith("torch."):
+        return f"this is torch.nn.{name}; fastrnn.replace(model) swaps it for fastrnn.{name}"
+    base = next(each.__name__ for each in kind.__mro__ if each.__module__.startswith("torch."))
+    return (
+        f"{name} is a subclass of torch.nn's {base}, which fastrnn.replace leaves alone; "
+        "derive it from fastrnn's class to run on its kernels"
+    )
+
+
 def explain(
     module: Any,
     input: Tensor | PackedSequence,
@@ -434,20 +448,17 @@ def explain(
         TypeError: ``module`` is neither.
         RuntimeError, TypeError, ValueError: as the call itself raises.
     """
-    own = getattr(module, "_explain", None)
-    if own is not None:
-        explanation: Explanation = own(input, hx, lengths, reset, return_cells)
-        return explanation
+    if hasattr(module, "_explain"):
+        found: Explanation = module._explain(input, hx, lengths, reset, return_cells)
+        return found
     recurrent = isinstance(module, (RNNBase, RNNCellBase))
     if not recurrent:
         raise TypeError(
             f"module: got {type(module).__name__}, expected an LSTM, GRU, RNN or BNLSTM, or one of "
             "their cells; for a whole model explain its recurrent modules one by one"
         )
-    name = type(module).__name__
-    if type(module).__module__.startswith("torch."):
-        reason = f"this is torch.nn.{name}; fastrnn.replace(model) swaps it for fastrnn.{name}"
-        return Explanation("torch", "torch.nn's own choice", reason)
+    if not hasattr(type(module), "_natively"):  # that of all our modules, and of no other
+        return Explanation("torch", "torch.nn's own choice", _not_ours(module))
     batch_sizes: Tensor | None = None
     if isinstance(input, PackedSequence):
         batch_sizes, input = input.batch_sizes, input.data
@@ -458,7 +469,9 @@ def explain(
     batch_first = getattr(module, "batch_first", False)
     if isinstance(module, RNNCellBase):
         input = input.reshape(1, -1, input.size(-1))
-        cell = _MODES.get(name.removesuffix("Cell")) or f"rnn_{module.nonlinearity}"
+        cell = "lstm" if isinstance(module, LSTMCell) else "gru"
+        if not isinstance(module, (LSTMCell, GRUCell)):
+            cell = f"rnn_{module.nonlinearity}"
         sizes = (module.hidden_size, 0, 1, 1)
     else:
         cell = _MODES[module.mode]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastrnn.bf16 import BF16_CELLS, bf16_allowed, bf16_pays
+
 
 class Handover(NamedTuple):
     """A box of shapes, ends included, in which torch's own kernel was measured faster."""
@@ -74,5 +76,11 @@ def handed_over(
     # plain: neither packed nor projected, where torch leaves its fast kernels.
     for box in HANDOVER.get(cell, ()) if plain else ():
         if box.covers(dtype, training, steps, batch, hidden):
-            return box
+            return None if _takes_bf16_weights(cell, dtype, training, batch) else box
     return None
+
+
+def _takes_bf16_weights(cell: str, dtype: torch.dtype, training: bool, batch: int) -> bool:
+    """Whether ours would run with bfloat16 weights: the boxes were measured against float32."""
+    inference = dtype == torch.float32 and not training and cell in BF16_CELLS
+    return inference and bf16_allowed() and bf16_pays(batch)

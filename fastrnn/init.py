@@ -28,7 +28,7 @@ def identity_(weight: Tensor, gain: float = 1.0) -> Tensor:
     """
     blocks = _blocks("identity_", weight)
     with torch.no_grad():
-        blocks.copy_(torch.eye(weight.size(1), dtype=torch.float64).mul_(gain).expand(blocks.shape))
+        blocks.copy_(_eye(weight.size(1)).mul_(gain).expand(blocks.shape))
     return weight
 
 
@@ -50,7 +50,7 @@ def np_rnn_(weight: Tensor, generator: Generator | None = None) -> Tensor:
     with torch.no_grad():
         for block in blocks.unbind(0):
             r = _normal((size, size), generator)
-            a = r.T @ r / size + torch.eye(size, dtype=torch.float64)
+            a = r.T @ r / size + _eye(size, generator)
             block.copy_(a / torch.linalg.eigvalsh(a)[-1])
     return weight
 
@@ -110,11 +110,11 @@ def unitary_(weight: Tensor, generator: Generator | None = None) -> Tensor:
     half = size // 2
     with torch.no_grad():
         for block in blocks.unbind(0):
-            w = torch.eye(half, dtype=torch.complex128)
+            w = _eye(half, generator).to(torch.complex128)
             # Columns are vectors: the factor that acts first is applied first.
             w = _phases(half, generator) * w
             w = _reflect(torch.fft.fft(w, dim=0, norm="ortho"), generator)
-            w = w[torch.randperm(half, generator=generator)]
+            w = w[torch.randperm(half, generator=generator, device=_where(generator))]
             w = torch.fft.ifft(_phases(half, generator) * w, dim=0, norm="ortho")
             w = _phases(half, generator) * _reflect(w, generator)
             upper, lower = torch.cat([w.real, -w.imag], 1), torch.cat([w.imag, w.real], 1)
@@ -141,12 +141,23 @@ def _blocks(name: str, weight: Tensor, gates: int | None = None) -> Tensor:
     return weight.unflatten(0, (count, rows // count))
 
 
+def _where(generator: Generator | None) -> torch.device:
+    """Where to draw: beside the generator; torch's default one is the CPU's, whatever the default
+    device is."""
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _eye(size: int, generator: Generator | None = None) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=_where(generator))
+
+
 def _normal(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=_where(generator))
 
 
 def _phases(size: int, generator: Generator | None) -> Tensor:
-    angle = (torch.rand(size, generator=generator, dtype=torch.float64) * 2 - 1) * math.pi
+    draw = torch.rand(size, generator=generator, dtype=torch.float64, device=_where(generator))
+    angle = (draw * 2 - 1) * math.pi
     return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
 
 

@@ -48,7 +48,8 @@ def export(
         torch.onnx.ONNXProgram.
 
     Raises:
-        ValueError: the model uses what ONNX's operators do not have: training, proj_size,
+        ValueError: the model or a module in it is in training, or uses what ONNX's operators do
+            not have: proj_size,
             PackedSequence, reset, return_cells, layer_norm, zoneout or recurrent dropout on the
             update or the cell, RHN, BNLSTM. The message names it and the way out.
         ImportError: onnx or onnxscript is not installed.
@@ -58,11 +59,7 @@ def export(
             "dynamo: got False, expected True: the operators are translated for torch's exporter "
             "that stands on torch.export; for the older one call fastrnn.restore(model) first"
         )
-    if getattr(model, "training", False):
-        raise ValueError(
-            f"model: got {type(model).__name__} in training mode, expected evaluation; "
-            "call model.eval() first"
-        )
+    _check_evaluation(model)
     table = {**translation_table(), **(options.pop("custom_translation_table", None) or {})}
     try:
         with torch.no_grad():
@@ -76,6 +73,20 @@ def export(
         if cause is None:
             raise
         raise ValueError(str(cause)) from error
+
+
+def _check_evaluation(model: Any) -> None:
+    # An exported program has none of these.
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        if module.training:
+            where = (
+                f"{name}, a module of type {type(module).__name__},"
+                if name
+                else type(module).__name__
+            )
+            raise ValueError(
+                f"model: got {where} in training mode, expected evaluation; call model.eval() first"
+            )
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -178,7 +178,7 @@ def _from_list(lengths: Iterable[int], expected: Callable[[], str]) -> Tensor:
             raise TypeError(
                 f"lengths: got {value!r} ({type(value).__name__}) at index {n}, {expected()}"
             )
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def check_reset(

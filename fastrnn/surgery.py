@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastrnn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastrnn.nn import BNLSTM, GRU, LSTM, RHN, RNN, GRUCell, LSTMCell, RNNCell
 from fastrnn.nn.base import RecurrentBase
 
 Class = type[nn.Module]
@@ -69,8 +69,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Works on any model, whether or not it came from `replace`. `recompute` is dropped, it changes
     no result. What torch.nn cannot compute (a GRU with reset_after=False, recurrent dropout,
-    zoneout, weight dropout, layer norm) and subclasses of fastrnn's modules are left alone and
-    reported.
+    zoneout, weight dropout, layer norm, RHN, BNLSTM) and subclasses of fastrnn's modules are left
+    alone and reported.
 
     Args:
         model: any module; a module that appears twice is replaced by one new module.
@@ -83,6 +83,8 @@ def restore(model: nn.Module) -> nn.Module:
     """
 
     def refusal(module: nn.Module) -> str | None:
+        if isinstance(module, (RHN, BNLSTM)):
+            return "a cell that torch.nn does not have"
         if isinstance(module, GRU) and not module.reset_after:
             return "reset_after=False, which torch.nn.GRU does not have"
         for name in _ADDED:
@@ -115,7 +117,8 @@ def _swap(
             continue
         if target is not None:
             swapped[module] = _recast(module, target)
-    for parent in list(model.modules()):
+    # A layer may hold another: of the old one's children the new one has a list of its own.
+    for parent in [*model.modules(), *swapped.values()]:
         for name, child in parent._modules.items():
             if child in swapped:
                 parent._modules[name] = swapped[child]

@@ -266,12 +266,44 @@ def test_targets_pass_miss_and_not_measured() -> None:
     assert (recompute.value, recompute.status) == (0.25, "pass")
 
 
-def test_a_shape_handed_over_counts_as_one_and_is_marked() -> None:
-    record = timed(small("lstm"), 1.1e-3, 1e-3, backend="torch")
-    assert record.speedup("torch") == 1.0
+def test_a_shape_handed_over_keeps_its_number_and_is_marked() -> None:
+    record = timed(small("lstm"), 1.0, 0.9, backend="torch")
+    assert record.speedup("torch") == 0.9
+    assert record.to_dict()["speedup_vs_torch"] == 0.9
     results = some_results()
     results.records = [record]
     assert "torch's kernel" in report.text(results)
+    listed = report.slower(results.records)
+    assert record.case.id in listed
+    assert "0.90" in listed
+    assert "torch's kernel" in listed
+    goal = next(each for each in targets.evaluate(results) if each.text.startswith("every grid"))
+    assert (goal.value, goal.status) == (0.9, "MISS")
+
+
+def test_peers_ahead_are_named_in_the_documents() -> None:
+    """The table of docs/not-faster.md is that of the newest committed results."""
+    results = Results.load(schema.newest())
+    table = report.ahead(results)
+    rated = [(record, targets.vs_best(record)) for record in results.records]
+    behind = [record for record, ratio in rated if ratio is not None and ratio < 0.95]
+    assert len(behind) > 5
+    assert table.count("\n") == len(behind) + 1
+    document = Path(plot.IMAGES.parent / "not-faster.md").read_text()
+    assert table in document, "python -m benchmarks.report --ahead"
+
+
+def test_the_report_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "full.json"
+    results = some_results()
+    results.records = [timed(small("lstm"), 1.0, 0.9), timed(small("gru"), 1.0, 0.97)]
+    results.records[0].timings["onnx"] = Timing(0.5, 0.5, 0.5, 9, disturbed=True)
+    results.save(path)
+    assert report.main([str(path)]) == 0
+    assert report.slower(results.records) in capsys.readouterr().out
+    assert report.main([str(path), "--ahead"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2:] == ["| `lstm/forward/T5-N3-H7` | ONNX RT | 0.50 | disturbed |"]
 
 
 def test_slower_cases_stay_in_the_report() -> None:
@@ -308,6 +340,13 @@ def test_plot_from_a_small_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "speedup.svg" in capsys.readouterr().out
     for name in ("speedup.svg", "roofline.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    quiet = (tmp_path / "a" / "speedup.svg").read_text()
+    shaken = some_results()
+    shaken.records[0].timings["torch"].disturbed = True
+    plot.draw_all(shaken, tmp_path / "c")
+    hollow = (tmp_path / "c" / "speedup.svg").read_text()
+    assert hollow.count("fill: #ffffff; stroke: #1f77b4") == 1
+    assert "fill: #ffffff; stroke: #1f77b4" not in quiet
     with pytest.raises(ValueError, match="no timed grid case"):
         plot.draw_all(replace(some_results(), records=[]), tmp_path)
 

@@ -203,3 +203,21 @@ def test_cells_notice_changed_weights(name: str) -> None:
     assert copy.deepcopy(ours)._packed is None
     assert pickle.loads(pickle.dumps(ours))._packed is None
     assert not any("packed" in key for key in ours.state_dict())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_whole_writes_through_data_to_a_transposed_weight_are_seen(grad: bool) -> None:
+    module = fastrnn.LSTM(8, 8)
+    module.weight_ih_l0 = nn.Parameter(torch.randn(8, 32).t())
+    x = torch.randn(5, 2, 8)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            before = module(x)[0]
+        module.weight_ih_l0.data.mul_(3.0)
+        after = module(x)[0]
+        stepped = module.step(x[0])[0]
+    with fastrnn.use_backend("reference"):
+        expected = module(x)[0]
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected)
+    torch.testing.assert_close(stepped, expected[0])

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import fastrnn
 from fastrnn import backends, dispatch
 from fastrnn import handover as handover_data
+from fastrnn.sequence import describe
 from tests.tolerances import assert_close_by_rule
 
 MODULES = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
@@ -230,6 +232,26 @@ def test_bf16_weights_follow_torchs_switches(switch: str) -> None:
     assert "bf16 weights" not in fastrnn.explain(module.double(), x.double()).plan
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_lstm_inference_with_bf16_weights_is_not_handed_over(
+    monkeypatch: pytest.MonkeyPatch, pays: bool
+) -> None:
+    """The box was measured against our float32; AVX-512 and the switch are forced here."""
+    monkeypatch.setattr(handover_data, "_AVX512", True)
+    module, x = fastrnn.LSTM(4, 448), torch.randn(8, 16, 4)
+    with torch.no_grad():
+        assert fastrnn.explain(module, x).backend == "torch"
+        for where in (dispatch, handover_data):
+            monkeypatch.setattr(where, "bf16_allowed", lambda: True)
+            monkeypatch.setattr(where, "bf16_pays", lambda batch: pays)
+        found = fastrnn.explain(module, x)
+        assert found.backend == ("cpu" if pays else "torch")
+        assert found.plan.startswith("bf16 weights, " if pays else "torch.lstm")
+        batch = describe(x, batch_first=False)
+        chosen = dispatch.choose("lstm", x, batch, (448, 0, 1, 1), False, False, False)
+        assert chosen == (("cpu", "bf16") if pays else ("torch", ""))
+
+
 def test_options_no_native_kernel_serves() -> None:
     half, x = fastrnn.GRU(3, 4, dtype=torch.float16), torch.randn(5, 2, 3).half()
     found = fastrnn.explain(half, x)
@@ -284,6 +306,51 @@ def test_explain_what_is_not_ours() -> None:
     assert "fastrnn.replace(model)" in found.reason
     with pytest.raises(TypeError, match=r"module: got Linear, expected an LSTM"):
         fastrnn.explain(torch.nn.Linear(3, 4), torch.randn(5, 2, 3))
+
+
+def doubled(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    parametrize.register_parametrization(module, name, torch.nn.Identity())
+    return module
+
+
+class Inherits(torch.nn.LSTM):
+    pass
+
+
+class InheritsGRUCell(torch.nn.GRUCell):
+    pass
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "RHN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_explain_parametrised_modules_and_subclasses_of_ours(name: str) -> None:
+    ours = getattr(fastrnn, name)
+    heir = type("Heir", (ours,), {})
+    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    weight = "weight_hh" if name.endswith("Cell") else "weight_hh_l0"
+    expected = fastrnn.explain(ours(3, 4), x)
+    assert expected.backend == "cpu"
+    for module in (doubled(ours(3, 4), weight), heir(3, 4), doubled(heir(3, 4), weight)):
+        assert fastrnn.explain(module, x) == expected
+
+
+def test_explain_a_parametrised_bnlstm() -> None:
+    module = fastrnn.BNLSTM(3, 4, max_length=5)
+    x = torch.randn(5, 2, 3)
+    assert fastrnn.explain(doubled(module, "weight_hh_l0"), x).backend == "cpu"
+
+
+def test_explain_relatives_of_torchs_modules() -> None:
+    x = torch.randn(5, 2, 3)
+    found = fastrnn.explain(doubled(torch.nn.LSTM(3, 4), "weight_hh_l0"), x)
+    assert found.backend == "torch"
+    assert found.reason.startswith("this is torch.nn.LSTM; fastrnn.replace(model) swaps it")
+    for module in (Inherits(3, 4), doubled(Inherits(3, 4), "weight_hh_l0")):
+        found = fastrnn.explain(module, x)
+        assert found.backend == "torch"
+        assert found.reason.startswith("Inherits is a subclass of torch.nn's LSTM, which")
+    found = fastrnn.explain(InheritsGRUCell(3, 4), x[0])
+    assert found.backend == "torch"
+    assert found.reason.startswith("InheritsGRUCell is a subclass of torch.nn's GRUCell, which")
 
 
 def test_explain_takes_what_the_module_takes() -> None:

@@ -208,6 +208,12 @@ def test_arguments() -> None:
     x = torch.randn(5, 2, 3)
     with pytest.raises(ValueError, match=r"model: .*training.*call model.eval\(\)"):
         fastrnn.onnx.export(fastrnn.GRU(3, 4), (x,))
+    model = nn.Sequential(fastrnn.LSTM(3, 4, 2, dropout=0.5), nn.Identity()).eval()
+    model[0].train()
+    with pytest.raises(
+        ValueError, match=r"model: got 0, a module of type LSTM, in training.*model.eval\(\)"
+    ):
+        fastrnn.onnx.export(model, (x,))
     with pytest.raises(ValueError, match=r"dynamo: got False.*fastrnn.restore"):
         fastrnn.onnx.export(fastrnn.GRU(3, 4).eval(), (x,), dynamo=False)
 

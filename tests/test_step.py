@@ -295,3 +295,24 @@ def test_weights_made_by_a_parametrisation() -> None:
         torch.testing.assert_close(module.step(x, h)[0], module(x.unsqueeze(0), h)[0][0])
         module.parametrizations.weight_hh_l0.original0.mul_(2)
         torch.testing.assert_close(module.step(x, h)[0], module(x.unsqueeze(0), h)[0][0])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: fastrnn.LSTM(5, 64, recurrent_dropout=0.5, recurrent_dropout_per="sequence"),
+        lambda: fastrnn.GRU(5, 64, weight_dropout=0.5),
+        lambda: fastrnn.RHN(5, 64, depth=2, variational_state=0.5, variational_input=0.5),
+    ],
+    ids=["per_sequence", "weight", "variational"],
+)
+def test_masks_of_a_sequence_are_drawn_anew_by_each_step(build: Any) -> None:
+    """As the docstring says; a whole sequence keeps them, and so does evaluation, without any."""
+    module = build()
+    x, state = torch.randn(3, 5), None
+    _, state = module.step(x)
+    first, second = (module.step(x, state)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    module.eval()
+    first, second = (module.step(x, state)[0] for _ in range(2))
+    assert torch.equal(first, second)

@@ -435,7 +435,7 @@ def random_mask(seed: Tensor, stream: int, p: float, steps: int, rows: int, unit
     """(steps, rows, units) bool, False with probability p: the masks the kernels draw."""
     if _import_error is not None:
         return philox.keep(seed, stream, p, steps, rows, units, seed.device)
-    keep = torch.empty((steps, rows, units), dtype=torch.bool)
+    keep = torch.empty((steps, rows, units), dtype=torch.bool, device=_CPU)
     shape = (stream, philox.threshold(p), steps, rows, units, torch.get_num_threads())
     _cpu.random(seed.data_ptr(), *shape, 0, keep.data_ptr())
     return keep

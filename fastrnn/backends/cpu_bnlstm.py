@@ -144,7 +144,9 @@ def bnlstm_forward(
         *fields,
     )
     workspace = torch.empty(
-        _library().bnlstm_forward_workspace(problem, tensors) + 64, dtype=torch.uint8
+        _library().bnlstm_forward_workspace(problem, tensors) + 64,
+        dtype=torch.uint8,
+        device=cpu._CPU,
     )
     _library().bnlstm_forward(problem, tensors, cpu._aligned(workspace))
     return y, h_n, c_n, cells, tape, *used  # type: ignore[return-value]
@@ -215,7 +217,9 @@ def bnlstm_backward(
         *(_addresses(dweights, directions) if need_dw else ()),
     )
     workspace = torch.empty(
-        _library().bnlstm_backward_workspace(problem, tensors) + 64, dtype=torch.uint8
+        _library().bnlstm_backward_workspace(problem, tensors) + 64,
+        dtype=torch.uint8,
+        device=cpu._CPU,
     )
     _library().bnlstm_backward(problem, tensors, cpu._aligned(workspace))
     return dx, dh0, dc0, dweights

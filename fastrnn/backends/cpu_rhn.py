@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends.cpu import (
+    _CPU,
     _TYPES,
     _aligned,
     _compute_dtype,
@@ -117,7 +118,7 @@ def pack_weights(weights: Sequence[Tensor]) -> Tensor:
     directions = 2 if len(weights) > 3 else 1
     problem = _problem("", weights, (1, 1), directions, None, None)
     library = _library()
-    packed = torch.empty(library.rhn_packed_bytes(problem) + 64, dtype=torch.uint8)
+    packed = torch.empty(library.rhn_packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU)
     offset = _aligned(packed) - packed.data_ptr()
     packed = packed[offset:].clone() if offset else packed
     library.rhn_pack(problem, tuple(_addresses(weights, directions)), packed.data_ptr())
@@ -170,7 +171,7 @@ def _forward(
         )
         library = _library()
         size = library.rhn_forward_workspace(problem, tensors)
-        workspace = torch.empty(size + 64, dtype=torch.uint8)
+        workspace = torch.empty(size + 64, dtype=torch.uint8, device=_CPU)
         tape_bytes = gates.numel() * gates.element_size()
         library.rhn_forward(problem, tensors, _aligned(workspace), size, tape_bytes)
     return y.to(given), h_n.to(given), gates
@@ -279,7 +280,7 @@ def rhn_backward(
         )
         library = _library()
         size = library.rhn_backward_workspace(problem, tensors)
-        workspace = torch.empty(size + 64, dtype=torch.uint8)
+        workspace = torch.empty(size + 64, dtype=torch.uint8, device=_CPU)
         w_hh_bytes = weights[1].numel() * weights[1].element_size()
         library.rhn_backward(problem, tensors, _aligned(workspace), size, w_hh_bytes)
     else:

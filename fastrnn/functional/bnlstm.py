@@ -235,7 +235,7 @@ def _live_rows(batch: Batch, steps: int, device: torch.device, group: Any) -> Te
     if group is None and batch.lengths is None and batch.batch_sizes is None:
         return batch.size
     if batch.batch_sizes is not None:
-        live = torch.zeros(steps, dtype=torch.int64)
+        live = torch.zeros(steps, dtype=torch.int64, device=batch.batch_sizes.device)
         live[: batch.steps] = batch.batch_sizes
         live = live.to(device)
     else:

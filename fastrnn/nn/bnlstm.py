@@ -17,6 +17,7 @@ from fastrnn.backends import PLANS
 from fastrnn.functional.bnlstm import _problem
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
+from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.statistics import RunningStatistics
 from fastrnn.sequence import describe
 
@@ -350,6 +351,7 @@ class BNLSTM(RunningStatistics):
         """Process one time step: the same as the whole sequence, one call per element of it.
 
         In training the statistics are those of this step's batch, and the running ones follow.
+        Forward hooks are not run, but for those of torch's weight_norm, spectral_norm and pruning.
 
         Args:
             x_t: (N, I), or (I,) for one sequence without a batch dimension.
@@ -365,6 +367,8 @@ class BNLSTM(RunningStatistics):
                 input_stats="sequence" in training, which needs all steps at once.
             TypeError: state is not what step returned.
         """
+        if self._forward_pre_hooks:
+            compute_hooked_weights(self)
         if self.bidirectional:
             raise ValueError(
                 "BNLSTM.step: bidirectional=True, expected a module of one direction; the "

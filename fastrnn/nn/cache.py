@@ -39,7 +39,7 @@ def _samples(weights: Sequence[Tensor]) -> bytes:
     addresses = array("Q")
     for weight in weights:
         words = weight.numel() * weight.element_size() // 8
-        if words and weight.is_cpu and weight.is_contiguous():
+        if words and weight.is_cpu:
             start = weight.data_ptr()
             addresses.extend(range(start, start + 8 * words, 8 * max(1, words // 5)))
     return addresses.tobytes()
@@ -52,7 +52,7 @@ class PackedCache:
     version counter as when it was packed, so an optimiser step, `load_state_dict` or a replaced
     parameter is noticed. A write through `.data` moves no counter: a few words of each weight are
     compared, which shows a write to the whole tensor (a moving average, say); after a write to a
-    few elements call `flatten_parameters()`.
+    few elements call `flatten_parameters()`. Of weights that are not contiguous nothing is kept.
 
     Copying or pickling a cache gives an empty one. Entries are immutable and replaced whole, so
     concurrent callers at worst pack the same weights twice.
@@ -111,6 +111,10 @@ class PackedCache:
         # functional one is not ours to keep; packing those would never pay.
         for weight in weights:
             if type(weight) is not torch.nn.Parameter or weight.is_inference():
+                return None
+            # Nothing to keep of a meta weight; one with other strides, or whose sign torch has yet
+            # to change, is not looked into.
+            if weight.is_meta or not weight.is_contiguous() or weight.is_neg():
                 return None
             if weight.numel() * weight.element_size() < 8:  # too small to be looked into
                 return None

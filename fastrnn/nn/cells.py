@@ -69,7 +69,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
                 f"input has inconsistent input_size: got {input.size(1)} expected {self.input_size}"
             )
         for index, value in enumerate(hidden):
-            if value.dim() != 2 or value.size(0) != input.size(0):
+            if value.size(0) != input.size(0):
                 raise RuntimeError(
                     f"Input batch size {input.size(0)} doesn't match hidden{index} "
                     f"batch size {value.size(0)}"
@@ -78,6 +78,11 @@ class _Cell(nn.modules.rnn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{index} has inconsistent hidden_size: got {value.size(1)}, "
                     f"expected {self.hidden_size}"
+                )
+            if value.dim() != 2:  # which torch lets pass
+                raise RuntimeError(
+                    f"hidden{index}: got {value.dim() - 1} dimensions for input without a batch, "
+                    "expected 1: (H,)"
                 )
 
     def _natively(self, cell: str, input: Tensor, h: Tensor, c: Tensor | None) -> Any:
@@ -149,6 +154,12 @@ class LSTMCell(_Cell, nn.LSTMCell):
             )
             h, c = zeros, zeros
         else:
+            if batched and isinstance(hx, Tensor):
+                raise TypeError(
+                    "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+                )
+            if batched and len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
             h, c = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         self._check_sizes(input, h, c)
         if not torch.is_grad_enabled():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.nn.base import RecurrentBase
+from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.stepper import Layout, NativeCall, TrainingCall
 
 
@@ -23,9 +24,13 @@ class Steppable(RecurrentBase):
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Process one time step: the same as the whole sequence, one call per element of it.
 
+        Not so in training with masks that hold for a sequence: each call draws those of
+        recurrent_dropout_per="sequence", of weight_dropout and of RHN's variational options anew.
+
         Weights stay packed between calls made without gradients; changed and replaced parameters
-        are noticed. Forward hooks are not run. In 16-bit types c is rounded between calls, which
-        inside a sequence stays in float32.
+        are noticed. Forward hooks are not run, but for those of torch's weight_norm, spectral_norm
+        and pruning, which compute weights. In 16-bit types c is rounded between calls, which inside
+        a sequence stays in float32.
 
         Args:
             x_t: (N, I), or (I,) for one sequence without a batch dimension.
@@ -40,6 +45,8 @@ class Steppable(RecurrentBase):
             ValueError: the module is bidirectional, or x_t is neither (N, I) nor (I,).
             RuntimeError, ValueError, TypeError: as forward, for sizes, dtypes and devices.
         """
+        if self._forward_pre_hooks:
+            compute_hooked_weights(self)
         if not torch.is_grad_enabled():
             done = self._step_natively(x_t, state)
             if done is not None:

@@ -149,6 +149,7 @@ class _Call:
             or x.shape != self._x_shape
             or x.dtype is not self._dtype
             or not (x.is_contiguous() and x.is_cpu)
+            or x.is_neg()  # a lazy minus sign, which is torch's to carry out
             or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export
             or torch._C._get_tracing_state() is not None
             or torch._C._autograd._profiler_enabled()  # which shows operators
@@ -295,6 +296,7 @@ class TrainingCall(_Call):
                 type(w) not in _PLAIN
                 or w.dtype is not dtype
                 or not (w.is_contiguous() and w.is_cpu)
+                or w.is_neg()
             ):
                 return None
             records = records or w.requires_grad
@@ -330,4 +332,5 @@ def _fits(state: Any, like: Tensor) -> bool:
         and state.dtype is like.dtype
         and state.is_contiguous()
         and state.is_cpu
+        and not state.is_neg()
     )

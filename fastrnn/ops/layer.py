@@ -294,7 +294,8 @@ def unobserved(*tensors: Tensor | None) -> bool:
     """
     return (
         not is_compiling()
-        and all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors)
+        # A negative bit is resolved by torch's dispatcher, which a direct call goes around.
+        and all(t is None or (type(t) in _PLAIN and t.is_cpu and not t.is_neg()) for t in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None

@@ -243,3 +243,12 @@ def test_recompute_gives_the_same_gradients(any_kind: Kind) -> None:
 
 def test_projection_option_is_reported() -> None:
     assert PROJECTED.ours(5, 7).extra_repr() == PROJECTED.theirs(5, 7).extra_repr()
+
+
+def test_a_cell_without_a_batch_refuses_a_square_state(cell: Kind) -> None:
+    """Which torch.nn takes for a batch of one."""
+    square = torch.zeros(7, 7)
+    hx = (square, square) if cell.has_cell_state else square
+    error, text = raised(cell.ours(5, 7), torch.randn(5), hx)
+    assert error is RuntimeError
+    assert "expected 1: (H,)" in text

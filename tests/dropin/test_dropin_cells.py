@@ -180,6 +180,10 @@ SAME_ERROR: dict[str, Arguments] = {
     "hx_hidden": lambda k: (X, each(k, lambda t: t[:, 1:])),
     "hx_batch": lambda k: (X, each(k, lambda t: t[1:])),
     "hx_hidden_unbatched": lambda k: (X[0], each(k, lambda t: t[0, 1:])),
+    "hx_2d_unbatched": lambda k: (X[0], each(k, lambda t: t)),
+    "hx_2d_unbatched_one_row": lambda k: (X[0], each(k, lambda t: t[:1])),
+    "hx_1d_batched": lambda k: (X, each(k, lambda t: t[0])),
+    "hx_1d_batched_of_n": lambda k: (X, each(k, lambda t: t[:, 0])),
 }
 REFUSED: dict[str, Arguments] = {
     "double_input": lambda k: (X.double(),),
@@ -205,6 +209,17 @@ def test_same_error_of_one_state() -> None:
     for wrong in bad:
         for hx in ((wrong, good), (good, wrong)):
             assert raised(ours, X, hx) == raised(theirs, X, hx)
+
+
+def test_same_error_of_what_is_no_pair() -> None:
+    ours, theirs = twins(Kind("lstm_cell", "LSTMCell"), 5, 7)
+    h = torch.zeros(3, 7)
+    for hx in ((h, h, h), [h, h, h], (h,), (), h, torch.stack([h, h])):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert raised(ours, X, hx) == raised(theirs, X, hx)
+    for hx in ((h[0],), (), 3):
+        assert raised(ours, X[0], hx) == raised(theirs, X[0], hx)
 
 
 @pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED.keys())
@@ -313,9 +328,11 @@ def test_conversions(cell: Kind) -> None:
     compare(ours.bfloat16(), theirs.bfloat16(), outcome, x)
 
 
-def test_meta(cell: Kind) -> None:
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_meta(cell: Kind, grad: bool) -> None:
     for build in (cell.ours, cell.theirs):
-        outputs = tensors(build(5, 7, device="meta")(X.to("meta")))
+        with torch.set_grad_enabled(grad):
+            outputs = tensors(build(5, 7, device="meta")(X.to("meta")))
         assert all(t.is_meta and t.shape == (3, 7) for t in outputs)
 
 

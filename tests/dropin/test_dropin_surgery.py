@@ -190,6 +190,32 @@ def test_restore_reports_what_torch_cannot_do() -> None:
     assert type(model[1]) is nn.LSTM
 
 
+def test_restore_reports_cells_that_torch_lacks() -> None:
+    model = nn.ModuleDict({"rhn": fastrnn.RHN(6, 6), "bn": fastrnn.BNLSTM(6, 6, max_length=5)})
+    with pytest.warns(UserWarning, match="left alone") as found:
+        fastrnn.restore(model)
+    (warning,) = found
+    for text in ("rhn (RHN): a cell that torch", "bn (BNLSTM): a cell that torch"):
+        assert text in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastrnn.replace(model)
+
+
+def test_layers_inside_layers_are_swapped() -> None:
+    outer, tied = nn.LSTM(6, 6), nn.RNN(6, 6)
+    outer.helper = nn.Sequential(nn.GRU(6, 6), tied)
+    outer.cell = nn.GRUCell(6, 6)
+    outer.cell.inner = tied
+    for model in (outer, nn.Sequential(outer)):
+        swapped = fastrnn.replace(copy.deepcopy(model))
+        assert all(type(m) in OURS for m in recurrent(swapped))
+        assert len(recurrent(swapped)) == 4
+        back = fastrnn.restore(swapped)
+        assert all(type(m) in TORCHS for m in recurrent(back))
+        assert len(recurrent(back)) == 4
+
+
 def test_nothing_to_do_is_no_error() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     with warnings.catch_warnings():
