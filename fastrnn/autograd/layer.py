@@ -239,10 +239,10 @@ def hooked(saved: Sequence[_Grad]) -> list[Any] | None:
     return [None if t is None else (t.dtype, t.shape, t.device) for t in saved]
 
 
-def unpacked(ctx: Any) -> Sequence[Any]:
+def unpacked(ctx: Any) -> Any:
     """``ctx.saved_tensors``, which must be like those that ``hooked`` saw: kernels take their
     sizes from the call."""
-    saved: Sequence[Any] = ctx.saved_tensors
+    saved = ctx.saved_tensors
     if not is_compiling() and ctx.expected is not None:
         for t, expected in zip(saved, ctx.expected, strict=True):
             found = None if t is None else (t.dtype, t.shape, t.device)

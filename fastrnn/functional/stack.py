@@ -251,11 +251,11 @@ def rnn_cell(
 
 
 def forward_only() -> bool:
-    """Whether a program is recorded that holds no backward of ours, and needs no tape for one:
-    by torch.export or torch.jit.trace."""
+    """Whether no backward can follow, so that no tape is needed: in a program that torch.export or
+    torch.jit.trace records, and in inference mode, whatever its grad mode."""
     if is_compiling():
         return is_exporting()
-    return torch._C._get_tracing_state() is not None
+    return torch._C._get_tracing_state() is not None or torch.is_inference_mode_enabled()
 
 
 _Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

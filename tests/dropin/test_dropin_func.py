@@ -1,4 +1,4 @@
-"""torch.func inside torch.compile: what is compiled equals what runs eagerly, and is no constant."""
+"""torch.func inside torch.compile: what is compiled equals what runs eagerly."""
 
 from __future__ import annotations
 

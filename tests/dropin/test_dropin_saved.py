@@ -1,4 +1,4 @@
-"""Hooks on saved tensors that give back another tensor, and torch.jit.trace in grad mode."""
+"""Calls whose tape or backward others keep: saved-tensor hooks, traces, exports, inference mode."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_unpacking_another_tensor(module: torch.nn.Module, unpack: Callable[...,
             continue
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = module(x)[0]
-        with pytest.raises((RuntimeError, TypeError), match="saved-tensor hooks|unpack_hook"):
+        with pytest.raises((RuntimeError, TypeError), match=r"saved-tensor hooks|unpack_hook"):
             y.sum().backward()
 
 
@@ -80,3 +80,22 @@ def test_training_an_exported_program_is_an_error(module: torch.nn.Module) -> No
     torch.testing.assert_close(found, Model()(x))
     with pytest.raises(RuntimeError, match="train the module itself"):
         found.sum().backward()
+
+
+def test_grad_mode_inside_inference_mode(module: torch.nn.Module) -> None:
+    """Nothing is recorded, as by torch.nn."""
+    x = torch.randn(4, 2, 3)
+    for _ in range(4):
+        with torch.inference_mode(), torch.enable_grad():
+            y = module(x)[0]
+        assert not y.requires_grad
+        assert y.is_inference()
+    module(x)[0].sum().backward()
+
+
+def test_vmap_over_lengths() -> None:
+    layer = fastrnn.LSTM(3, 5).requires_grad_(False)
+    x, lengths = torch.randn(2, 4, 3, 3), torch.tensor([[4, 1, 2], [3, 3, 1]])
+    found = torch.func.vmap(lambda x, n: layer(x, lengths=n)[0])(x, lengths)
+    for i in range(2):
+        torch.testing.assert_close(found[i], layer(x[i], lengths=lengths[i])[0])
