@@ -329,8 +329,17 @@ def _problem(
 
 
 def _under_transforms() -> bool:
-    """Whether torch.func (vmap, grad, jvp...) or forward-mode AD is at work in eager mode."""
-    return not is_compiling() and transformed()
+    """Whether torch.func (vmap, grad, jvp...) or forward-mode AD is at work, in traced code too:
+    the operators have no derivative of their own, and tracing would take them for constants."""
+    return _functorch_is_active() or forward_ad._current_level >= 0
+
+
+def _functorch_is_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# Asked while tracing, where the transforms that are traced are entered; nothing to guard on.
+_functorch_is_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed() -> bool:

@@ -151,7 +151,7 @@ def check_lengths(
         )
     # The values are data: while tracing they are unknown, and kernels clamp what they read.
     # Last, the size: torch 2.6 fixes a traced one where it is asked for its truth.
-    if not is_compiling() and not checked.is_meta and size and not _capturing(checked):
+    if not (is_compiling() or checked.is_meta) and size and not _hidden(checked):
         low, high = torch.stack(checked.aminmax()).tolist()  # on a GPU one wait, not two
         if low < 1 or high > steps:
             raise ValueError(
@@ -161,8 +161,11 @@ def check_lengths(
     return checked
 
 
-def _capturing(tensor: Tensor) -> bool:
-    """Whether its values cannot be looked at, since a CUDA graph is being recorded."""
+def _hidden(tensor: Tensor) -> bool:
+    """Whether its values cannot be looked at: in a transform of torch.func, and while a CUDA graph
+    is being recorded."""
+    if torch._C._are_functorch_transforms_active():
+        return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -10,7 +10,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference
+from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, hooked, unpacked
 from fastrnn.backends import reference_bnlstm
 
 __all__ = ["BNLSTMLayer", "BNLSTMLayerBackward"]
@@ -54,9 +54,9 @@ class BNLSTMLayer(Function):
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*used)
-        ctx.save_for_backward(
-            x, h0, c0, y, cells, tape, *used, batch_sizes, lengths, reset, *weights
-        )
+        saved = (x, h0, c0, y, cells, tape, *used, batch_sizes, lengths, reset, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
         ctx.eps, ctx.options, ctx.rest = eps, options, len(tensors) - count
         return y, h_n, c_n, cells, *used
 
@@ -64,7 +64,7 @@ class BNLSTMLayer(Function):
     def backward(
         ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, *_: _Grad
     ) -> tuple[_Grad, ...]:
-        x, h0, c0, y, cells, tape, *rest = ctx.saved_tensors
+        x, h0, c0, y, cells, tape, *rest = unpacked(ctx)
         used, (batch_sizes, lengths, reset), weights = rest[:3], rest[3:6], rest[6:]
         eps, (batch_stats, sequence, batch_first, plan) = ctx.eps, ctx.options
         needs = ctx.needs_input_grad
@@ -141,16 +141,16 @@ class BNLSTMLayerBackward(Function):
             reset, eps, batch_stats, sequence, batch_first, need_dx, need_dstate, need_dw, plan,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            dy, dh_n, dc_n, dcells, x, h0, c0, *used, batch_sizes, lengths, reset, *weights
-        )
+        saved = (dy, dh_n, dc_n, dcells, x, h0, c0, *used, batch_sizes, lengths, reset, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
         ctx.eps, ctx.options = eps, options
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def backward(ctx: Any, *upstream: _Grad) -> tuple[_Grad, ...]:
         create_graph = torch.is_grad_enabled()
-        saved = ctx.saved_tensors
+        saved = unpacked(ctx)
         used, (batch_sizes, lengths, reset) = saved[7:10], saved[10:13]
         eps, (batch_stats, sequence, batch_first, _) = ctx.eps, ctx.options
         with torch.enable_grad():

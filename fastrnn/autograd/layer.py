@@ -55,15 +55,16 @@ class Layer(Function):
             seed, noise,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, seed, *weights
-        )
+        saved = (x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, seed, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
         ctx.options = (cell, batch_first, plan, noise)
         return y, h_n, c_n, cells
 
     @staticmethod
     def backward(ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad) -> tuple[_Grad, ...]:
-        x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, seed, *weights = ctx.saved_tensors
+        x, h0, c0, y, cells, gates, *rest = unpacked(ctx)
+        batch_sizes, lengths, reset, seed, *weights = rest
         cell, batch_first, plan, noise = ctx.options
         needs = ctx.needs_input_grad
         need_dx, need_dstate, need_dw = needs[0], needs[1] or needs[2], any(needs[12:])
@@ -117,13 +118,15 @@ class PreparedLayer(Function):
     ) -> tuple[Tensor, ...]:
         y, h_n, c_n, cells, gates = call.forward(x, h0, c0, weights)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, y, cells, gates, *weights)
+        saved = (x, h0, c0, y, cells, gates, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
         ctx.options = (call, cell, batch_first)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
     def backward(ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad = None) -> tuple[_Grad, ...]:
-        x, h0, c0, y, cells, gates, *weights = ctx.saved_tensors
+        x, h0, c0, y, cells, gates, *weights = unpacked(ctx)
         call, cell, batch_first = ctx.options
         needs = ctx.needs_input_grad[3:]
         need = (needs[0], needs[1] or needs[2], any(needs[3:]))
@@ -202,16 +205,16 @@ class LayerBackward(Function):
             reset, cell, batch_first, need_dx, need_dstate, need_dw, plan, seed, noise,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            dy, dh_n, dc_n, dcells, x, h0, c0, batch_sizes, lengths, reset, seed, *weights
-        )
+        saved = (dy, dh_n, dc_n, dcells, x, h0, c0, batch_sizes, lengths, reset, seed, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
         ctx.options = (cell, batch_first, noise)
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def backward(ctx: Any, *upstream: _Grad) -> tuple[_Grad, ...]:
         create_graph = torch.is_grad_enabled()
-        saved = ctx.saved_tensors
+        saved = unpacked(ctx)
         batch_sizes, lengths, reset, seed = saved[7:11]
         cell, batch_first, noise = ctx.options
         with torch.enable_grad():
@@ -227,6 +230,28 @@ class LayerBackward(Function):
             second = _gradients(first, [*grads_out, *inputs], upstream, create_graph=create_graph)
         dgrads_out, dinputs = second[:4], second[4:]
         return *dgrads_out, *dinputs[:3], *([None] * 14), *dinputs[3:]
+
+
+def hooked(saved: Sequence[_Grad]) -> list[Any] | None:
+    """Dtype, shape and device of what is saved where hooks on saved tensors may change it."""
+    if is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return None
+    return [None if t is None else (t.dtype, t.shape, t.device) for t in saved]
+
+
+def unpacked(ctx: Any) -> Any:
+    """``ctx.saved_tensors``, which must be like those that ``hooked`` saw: kernels take their
+    sizes from the call."""
+    saved = ctx.saved_tensors
+    if not is_compiling() and ctx.expected is not None:
+        for t, expected in zip(saved, ctx.expected, strict=True):
+            found = None if t is None else (t.dtype, t.shape, t.device)
+            if found != expected:
+                raise RuntimeError(
+                    f"saved-tensor hooks: unpack returned {found}, expected {expected}, the dtype, "
+                    "shape and device of the tensor that pack was given; convert it back in unpack"
+                )
+    return saved
 
 
 def batched(*gradients: _Grad) -> bool:

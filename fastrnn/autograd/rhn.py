@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference
+from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, hooked, unpacked
 from fastrnn.backends import reference
 
 __all__ = ["RhnLayer", "RhnLayerBackward"]
@@ -60,15 +60,15 @@ class RhnLayer(Function):
             plan,
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x, h0, y, gates, x_mask, s_mask, batch_sizes, lengths, reset, *weights
-        )
+        saved = (x, h0, y, gates, x_mask, s_mask, batch_sizes, lengths, reset, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
         ctx.options = (batch_first, plan)
         return y, h_n
 
     @staticmethod
     def backward(ctx: Any, dy: _Grad, dh_n: _Grad) -> tuple[_Grad, ...]:
-        x, h0, y, gates, x_mask, s_mask, batch_sizes, lengths, reset, *weights = ctx.saved_tensors
+        x, h0, y, gates, x_mask, s_mask, batch_sizes, lengths, reset, *weights = unpacked(ctx)
         batch_first, plan = ctx.options
         needs = ctx.needs_input_grad
         need_dx, need_dstate, need_dw = needs[0], needs[1], any(needs[10:])
@@ -127,16 +127,16 @@ class RhnLayerBackward(Function):
             batch_first, need_dx, need_dstate, need_dw, plan,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            dy, dh_n, x, h0, x_mask, s_mask, batch_sizes, lengths, reset, *weights
-        )
+        saved = (dy, dh_n, x, h0, x_mask, s_mask, batch_sizes, lengths, reset, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
         ctx.batch_first = batch_first
         return dx, dh0, *dweights
 
     @staticmethod
     def backward(ctx: Any, *upstream: _Grad) -> tuple[_Grad, ...]:
         create_graph = torch.is_grad_enabled()
-        dy, dh_n, x, h0, x_mask, s_mask, batch_sizes, lengths, reset, *weights = ctx.saved_tensors
+        dy, dh_n, x, h0, x_mask, s_mask, batch_sizes, lengths, reset, *weights = unpacked(ctx)
         with torch.enable_grad():
             # Aliases of the true inputs: a third derivative flows on through them.
             grads_out = [None if t is None else _alias(t, create_graph) for t in (dy, dh_n)]

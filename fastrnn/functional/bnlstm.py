@@ -13,7 +13,7 @@ from fastrnn import dispatch, ops
 from fastrnn.autograd import BNLSTMLayer, distinct
 from fastrnn.backends import reference_bnlstm
 from fastrnn.functional.checks import check_state
-from fastrnn.functional.stack import WeightCache, _pair, is_exporting
+from fastrnn.functional.stack import WeightCache, _pair, forward_only, is_exporting
 from fastrnn.sequence import Batch, describe
 
 __all__ = ["bnlstm"]
@@ -83,7 +83,7 @@ def bnlstm(
     hidden = _check(input, flat_weights, flat_statistics, bias, num_layers, directions,
                     input_stats == "sequence", autocast is not None)  # fmt: skip
     dtype = input.dtype if autocast is None else autocast
-    grad = torch.is_grad_enabled() and not is_exporting()
+    grad = torch.is_grad_enabled() and not forward_only()
     h0_c0 = () if hx is None else (h0, c0)
     records = grad and any(t.requires_grad for t in (input, *h0_c0, *flat_weights))
     # Statistics of 16-bit values need more digits than those have: all is computed in float32, but
@@ -262,11 +262,11 @@ def _update(
     given, rows_left = used[1].size(1), tracked.size(0) - first
     # torch.export cannot reason about a minimum; with steps bounded by the rows there is none.
     steps = given if is_exporting() and given <= rows_left else min(given, rows_left)
-    if steps <= 0 or (isinstance(live, int) and live < 2):
+    if steps <= 0 or (not isinstance(live, Tensor) and live < 2):
         return
     counts = tracked.narrow(0, first, steps)
     weight: Tensor | float
-    if isinstance(live, int):
+    if not isinstance(live, Tensor):
         counts.add_(1)
         weight = (1.0 / counts.double()).unsqueeze(1) if momentum is None else momentum
     else:

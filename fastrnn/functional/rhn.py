@@ -14,7 +14,7 @@ from fastrnn.autograd import distinct
 from fastrnn.autograd.rhn import RhnLayer
 from fastrnn.backends import reference
 from fastrnn.functional.checks import check_state
-from fastrnn.functional.stack import WeightCache, is_exporting
+from fastrnn.functional.stack import WeightCache, forward_only
 from fastrnn.sequence import Batch, describe, flip_layout
 
 __all__ = ["rhn"]
@@ -93,7 +93,7 @@ def rhn(
 
     leaves = (input, hx, *flat_weights)
     records = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
-    records = records and not is_exporting()
+    records = records and not forward_only()
     sizes = (hidden, 0, directions, num_layers)
     gates = 2 if couple_carry else 3
     gate_masks = training and variational_state > 0 and not tie_gate_masks

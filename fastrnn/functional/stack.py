@@ -250,6 +250,14 @@ def rnn_cell(
     return _run_cell(cell, input, hx, None, w_ih, w_hh, b_ih, b_hh, cache)[1].squeeze(0)
 
 
+def forward_only() -> bool:
+    """Whether no backward can follow, so that no tape is needed: in a program that torch.export or
+    torch.jit.trace records, and in inference mode, whatever its grad mode."""
+    if is_compiling():
+        return is_exporting()
+    return torch._C._get_tracing_state() is not None or torch.is_inference_mode_enabled()
+
+
 _Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -300,11 +308,10 @@ def _run(
         check_state("hidden[0]", h0, h_shape, input)
         check_state("hidden[1]", c0, c_shape, input)
 
-    # An exported program holds no backward of ours, so it need not write the tape of one.
     records = (
         torch.is_grad_enabled()
         and _requires_grad(input, h0, c0, flat_weights)
-        and not is_exporting()
+        and not forward_only()
     )
     sizes = (hidden, proj_size, directions, num_layers)
     active = regularisers is not NONE and regularisers.active(training)

@@ -288,6 +288,8 @@ class TrainingCall(_Call):
         """y, h_n[, c_n], or None: take the general way. h and c are None together for zeros."""
         if not self._served(x, h, c) or dispatch.settled() is None:
             return None
+        if torch.is_inference_mode_enabled():  # which saves nothing, in grad mode neither
+            return None
         if h is None:
             h, c = self._h_like, self._c_like
         dtype, records = self._dtype, x.requires_grad or h.requires_grad

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrnn.ops.layer import register
+from fastrnn.ops.layer import forward_only, register
 
 __all__ = ["BNLSTM_CPU", "bnlstm_backward", "bnlstm_forward"]
 
@@ -128,6 +128,7 @@ _CUDA = "fastrnn.backends.cuda_bnlstm"
 BNLSTM_CPU = register("CPU", "fastrnn.backends.cpu_bnlstm", _SCHEMAS, _TRITON, _CUDA)
 register("CUDA", _TRITON, _SCHEMAS, cuda=_CUDA)
 torch.library.register_fake("fastrnn::bnlstm_forward", _fake_forward)
+forward_only("bnlstm_forward")
 torch.library.register_fake("fastrnn::bnlstm_backward", _fake_backward)
 
 bnlstm_forward = torch.ops.fastrnn.bnlstm_forward.default

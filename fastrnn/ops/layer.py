@@ -11,8 +11,8 @@ fresh outputs, no input is written and no output aliases an input. Shapes, with 
     seed     (1,) int64 on the CPU: of the masks, where noise (fastrnn.noise) asks for any
 
 Sizes and dtypes are the caller's to check, as ``fastrnn.functional`` does: kernels take them at
-their word. An output that does not apply is an empty (0,) tensor. Autograd is not registered here:
-it lives in ``fastrnn.autograd``, outside the operators.
+their word. An output that does not apply is an empty (0,) tensor. Autograd lives in
+``fastrnn.autograd``, outside the operators, which have no derivatives of their own.
 """
 
 from __future__ import annotations
@@ -259,6 +259,19 @@ def register(
     return functions
 
 
+def forward_only(name: str) -> None:
+    """Give an operator a derivative that raises: exported programs hold forwards alone, and
+    without any derivative torch would leave gradients out in silence."""
+
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            f"fastrnn::{name} has no derivative: an exported or traced program is for inference; "
+            "export in evaluation mode and call under torch.no_grad(), or train the module itself"
+        )
+
+    torch.library.register_autograd(f"fastrnn::{name}", backward)
+
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
@@ -274,6 +287,7 @@ CPU |= register("CPU", _NATIVE, _FORWARD, _TRITON, _CUDA)
 CPU |= register("CPU", "fastrnn.backends.cpu_prepared", _TRAINING, _TRITON, _CUDA)
 register("CUDA", _TRITON, _FORWARD | _TRAINING, cuda=_CUDA)
 torch.library.register_fake("fastrnn::layer_forward", _fake_layer_forward)
+forward_only("layer_forward")
 torch.library.register_fake("fastrnn::layer_forward_train", _fake_layer_forward_train)
 torch.library.register_fake("fastrnn::layer_backward", _fake_layer_backward)
 torch.library.register_fake("fastrnn::pack_weights", _fake_pack_weights)

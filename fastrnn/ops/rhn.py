@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrnn.ops.layer import register, state_dtype
+from fastrnn.ops.layer import forward_only, register, state_dtype
 
 __all__ = ["RHN_CPU", "rhn_backward", "rhn_forward", "rhn_forward_train"]
 
@@ -119,6 +119,7 @@ _CUDA = "fastrnn.backends.cuda_rhn"
 RHN_CPU = register("CPU", "fastrnn.backends.cpu_rhn", _SCHEMAS, _TRITON, _CUDA)
 register("CUDA", _TRITON, _SCHEMAS, cuda=_CUDA)
 torch.library.register_fake("fastrnn::rhn_forward", _fake_rhn_forward)
+forward_only("rhn_forward")
 torch.library.register_fake("fastrnn::rhn_forward_train", _fake_rhn_forward_train)
 torch.library.register_fake("fastrnn::rhn_backward", _fake_rhn_backward)
 

@@ -1,0 +1,101 @@
+"""Calls whose tape or backward others keep: saved-tensor hooks, traces, exports, inference mode."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+
+MODULES: dict[str, Callable[[], torch.nn.Module]] = {
+    "lstm": lambda: fastrnn.LSTM(3, 5),
+    "gru": lambda: fastrnn.GRU(3, 5, 2),
+    "rnn": lambda: fastrnn.RNN(3, 5),
+    "rhn": lambda: fastrnn.RHN(3, 5, depth=2),
+    "bnlstm": lambda: fastrnn.BNLSTM(3, 5, max_length=4),
+}
+
+
+@pytest.fixture(params=list(MODULES))
+def module(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return MODULES[request.param]()
+
+
+@pytest.mark.parametrize(
+    "unpack",
+    [lambda t: t.double(), lambda t: t.half(), lambda t: t.reshape(-1)[:1], lambda t: None],
+    ids=["double", "half", "one element", "none"],
+)
+def test_unpacking_another_tensor(module: torch.nn.Module, unpack: Callable[..., Tensor]) -> None:
+    """An error in the first call of a shape and in the fourth, which is a prepared one."""
+    for call in range(1, 5):
+        x = torch.randn(4, 2, 3, requires_grad=True)
+        if call in (2, 3):
+            module(x)[0].sum().backward()
+            continue
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = module(x)[0]
+        with pytest.raises((RuntimeError, TypeError), match=r"saved-tensor hooks|unpack_hook"):
+            y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_in_grad_mode(module: torch.nn.Module) -> None:
+    """As torch.nn: it is saved and loaded, and runs for other sizes; a backward is an error."""
+    module.eval()
+    traced = torch.jit.trace(module, (torch.randn(4, 2, 3),))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for steps, size in ((4, 2), (6, 3)):
+        x = torch.randn(steps, size, 3)
+        found = loaded(x)[0]
+        torch.testing.assert_close(found, module(x)[0])
+    with pytest.raises(RuntimeError, match="for inference"):
+        found.sum().backward()
+
+
+def test_training_an_exported_program_is_an_error(module: torch.nn.Module) -> None:
+    """Gradients of layers before it do not go missing in silence."""
+    before = torch.nn.Linear(3, 3)
+    model = torch.nn.ModuleList([before, module.eval()])
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model[1](self.model[0](x))[0]
+
+    x = torch.randn(4, 2, 3)
+    program = torch.export.export(Model(), (x,)).module()
+    found = program(x)
+    torch.testing.assert_close(found, Model()(x))
+    with pytest.raises(RuntimeError, match="train the module itself"):
+        found.sum().backward()
+
+
+def test_grad_mode_inside_inference_mode(module: torch.nn.Module) -> None:
+    """Nothing is recorded, as by torch.nn."""
+    x = torch.randn(4, 2, 3)
+    for _ in range(4):
+        with torch.inference_mode(), torch.enable_grad():
+            y = module(x)[0]
+        assert not y.requires_grad
+        assert y.is_inference()
+    module(x)[0].sum().backward()
+
+
+def test_vmap_over_lengths() -> None:
+    layer = fastrnn.LSTM(3, 5).requires_grad_(False)
+    x, lengths = torch.randn(2, 4, 3, 3), torch.tensor([[4, 1, 2], [3, 3, 1]])
+    found = torch.func.vmap(lambda x, n: layer(x, lengths=n)[0])(x, lengths)
+    for i in range(2):
+        torch.testing.assert_close(found[i], layer(x[i], lengths=lengths[i])[0])
