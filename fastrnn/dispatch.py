@@ -13,7 +13,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -262,7 +262,7 @@ def choose(
         )
         and sizes[0]
         and input.size(-1)
-        and not _under_transforms()
+        and not transformed()
     ):
         backend = "cpu"
     else:
@@ -319,19 +319,13 @@ def _problem(
         reset=batch.reset is not None,
         return_cells=return_cells,
         recompute=recompute and not cell.startswith("rnn"),
-        transforms=_under_transforms(),
+        transforms=transformed(),
         depth=depth,
         gates=gates,
         regularisers=regularisers,
         gate_masks=gate_masks,
         ordinal=input.device.index,
     )
-
-
-def _under_transforms() -> bool:
-    """Whether torch.func (vmap, grad, jvp...) or forward-mode AD is at work, in traced code too:
-    the operators have no derivative of their own, and tracing would take them for constants."""
-    return _functorch_is_active() or forward_ad._current_level >= 0
 
 
 def _functorch_is_active() -> bool:
@@ -344,8 +338,8 @@ _functorch_is_active._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 def transformed() -> bool:
     """Whether tensors may carry what the native library does not see: a level of torch.func's
-    transforms, or a tangent."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transforms, or a tangent. Traced code would take the operators for constants there."""
+    return _functorch_is_active() or forward_ad._current_level >= 0
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -433,10 +427,8 @@ def _not_ours(module: Any) -> str:
     if kind.__module__.startswith("torch."):
         return f"this is torch.nn.{name}; fastrnn.replace(model) swaps it for fastrnn.{name}"
     base = next(each.__name__ for each in kind.__mro__ if each.__module__.startswith("torch."))
-    return (
-        f"{name} is a subclass of torch.nn's {base}, which fastrnn.replace leaves alone; "
-        "derive it from fastrnn's class to run on its kernels"
-    )
+    return (f"{name} is a subclass of torch.nn's {base}, which fastrnn.replace leaves alone; "
+            "derive it from fastrnn's class to run on its kernels")  # fmt: skip
 
 
 def explain(
@@ -458,10 +450,8 @@ def explain(
         RuntimeError, TypeError, ValueError: as the call itself raises.
     """
     if hasattr(module, "_explain"):
-        found: Explanation = module._explain(input, hx, lengths, reset, return_cells)
-        return found
-    recurrent = isinstance(module, (RNNBase, RNNCellBase))
-    if not recurrent:
+        return cast(Explanation, module._explain(input, hx, lengths, reset, return_cells))
+    if not isinstance(module, (RNNBase, RNNCellBase)):
         raise TypeError(
             f"module: got {type(module).__name__}, expected an LSTM, GRU, RNN or BNLSTM, or one of "
             "their cells; for a whole model explain its recurrent modules one by one"
@@ -503,6 +493,6 @@ def explain(
         input = input.to(half)
     active = getattr(module, "_active_regularisers", None)
     regularisers = "" if active is None else active()
-    highway = module._highway() if cell == "rhn" else (1, 0, False)
+    highway = cast(Any, module)._highway() if cell == "rhn" else (1, 0, False)
     options = (return_cells, recompute, regularisers, highway)
     return explain_call(cell, input, batch, sizes, records, *options)

@@ -452,6 +452,27 @@ def test_autocast() -> None:
     assert module.weight_hh_l0.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_reaches_into_no_backend(backend: str, half: torch.dtype) -> None:
+    """The reference, which statistics of a process group take, is in float32 as the kernels are."""
+    module, x, dy = make(), torch.randn(T, N, I), torch.randn(T, N, H).to(half)
+
+    def tensors_after(backend: str, dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
+        own, leaf = copy.deepcopy(module).to(dtype), x.to(dtype, copy=True).requires_grad_()
+        with fastrnn.use_backend(backend), torch.autocast("cpu", dtype=half, enabled=autocast):
+            output, _ = own(leaf)
+        output.backward(dy.to(output.dtype))
+        leaves = {"x": leaf, **dict(own.named_parameters())}
+        return {name: t.grad for name, t in leaves.items()} | dict(own.named_buffers())
+
+    got = tensors_after(backend, torch.float32, autocast=True)
+    same = tensors_after("reference", torch.float32, autocast=False)
+    for name, truth in tensors_after("reference", torch.float64, autocast=False).items():
+        if truth.is_floating_point():
+            assert_close_by_rule(name, got[name], truth, same[name])
+
+
 def test_vmap_over_stacked_modules() -> None:
     modules = [make().eval() for _ in range(3)]
     state = {k: torch.stack([m.state_dict()[k] for m in modules]) for k in modules[0].state_dict()}

@@ -89,6 +89,26 @@ def test_a_failure_in_the_second_layer_leaves_no_trace(monkeypatch: pytest.Monke
     assert_same_buffers(module, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eps", 0.0), ("eps", -1.0), ("momentum", 2.0), ("momentum", "x"), ("dropout", 3.0),
+     ("h0_noise", -1.0)],
+)  # fmt: skip
+def test_settings_changed_to_what_they_cannot_be(name: str, value: Any) -> None:
+    module = make()
+    before = buffers(module)
+    draws = torch.get_rng_state()
+
+    def change_and_call() -> None:
+        setattr(module, name, value)
+        module(X)
+
+    with pytest.raises(ValueError, match=f"{name} should be .* got"):
+        change_and_call()
+    assert_same_buffers(module, before)
+    assert torch.equal(draws, torch.get_rng_state())
+
+
 def test_bad_steps() -> None:
     x = torch.zeros(N, I)
     with pytest.raises(ValueError, match=r"BNLSTM\.step: bidirectional=True"):

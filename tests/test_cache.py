@@ -221,3 +221,30 @@ def test_whole_writes_through_data_to_a_transposed_weight_are_seen(grad: bool) -
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, expected)
     torch.testing.assert_close(stepped, expected[0])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: fastrnn.LSTM(3, 4), lambda: fastrnn.GRUCell(3, 4), lambda: fastrnn.RHN(3, 4, depth=2),
+    lambda: fastrnn.BNLSTM(3, 4, max_length=5),
+], ids=["lstm", "gru-cell", "rhn", "bnlstm"])  # fmt: skip
+def test_packed_weights_do_not_keep_torch_from_swapping(
+    make: Callable[[], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch swaps no tensor that a weak reference looks at: so the pack goes first."""
+    module = make().eval()
+    x = torch.randn(5, 2, 3) if not isinstance(module, fastrnn.GRUCell) else torch.randn(2, 3)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            for _ in range(3):
+                result = module(x.to(next(module.parameters()).dtype))
+        return result[0]
+
+    state = {name: t.clone() for name, t in make().state_dict().items()}
+    before = call()
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    module.double()
+    assert call().dtype == torch.float64
+    if not isinstance(module, nn.RNNBase):  # which itself keeps weak references
+        module.float().load_state_dict(state)
+        assert not torch.equal(call(), before)

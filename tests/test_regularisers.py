@@ -439,3 +439,10 @@ def test_a_default_device_moves_no_seed(backend: str) -> None:
             with torch.device("meta"):
                 got = module(data)[1][0]
         assert torch.equal(got, expected)
+
+
+def test_zoneout_is_set_as_it_is_constructed() -> None:
+    module = fastrnn.LSTM(2, 3, zoneout=0.1)
+    with pytest.raises(ValueError, match="zoneout: got 1 values, expected p or"):
+        module.zoneout = (0.2,)
+    assert module.zoneout == 0.1

@@ -217,7 +217,7 @@ class LayerBackward(Function):
         saved = unpacked(ctx)
         batch_sizes, lengths, reset, seed = saved[7:11]
         cell, batch_first, noise = ctx.options
-        with torch.enable_grad():
+        with torch.enable_grad(), reference.without_autocast(saved[4]):
             # Aliases of the true inputs: a third derivative flows on through them.
             aliases = [None if t is None else _alias(t, create_graph) for t in saved]
             grads_out = aliases[:4]
@@ -266,7 +266,8 @@ def by_reference(
 ) -> list[_Grad]:
     """The gradients of ``run(*inputs)`` by operations that torch can do for many at once."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    like = next(t for t in inputs if t is not None)
+    with torch.enable_grad(), reference.without_autocast(like):
         aliases = [None if t is None else _alias(t, create_graph) for t in inputs]
         return _gradients(run(*aliases), aliases, upstream, create_graph=create_graph)
 

@@ -137,7 +137,7 @@ class RhnLayerBackward(Function):
     def backward(ctx: Any, *upstream: _Grad) -> tuple[_Grad, ...]:
         create_graph = torch.is_grad_enabled()
         dy, dh_n, x, h0, x_mask, s_mask, batch_sizes, lengths, reset, *weights = unpacked(ctx)
-        with torch.enable_grad():
+        with torch.enable_grad(), reference.without_autocast(x):
             # Aliases of the true inputs: a third derivative flows on through them.
             grads_out = [None if t is None else _alias(t, create_graph) for t in (dy, dh_n)]
             inputs = [_alias(t, create_graph) for t in (x, h0, *weights)]

@@ -7,6 +7,7 @@ in every floating dtype. It also is what the fused backward is differentiated th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastrnn.noise import Noise
 from fastrnn.reference import gru_layer, lstm_layer, rhn_layer, rnn_layer
 from fastrnn.regularisers import draw_masks
 
-__all__ = ["from_layout", "layer", "rhn", "to_layout"]
+__all__ = ["from_layout", "layer", "rhn", "to_layout", "without_autocast"]
 
 
 def layer(
@@ -106,6 +107,13 @@ def rhn(
     ]
     ys, states = zip(*results, strict=True)
     return to_layout(ys, live, batch_first), torch.stack(states)
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Where a layer is computed again in the dtype that it had, autocast must not reach into it."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def from_layout(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from fastrnn.backends.reference import from_layout, to_layout
+from fastrnn.backends.reference import from_layout, to_layout, without_autocast
 from fastrnn.reference.bnlstm import Moments, batch_moments, bnlstm_layer
 
 __all__ = ["layer", "most_steps"]
@@ -46,23 +46,24 @@ def layer(
         moments = _GroupMoments(process_group)
     directions = h0.size(0)
     per, per_running = len(weights) // directions, len(running) // directions
-    results = [
-        bnlstm_layer(
-            x,
-            h0[d],
-            c0[d],
-            weights[d * per : (d + 1) * per],
-            running[d * per_running : (d + 1) * per_running],
-            batch_stats=batch_stats,
-            eps=eps,
-            sequence=sequence,
-            reverse=d == 1,
-            lengths=lengths,
-            reset=reset,
-            moments=moments,
-        )
-        for d in range(directions)
-    ]
+    with without_autocast(x):
+        results = [
+            bnlstm_layer(
+                x,
+                h0[d],
+                c0[d],
+                weights[d * per : (d + 1) * per],
+                running[d * per_running : (d + 1) * per_running],
+                batch_stats=batch_stats,
+                eps=eps,
+                sequence=sequence,
+                reverse=d == 1,
+                lengths=lengths,
+                reset=reset,
+                moments=moments,
+            )
+            for d in range(directions)
+        ]
     y, h, c, cells, *used = zip(*results)
     return (
         to_layout([part[:steps] for part in y], live, batch_first),

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from fastrnn import dispatch, ops
 from fastrnn.autograd import BNLSTMLayer, distinct
 from fastrnn.backends import reference_bnlstm
-from fastrnn.functional.checks import check_state
+from fastrnn.functional.checks import check_settings, check_state
 from fastrnn.functional.stack import WeightCache, _pair, forward_only, is_exporting
 from fastrnn.sequence import Batch, describe
 
@@ -71,6 +71,8 @@ def bnlstm(
     Returns:
         output (.., D*H), h_n, c_n[, cells]; h_n and c_n are shaped like hx.
     """
+    if not is_compiling():
+        check_settings(dropout, eps, momentum, h0_noise)
     batch_stats = training if batch_stats is None else batch_stats
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
@@ -167,7 +169,7 @@ def _problem(
         lengths=batch.lengths is not None,
         reset=batch.reset is not None,
         return_cells=return_cells,
-        transforms=dispatch._under_transforms(),
+        transforms=dispatch.transformed(),
         process_group=process_group,
         ordinal=input.device.index,
     )

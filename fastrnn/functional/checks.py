@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from fastrnn.kinds import KINDS
 
-__all__ = ["check_layer_norm", "check_state", "check_weights"]
+__all__ = ["check_layer_norm", "check_settings", "check_state", "check_weights"]
+
+
+def check_settings(dropout: object, eps: object, momentum: object, h0_noise: object) -> None:
+    """Check what a batch-normalised LSTM is set to.
+
+    Raises:
+        ValueError: one of them is not a number, or not in its range.
+    """
+    if not _in_range(dropout, 0, 1):
+        raise ValueError(
+            f"dropout should be a number in range [0, 1], the probability of an element being "
+            f"zeroed, got {dropout!r}"
+        )
+    if not _in_range(eps, 0) or eps == 0:
+        raise ValueError(f"eps should be a number above 0, got {eps!r}")
+    if momentum is not None and not _in_range(momentum, 0, 1):
+        raise ValueError(
+            f"momentum should be a number in range [0, 1], or None for the mean over all "
+            f"batches, got {momentum!r}"
+        )
+    if not _in_range(h0_noise, 0):
+        raise ValueError(f"h0_noise should be a standard deviation >= 0, got {h0_noise!r}")
+
+
+def _in_range(value: object, low: float, high: float = float("inf")) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and low <= value <= high  # type: ignore[operator]
 
 
 def check_weights(

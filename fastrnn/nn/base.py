@@ -120,6 +120,10 @@ class RecurrentBase(nn.RNNBase):
     @zoneout.setter
     def zoneout(self, value: float | tuple[float, float]) -> None:
         pair = isinstance(value, (tuple, list))
+        if pair and len(value) != 2:  # type: ignore[arg-type]
+            raise ValueError(
+                f"zoneout: got {len(value)} values, expected p or (p_h, p_c)"  # type: ignore[arg-type]
+            )
         h, c = value if pair else (value, value)  # type: ignore[misc]
         self._set_rates(1, probability("zoneout", h), probability("zoneout", c))
         self._zoneout_pair = pair

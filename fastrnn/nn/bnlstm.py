@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import dispatch, functional
 from fastrnn.backends import PLANS
 from fastrnn.functional.bnlstm import _problem
+from fastrnn.functional.checks import check_settings
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
@@ -146,26 +146,13 @@ class BNLSTM(RunningStatistics):
                 raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if not _number(dropout) or not 0 <= dropout <= 1:
-            raise ValueError(
-                f"dropout should be a number in range [0, 1], the probability of an element being "
-                f"zeroed, got {dropout!r}"
-            )
+        check_settings(dropout, eps, momentum, h0_noise)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout acts between layers, so non-zero dropout expects num_layers greater than "
                 f"1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=2,
             )
-        if not _number(eps) or not eps > 0:
-            raise ValueError(f"eps should be a number above 0, got {eps!r}")
-        if momentum is not None and (not _number(momentum) or not 0 <= momentum <= 1):
-            raise ValueError(
-                f"momentum should be a number in range [0, 1], or None for the mean over all "
-                f"batches, got {momentum!r}"
-            )
-        if not _number(h0_noise) or not h0_noise >= 0:
-            raise ValueError(f"h0_noise should be a standard deviation >= 0, got {h0_noise!r}")
         if input_stats not in ("step", "sequence"):
             raise ValueError(f"input_stats should be 'step' or 'sequence', got {input_stats!r}")
         self.input_size = input_size
@@ -224,6 +211,7 @@ class BNLSTM(RunningStatistics):
 
     @eps.setter
     def eps(self, value: float) -> None:
+        check_settings(self.dropout, value, self.momentum, self.h0_noise)
         self._eps = repr(float(value))
 
     def _layers(self) -> Iterator[tuple[str, int]]:
@@ -262,9 +250,19 @@ class BNLSTM(RunningStatistics):
         state.pop("_packed", None)
         return state
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.flatten_parameters()  # torch swaps no tensor that a weak reference looks at
+        return super()._apply(fn, recurse)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.flatten_parameters()
         super()._load_from_state_dict(*args, **kwargs)
         self.flatten_parameters()
+
+    def _replicate_for_data_parallel(self) -> BNLSTM:
+        replica = super()._replicate_for_data_parallel()
+        replica._packed = None
+        return replica
 
     def _weights(self) -> list[Any]:
         return [getattr(self, name) for name in self._weight_names]
@@ -472,7 +470,3 @@ _DEFAULTS = {
     "learn_init_state": False,
     "h0_noise": 0.0,
 }
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, numbers.Number) and not isinstance(value, bool)

@@ -131,7 +131,7 @@ class RHN(Steppable):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, 0
-        self.depth, self.couple_carry = depth, couple_carry
+        self._depth, self.couple_carry = depth, couple_carry
         self.transform_bias, self.init_range = float(transform_bias), float(init_range)
         self.variational_input = float(variational_input)
         self.variational_state = float(variational_state)
@@ -164,6 +164,11 @@ class RHN(Steppable):
             f"{name}: got {values[0]!r}, but an RHN has no {name}; its regularisers are "
             "variational_input and variational_state"
         )
+
+    @property
+    def depth(self) -> int:
+        """Micro-steps in each time step; the weights are made for as many, so it cannot be set."""
+        return self._depth
 
     @property
     def _gates(self) -> int:

@@ -150,7 +150,7 @@ def rnn_backward_kernel(
             h = cube(gates + d * R * H, row, u, H, mask)
         else:
             h = cube(y, row, u, D * H, mask)
-        dz_h = tl.where(h > 0.0, dh_new, 0.0) if RELU else dh_new * (1.0 - h * h)
+        dz_h = tl.where(h <= 0.0, 0.0, dh_new) if RELU else dh_new * (1.0 - h * h)
         save(dz, row, u, D * H, dz_h, live, unit & written)
         da = product(w_h, w_now, u, u, H, H, 1, H, dz_h, STREAM, PRECISION, WIDEN)
         if MODE == "state":
