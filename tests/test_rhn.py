@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import fastrnn
 from fastrnn import ops
 from tests.rhn_problems import (
     Case,
@@ -354,3 +355,10 @@ def test_random_case(case: Case) -> None:
     got = solve_ops(p)
     check(p, got)
     assert_equal_results(case, forward(p), {k: got[k] for k in ("y", "h_n")}, "inference")
+
+
+def test_depth_is_that_of_the_weights() -> None:
+    module = fastrnn.RHN(2, 3, depth=4)
+    with pytest.raises(AttributeError):
+        module.depth = 2
+    assert module.depth == module.weight_hh_l0.size(0) == 4

@@ -495,10 +495,3 @@ def test_export(strict: bool) -> None:
         x = torch.randn(length, 2, 4)
         with torch.no_grad():
             assert_equal_to_eager(list(program.module()(x)), list(module(x)))
-
-
-def test_depth_is_that_of_the_weights() -> None:
-    module = fastrnn.RHN(2, 3, depth=4)
-    with pytest.raises(AttributeError):
-        module.depth = 2
-    assert module.depth == module.weight_hh_l0.size(0) == 4
