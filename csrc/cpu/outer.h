@@ -146,7 +146,7 @@ static void pack_operand(const OuterOperand<E>& o, int64_t b, int64_t k0, int64_
     }
 }
 
-// f.template operator()<G>(i) for groups of G, as large as fit, over [i, end).
+// f(G, i) for groups of G, a constant and as large as fit, over [i, end).
 template <class F>
 FASTRNN_INLINE void in_groups(int64_t i, int64_t end, F&& f) {
   for (; i + 8 <= end; i += 8) f(std::integral_constant<int, 8>{}, i);
