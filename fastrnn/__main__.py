@@ -1,8 +1,8 @@
 """`python -m fastrnn`: what is installed, what runs where, and whether it computes the right thing.
 
-Exit code 0 if every cell that was compared agrees with the reference, forward and backward; 1 if one
-differs, if none was compared, as under FASTRNN_BACKEND=torch, whose kernels take no `lengths`, or if
-the native library does not load and FASTRNN_BACKEND asks for no backend.
+Exit code 0 if every cell that was compared agrees with the reference, forward and backward; 1 if
+one differs, if none was compared, as under FASTRNN_BACKEND=torch, whose kernels take no `lengths`,
+or if the native library does not load and FASTRNN_BACKEND asks for no backend.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from torch import nn
 import fastrnn
 from fastrnn import __main__ as report
 
-
 # The package as it is where the native library was not built.
 WITHOUT = (
     "import runpy, sys; sys.modules['fastrnn._cpu'] = None; sys.argv = ['fastrnn']; "
@@ -121,7 +120,11 @@ def test_the_source_tree_is_named_with_the_way_out(tmp_path: Path) -> None:
     assert report._source_tree(tmp_path) == ""
     (tmp_path / "csrc").mkdir()
     said = report._source_tree(tmp_path)
-    for part in (f"{tmp_path} is the source tree, not the installed package", "cd ..", "make build"):
+    for part in (
+        f"{tmp_path} is the source tree, not the installed package",
+        "cd ..",
+        "make build",
+    ):
         assert part in said
 
 
