@@ -7,8 +7,10 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.schema import Results, newest
+if TYPE_CHECKING:
+    from benchmarks.schema import Results
 
 
 def need(it: argparse.ArgumentParser, *modules: str) -> None:
@@ -37,6 +39,8 @@ def check_out(it: argparse.ArgumentParser, path: Path | None) -> None:
 
 def read(it: argparse.ArgumentParser, path: Path | None) -> Results:
     """The results in a file, by default the committed ones; ends the program if it has none."""
+    from benchmarks.schema import Results, newest  # which needs numpy
+
     try:
         path = path or newest()
         return Results.load(path)

@@ -166,6 +166,7 @@ def test_stages_without_a_gpu_ask_for_the_folder(
 @pytest.mark.parametrize(
     "module, name, arguments",
     [
+        (program, "numpy", []),
         (program, "tqdm", []),
         (program, "matplotlib", ["--plot"]),
         (campaign, "matplotlib", ["--plot", "--results", "nowhere"]),
