@@ -98,11 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot:
         return _plot(it, options.results)
     missing = device.no_gpu()
-    if missing and any(stage.gpu for stage in chosen):
-        print(missing, file=sys.stderr)
+    needed = any(stage.gpu for stage in chosen)
+    if missing and (needed or not options.results):
+        way = "" if needed else f"; {' and '.join(names)} need none if --results names the folder"
+        print(missing + way, file=sys.stderr)
         return 2
-    if missing and not options.results:
-        it.error(f"{missing}; {' and '.join(names)} can do without if --results names the folder")
     results = options.results or RESULTS / slug(device.name())
     if options.inside:
         return inside(options.inside, results, Stop(options.seconds), options.write)
