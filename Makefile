@@ -7,7 +7,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BUILD := build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null)
+# The interpreter at hand: .venv's where there is one, whatever PYTHON says by now.
+HERE := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+TAG = $(shell $(1) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null)
+BUILD := build/$(call TAG,$(HERE))
 NATIVE := CMakeLists.txt setup.py fastrnn/_version.py $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.cc %.h %.cu %.cuh,$(NATIVE))
 HYPOTHESIS_CASES ?= 20000
@@ -20,7 +23,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu docs lint format fuzz sanitize clean
+.PHONY: help same-python build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu docs lint format fuzz sanitize clean
 
 help:
 	@echo "make test        C++ tests, pytest, the wheel in an empty environment, with nvcc the CUDA gate"
@@ -36,7 +39,14 @@ help:
 	@echo "make build       .venv with the library installed in place"
 
 # ---- environment -------------------------------------------------------------------------------------------
-$(VENV)/.tools: constraints.txt scripts/preflight.sh
+# A .venv stays what it is: one of another version than PYTHON=... asks for is not touched.
+same-python:
+ifneq ($(origin PYTHON),file)
+	@test "$(call TAG,$(PYTHON))" = "$(notdir $(BUILD))" || { \
+	  echo "$(VENV) is of $(notdir $(BUILD)), not of PYTHON=$(PYTHON): \`make clean\` first, or leave out PYTHON" >&2; exit 1; }
+endif
+
+$(VENV)/.tools: constraints.txt scripts/preflight.sh | same-python
 	@PYTHON="$(PYTHON)" scripts/preflight.sh
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) install --quiet setuptools cmake ninja pybind11
@@ -92,7 +102,7 @@ bench-full: build
 
 # In the environment at hand, which has torch for the GPU: .venv where there is one, else $(PYTHON). No index is asked.
 gpu:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+	@$(HERE) -m benchmarks.gpu $(ARGS)
 
 # ---- documentation -----------------------------------------------------------------------------------------------
 # Warnings are errors: a dead link, a page outside the navigation, an API name that is not there.

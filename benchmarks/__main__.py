@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from tqdm import tqdm
-
+from benchmarks.arguments import check_out, need
 from benchmarks.cases import Case, select
 
 
@@ -18,6 +17,8 @@ class Progress:
     """A bar in expected seconds: the time left means something though cases differ by 1000x."""
 
     def __init__(self, cases: int, expected: float) -> None:
+        from tqdm import tqdm
+
         quiet = not sys.stderr.isatty()
         form = "{desc} |{bar:20}| {percentage:3.0f}% {elapsed}, {remaining} left"
         self._bar = tqdm(
@@ -88,6 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     threads = options.threads if options.threads is not None else len(os.sched_getaffinity(0))
     if threads < 1:
         it.error(f"--threads is {threads}; expected at least 1")
+    if options.plot and options.verify_only:
+        it.error("--plot draws times and --verify-only takes none; leave out one of them")
+    if options.plot and not any(case.group == "grid" for case in cases):
+        it.error("--plot draws cases of the grid, and --only leaves none of them")
+    need(it, "numpy", "tqdm", *(["matplotlib"] if options.plot else []))
 
     from benchmarks import driver, report
     from benchmarks.schema import RESULTS, cpu_name, slug
@@ -98,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out
     if out is None and options.only is None and not options.verify_only:
         out = RESULTS / slug(cpu_name()) / ("full.json" if options.full else "quick.json")
+    check_out(it, out)
     begin = time.perf_counter()
     with Progress(
         len(cases), sum(driver.expected_seconds(case, settings) for case in cases)

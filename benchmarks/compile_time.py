@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from typing import Any
 
 CONTESTANTS = ("fastrnn", "torch")
 RESULT = "compile time: "
+# As a traceback ends, and as dynamo cites one: a class, with or without its module.
+EXCEPTION = re.compile(r"(\w+\.)*[A-Z]\w*(: |$)")
 
 
 def measure(contestant: str, steps: int, batch: int, hidden: int, backend: str) -> dict[str, Any]:
@@ -69,9 +72,15 @@ def in_a_process(contestant: str, options: argparse.Namespace) -> dict[str, Any]
             return {"timeout": options.timeout}
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if done.returncode or not lines:
-        return {"error": (done.stderr.strip().splitlines() or ["no result"])[-1]}
+        return {"error": failure(done.stderr, done.returncode)}
     found: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT))
     return found
+
+
+def failure(stderr: str, status: int) -> str:
+    """The last exception that was reported: dynamo's hints come after it."""
+    lines = stderr.strip().splitlines() or [f"no result, exit status {status}"]
+    return next((each for each in reversed(lines) if EXCEPTION.match(each)), lines[-1])
 
 
 def line(contestant: str, found: dict[str, Any]) -> str:
@@ -98,6 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     it.add_argument("--only", choices=CONTESTANTS)
     it.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = it.parse_args(arguments)
+    for name in ("steps", "batch", "hidden"):
+        if getattr(options, name) < 1:
+            it.error(f"--{name} is {getattr(options, name)}; expected at least 1")
+    if not options.timeout > 0:
+        it.error(f"--timeout is {options.timeout}; expected a number above 0")
     if options.contestant:
         shape = (options.steps, options.batch, options.hidden)
         print(RESULT + json.dumps(measure(options.contestant, *shape, options.backend)))

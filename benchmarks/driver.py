@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import loops, memory, roofline, verify
 from benchmarks.cases import Case
-from benchmarks.peers import Contestant, Problem, build
+from benchmarks.peers import Contestant, Problem, build, onnx_missing
 from benchmarks.schema import Record, Results, environment
 from benchmarks.timing import LocalRunner, Runner, measure
 from benchmarks.worker import RemoteRunner, Worker
@@ -101,6 +101,10 @@ def run(
     """Runs every case, calling `progress(case, expected seconds)` before each; saves as it goes."""
     torch.set_num_threads(settings.threads)
     results = Results(environment(settings.threads), {**vars(settings)})
+    absent = onnx_missing()
+    if absent:
+        results.settings["left_out"] = [absent]
+        cases = [without(case, "onnx") for case in cases]
     ceiling = roofline.measure(settings.threads)
     results.roofline = ceiling.to_dict()
     timed = [case for case in cases if case.group != "memory"]
@@ -126,6 +130,10 @@ def run(
     if out is not None:
         results.save(out)
     return results
+
+
+def without(case: Case, contestant: str) -> Case:
+    return replace(case, contestants=tuple(n for n in case.contestants if n != contestant))
 
 
 def run_case(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
+from benchmarks.arguments import check_out
 from benchmarks.schema import SCHEMA, cpu_name, environment
 from benchmarks.timing import LocalRunner, Timing, measure
 
@@ -346,6 +347,11 @@ def main(arguments: list[str] | None = None) -> int:
     it.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     it.add_argument("--out", type=Path, help="a JSON file for the times")
     options = it.parse_args(arguments)
+    if options.threads < 1:
+        it.error(f"--threads is {options.threads}; expected at least 1")
+    if not options.seconds > 0:
+        it.error(f"--seconds is {options.seconds}; expected a number above 0")
+    check_out(it, options.out)
     torch.set_num_threads(options.threads)
     found: list[dict[str, Any]] = []
     print(f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}\n")
@@ -375,7 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
                 named = {name: asdict(timing) for name, timing in timings.items()}
                 found.append({"model": model.name, "mode": mode, "timings": named})
     if options.out is not None:
-        written = {"schema": SCHEMA, "environment": environment(options.threads), "models": found}
+        at = environment(options.threads)
+        written = {"schema": SCHEMA, "kind": "models", "environment": at, "models": found}
         options.out.write_text(json.dumps(written, indent=1) + "\n")
     return 0 if green and not red else 1
 

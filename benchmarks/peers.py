@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -268,6 +269,14 @@ def _onnx(problem: Problem) -> Contestant:
         }
 
     return Contestant("onnx", lambda: session.run(None, feed), outputs)
+
+
+def onnx_missing() -> str:
+    """What ONNX Runtime lacks to take part, and the way to it; empty if nothing."""
+    absent = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+    if not absent:
+        return ""
+    return f"ONNX Runtime, {' and '.join(absent)} not installed; pip install 'fastrnn[bench]'"
 
 
 def onnx_model(problem: Problem) -> bytes:

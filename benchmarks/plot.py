@@ -13,8 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
+from benchmarks.arguments import read
 from benchmarks.cases import CELLS
-from benchmarks.schema import Record, Results, newest
+from benchmarks.schema import Record, Results
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "img"
 MODES = {"forward": "forward (inference)", "training": "forward + backward"}
@@ -159,7 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=IMAGES, help="folder of the figures (default: docs/img)"
     )
     options = it.parse_args(arguments)
-    for path in draw_all(Results.load(options.json or newest()), options.out):
+    results = read(it, options.json)
+    try:
+        drawn = draw_all(results, options.out)
+    except (OSError, ValueError) as error:
+        it.error(f"{options.json or 'the committed results'} to {options.out}: {error}")
+    for path in drawn:
         print(path)
     return 0
 

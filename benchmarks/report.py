@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from benchmarks.arguments import read
 from benchmarks.cases import CELLS, MODES, Case
-from benchmarks.schema import Record, Results, newest
+from benchmarks.schema import Record, Results
 from benchmarks.targets import evaluate, geometric_mean, vs_best, vs_onnx, vs_torch
 
 LABELS = {
@@ -59,6 +60,7 @@ def header(results: Results) -> str:
         f"fastrnn {at['fastrnn']}, torch {at['torch']}, ONNX Runtime {at['onnxruntime']}, "
         f"Python {at['python']}, {at['date']}",
     ]
+    lines += [f"left out: {why}" for why in results.settings.get("left_out", ())]
     if results.roofline:
         ceiling = results.roofline
         rates = "  ".join(
@@ -205,7 +207,7 @@ def ahead(results: Results) -> str:
 
 def targets(results: Results) -> str:
     outcomes = evaluate(results)
-    if results.settings["verify_only"] or all(outcome.value is None for outcome in outcomes):
+    if results.settings.get("verify_only") or all(outcome.value is None for outcome in outcomes):
         return ""
     body = []
     for outcome in (each for each in outcomes if each.value is not None):
@@ -279,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     it.add_argument("--ahead", action="store_true", help="only the table of docs/not-faster.md")
     options = it.parse_args(arguments)
-    results = Results.load(options.json or newest())
+    results = read(it, options.json)
     print(ahead(results) if options.ahead else text(results))
     return 0
 

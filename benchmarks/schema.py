@@ -1,8 +1,10 @@
 """The one result schema: written as JSON, exported as CSV, read by the report and the plots.
 
-{"schema": 1, "environment": {...}, "settings": {...}, "roofline": {...},
+{"schema": 1, "kind": "cases", "environment": {...}, "settings": {...}, "roofline": {...},
  "records": [{"case": {...}, "checks": {contestant: {...}}, "timings": {contestant: {...}}, ...}],
  "memory":  [{"case": {...}, "bytes": {contestant: int}}]}
+
+Whole models have a file of another kind, "models": see benchmarks/models.py.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from benchmarks.cases import Case
 from benchmarks.timing import Timing
 
 SCHEMA = 1
+PLACE = (  # what a report says of the environment
+    *("cpu", "cores", "threads", "isa", "system", "fastrnn", "torch", "onnxruntime", "python"),
+    "date",
+)
 RESULTS = Path(__file__).parent / "results"
 CSV_COLUMNS = (
     "case",
@@ -139,6 +145,7 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
+            "kind": "cases",
             "environment": self.environment,
             "settings": self.settings,
             "roofline": self.roofline,
@@ -151,6 +158,12 @@ class Results:
         if data.get("schema") != SCHEMA:
             came = data.get("schema")
             raise ValueError(f"results have schema {came!r}, expected {SCHEMA}: run again")
+        kind = data.get("kind", "cases")  # which files of version 0.1 do not say
+        if kind != "cases":
+            raise ValueError(f"results are of kind {kind!r}, expected 'cases'")
+        missing = [key for key in PLACE if key not in data["environment"]]
+        if missing:
+            raise ValueError(f"the environment has no {', '.join(missing)}")
         memory = [(Case.from_dict(row["case"]), row["bytes"]) for row in data["memory"]]
         records = [Record.from_dict(row) for row in data["records"]]
         return cls(data["environment"], data["settings"], data["roofline"], records, memory)

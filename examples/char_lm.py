@@ -23,9 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import OUTPUT, add_common, check_at_least, progress, set_threads
+from _common import (
+    OUTPUT,
+    add_common,
+    check_above_zero,
+    check_at_least,
+    check_common,
+    check_writable,
+    need,
+    progress,
+    set_threads,
+)
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fastrnn
 
@@ -256,7 +265,18 @@ class Training:
 
     def load(self) -> None:
         """Goes on where the checkpoint was written."""
-        content = torch.load(self.options.checkpoint, weights_only=True)
+        try:
+            content = torch.load(self.options.checkpoint, weights_only=True)
+        except OSError:
+            raise
+        except Exception:  # torch raises a dozen kinds of them at other files
+            content = None
+        parts = {"settings", "model", "optimizer", "random", "position"}
+        if not (isinstance(content, dict) and parts <= content.keys()):
+            raise SystemExit(
+                f"{self.options.checkpoint} is no checkpoint of this script; name one that it "
+                "wrote, or leave out --resume and name a new file"
+            )
         then, now = content["settings"], self._settings()
         other = [f"{name} was {then.get(name)!r}, is {now[name]!r}"
                  for name in now if then.get(name) != now[name]]  # fmt: skip
@@ -272,7 +292,8 @@ class Training:
 
 
 def figures(nats: float) -> str:
-    return f"perplexity {math.exp(nats):6.3f}, {nats / math.log(2):.3f} BPC"
+    perplexity = math.inf if nats > 700 else math.exp(nats)  # which would overflow
+    return f"perplexity {perplexity:6.3f}, {nats / math.log(2):.3f} BPC"
 
 
 def train(training: Training, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -329,18 +350,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     file.add_argument("--output", type=Path, help="transcript; default: output/char_lm_CELL.txt")
     options = it.parse_args(arguments)
     check(it, options)
-    if options.output is None:
-        options.output = OUTPUT / f"char_lm_{options.cell}.txt"
     return options
 
 
 def check(it: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends the program with what is wrong, what was expected and the way out."""
     names = ("hidden", "embedding", "layers", "bytes", "batch", "steps", "epochs", "iterations")
-    check_at_least(it, options, 1, *names, "depth", "save_every", "threads", "sample_length")
-    for name in ("lr", "clip", "temperature"):
-        if not getattr(options, name) > 0:
-            it.error(f"--{name} is {getattr(options, name)}; expected a number above 0")
+    check_at_least(it, options, 1, *names, "depth", "save_every", "sample_length")
+    check_above_zero(it, options, "lr", "clip", "temperature")
+    check_common(it, options)
     for name in ("dropout", "recurrent_dropout", "zoneout", "weight_dropout", "variational"):
         value = getattr(options, name)
         if value is not None and not 0 <= value < 1:
@@ -368,6 +386,11 @@ def check(it: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         it.error(f"--checkpoint {path} does not exist; leave out --resume to begin it")
     if not options.resume and path is not None and path.exists():
         it.error(f"--checkpoint {path} exists; give --resume to go on, or remove it")
+    if path is not None:
+        check_writable(it, "--checkpoint", path)
+    if options.output is None:
+        options.output = OUTPUT / f"char_lm_{options.cell}.txt"
+    check_writable(it, "--output", options.output)
 
 
 def check_text(corpus: Corpus, options: argparse.Namespace) -> None:
@@ -386,13 +409,13 @@ def check_text(corpus: Corpus, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> Run:
     options = parse(arguments)
+    need("tqdm")
     set_threads(options)
     corpus = read_corpus(options.bytes)
     check_text(corpus, options)
     training, run = Training(corpus, options), Run()
     if options.resume:
         training.load()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     total, done = training.planned(), training.at.iteration
     with (
         options.output.open("a" if options.resume else "w") as transcript,
@@ -400,7 +423,7 @@ def main(arguments: list[str] | None = None) -> Run:
     ):
 
         def say(text: str) -> None:
-            tqdm.write(text)
+            bar.write(text)
             print(text, file=transcript, flush=True)
 
         rnn = training.model.rnn

@@ -29,9 +29,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from _common import OUTPUT, add_common, check_at_least, progress, set_threads
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from _common import (
+    OUTPUT,
+    add_common,
+    check_above_zero,
+    check_at_least,
+    check_common,
+    check_writable,
+    need,
+    progress,
+    set_threads,
+)
 from torch import Tensor, nn
 
 import fastrnn
@@ -89,6 +97,9 @@ class Data:
 
 def load(permuted: bool = False) -> Data:
     """The digits, a fifth of them kept for testing; their pixels row by row or shuffled."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     if permuted:
         order = torch.randperm(PIXELS, generator=torch.Generator().manual_seed(0))
@@ -187,7 +198,6 @@ def draw(runs: dict[str, Run], options: argparse.Namespace) -> Path:
     for panel in axes:
         panel.legend(frameon=False)
     figure.suptitle(f"Digits pixel by pixel: {title(options)}", fontsize=10)
-    options.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.plot, dpi=120)
     plt.close(figure)
     return options.plot
@@ -222,7 +232,7 @@ def draw_cells(runs: dict[str, Run], loss: Any, accuracy: Any) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     it = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     it.add_argument("--library", choices=("both", *LIBRARIES), help="default: all that have it")
-    it.add_argument("--cell", choices=tuple(CELLS), default="lstm")
+    it.add_argument("--cell", choices=tuple(CELLS), help="default: lstm")
     it.add_argument("--compare", choices=tuple(CELLS), nargs="+", help="cells of fastrnn")
     it.add_argument("--permuted", action="store_true", help="pixels in a fixed random order")
     it.add_argument("--hidden", type=int, default=64)
@@ -232,7 +242,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     it.add_argument("--plot", type=Path, default=FIGURE, help=f"default: {FIGURE.name} in output/")
     add_common(it)
     options = it.parse_args(arguments)
-    check_at_least(it, options, 1, "hidden", "epochs", "batch", "threads")
+    check_at_least(it, options, 1, "hidden", "epochs", "batch")
+    check_above_zero(it, options, "lr")
+    check_common(it, options)
+    if options.compare and options.cell:
+        it.error(f"--cell {options.cell} with --compare; add it to those that --compare names")
+    options.cell = options.cell or "lstm"
     if options.compare and options.library in ("both", "torch.nn"):
         it.error(f"--library {options.library} with --compare; expected fastrnn, whose cells it is")
     for cell in options.compare or ():
@@ -243,6 +258,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             f"--library {options.library} has no {CELLS[options.cell]}; "
             f"expected --library fastrnn, or --cell {', '.join(SHARED)}"
         )
+    check_writable(it, "--plot", options.plot)
+    need("tqdm", "sklearn", "matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if options.plot.suffix[1:].lower() not in kinds:
+        it.error(f"--plot is {options.plot}; expected a name that ends in one of {kinds}")
     return options
 
 

@@ -1,15 +1,19 @@
 """`python -m fastrnn`: what is installed, what runs where, and whether it computes the right thing.
 
-Exit code 0 if every cell that a backend served agrees with the reference, forward and backward; 1
-if one differs, or none was served, as under FASTRNN_BACKEND=torch, whose kernels take no `lengths`.
+Exit code 0 if every cell that was compared agrees with the reference, forward and backward; 1 if
+one differs, if none was compared, as under FASTRNN_BACKEND=torch, whose kernels take no `lengths`,
+or if the native library does not load and FASTRNN_BACKEND asks for no backend.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn.backends import cuda_missing
+from fastrnn.backends import CPU_MISSING, cuda_missing
 
 # The layers that the self-check runs: an odd size, two layers, both directions.
 _LAYERS: dict[str, nn.RNNBase | fastrnn.BNLSTM] = {
@@ -95,7 +99,19 @@ def self_check(module: nn.RNNBase | fastrnn.BNLSTM) -> str:
     return "ok"
 
 
-def main() -> int:
+def _source_tree(root: Path) -> str:
+    """What to do if the package beside `root`'s setup.py is the source, where nothing is built."""
+    if not ((root / "setup.py").is_file() and (root / "csrc").is_dir()):
+        return ""
+    return (
+        f"\n{root} is the source tree, not the installed package: after `pip install .` leave it "
+        "(`cd ..`), or run `python -I -m fastrnn`; `make build` builds the library in place"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    what = "Prints what is installed and what runs where, and checks every cell."
+    argparse.ArgumentParser("python -m fastrnn", description=what).parse_args(arguments)
     lines = [
         ("fastrnn", fastrnn.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -107,14 +123,20 @@ def main() -> int:
     for name, text in lines:
         print(f"{name:<13} {text}")
     print()
-    agreed = failed = 0
+    asked = bool(os.environ.get("FASTRNN_BACKEND"))
+    count: Counter[str] = Counter()
     for name, module in _LAYERS.items():
         # Each cell alone, so that one that cannot run does not hide the others.
         try:
             x = torch.randn(11, 3, module.input_size)
-            explanation = fastrnn.explain(module, x, lengths=_lengths(x))
+            backend = fastrnn.explain(module, x, lengths=_lengths(x)).backend
         except RuntimeError as error:  # no backend, or not the one that was asked for
             print(f"{name:<24} not run: {error}")
+            count["not run"] += 1
+            continue
+        if backend == "reference" and not asked:
+            print(f"{name:<24} {backend:<10} not compared: it is what cells are compared with")
+            count["not compared"] += 1
             continue
         try:
             with torch.random.fork_rng(devices=[]):  # the same numbers every time
@@ -123,17 +145,19 @@ def main() -> int:
                 verdict = self_check(module)
         except RuntimeError as error:
             verdict = f"FAILED: {error}"
-        print(f"{name:<24} {explanation.backend:<10} self-check {verdict}")
-        agreed += verdict == "ok"
-        failed += verdict != "ok"
-    ran = agreed + failed
-    left_out = len(_LAYERS) - ran
+        print(f"{name:<24} {backend:<10} self-check {verdict}")
+        count["ok" if verdict == "ok" else "failed"] += 1
+    ran = count["ok"] + count["failed"]
+    left_out = [f"; {count[why]} {why}" for why in ("not run", "not compared") if count[why]]
     print(
-        f"\n{'FAILED' if failed else 'ok' if ran else 'NOTHING COMPARED'}: {agreed} of {ran} cells "
-        "agree with the float64 reference, forward and backward"
-        + (f"; {left_out} not run" if left_out else "")
+        f"\n{'FAILED' if count['failed'] else 'ok' if ran else 'NOTHING COMPARED'}: {count['ok']} "
+        f"of {ran} cells agree with the float64 reference, forward and backward{''.join(left_out)}"
     )
-    return 1 if failed or not ran else 0
+    if CPU_MISSING and not asked:
+        why = f"the native library does not load: {CPU_MISSING}"
+        print(f"FAILED: {why}{_source_tree(Path(fastrnn.__file__).parents[1])}")
+        return 1
+    return 1 if count["failed"] or not ran else 0
 
 
 if __name__ == "__main__":

@@ -283,6 +283,11 @@ def test_the_corpus_is_ascii_text_split_in_order(char_lm: ModuleType) -> None:
         ("--resume", "--resume needs --checkpoint FILE"),
         ("--resume --checkpoint nowhere.pt", "nowhere.pt does not exist; leave out --resume"),
         (f"--checkpoint {Path(__file__).name}", "exists; give --resume to go on, or remove it"),
+        (f"--checkpoint {Path(__file__).name}/kept.pt", "/kept.pt cannot be written ("),
+        ("--output .", "--output . cannot be written ("),
+        ("--seed -1", "--seed is -1; expected 0 <= seed < 2**63"),
+        (f"--seed {2**63}", f"--seed is {2**63}; expected 0 <= seed < 2**63"),
+        ("--threads 0", "--threads is 0; expected at least 1"),
     ],
 )
 def test_wrong_flags_end_the_program(
@@ -312,6 +317,35 @@ def test_wrong_flags_end_the_program(
 def test_what_the_text_does_not_allow_is_said(arguments: list[str], words: str, run: Any) -> None:
     with pytest.raises(SystemExit, match=words):
         run("", *arguments)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"def f(): pass", b"PK\x03\x04 not all of it", [1, 2], {"model": {}}, {"settings": {}}],
+    ids=repr,
+)
+def test_a_file_that_is_no_checkpoint_is_refused(content: Any, run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"other\.pt is no checkpoint of this script; name one"):
+        run(f"--iterations 2 --resume --checkpoint {path}")
+    assert path.read_bytes() == before
+
+
+def test_a_model_saved_whole_is_no_checkpoint(run: Any, tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="is no checkpoint of this script"):
+        run(f"--iterations 2 --resume --checkpoint {tmp_path / 'other.pt'}")
+
+
+def test_a_run_that_diverged_has_figures(char_lm: ModuleType) -> None:
+    assert char_lm.figures(1e4) == "perplexity    inf, 14426.950 BPC"
+    assert char_lm.figures(math.log(2)) == "perplexity  2.000, 1.000 BPC"
+    assert char_lm.figures(math.nan) == "perplexity    nan, nan BPC"
 
 
 def test_the_prime_is_not_empty(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,6 +447,15 @@ def test_the_classifier_reads_the_final_state(digits: ModuleType) -> None:
         (["--compare", "lstm", "lstm"], "--compare names lstm twice"),
         (["--compare", "transformer"], "invalid choice: 'transformer'"),
         (["--epochs", "0"], "--epochs is 0; expected at least 1"),
+        (["--threads", "0"], "--threads is 0; expected at least 1"),
+        (["--lr", "0"], "--lr is 0.0; expected a number above 0"),
+        (["--lr", "nan"], "--lr is nan; expected a number above 0"),
+        (["--seed", "-1"], "--seed is -1; expected 0 <= seed < 2**63"),
+        (["--compare", "lstm", "--cell", "gru"], "--cell gru with --compare; add it to those"),
+        (["--plot", f"{__file__}/curves.png"], "/curves.png cannot be written ("),
+        (["--plot", "."], "--plot . cannot be written ("),
+        (["--plot", "curves.txt"], "curves.txt; expected a name that ends in one of ["),
+        (["--plot", "curves"], "curves; expected a name that ends in one of ["),
     ],
 )
 def test_wrong_flags_of_the_digits_end_the_program(
@@ -421,3 +464,23 @@ def test_wrong_flags_of_the_digits_end_the_program(
     with pytest.raises(SystemExit):
         digits.main(arguments)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "example, module",
+    [
+        ("char_lm", "tqdm"),
+        ("sequential_digits", "tqdm"),
+        ("sequential_digits", "sklearn"),
+        ("sequential_digits", "matplotlib"),
+    ],
+)
+def test_a_missing_package_ends_the_program_in_one_line(
+    example: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    script = _load(example, monkeypatch)
+    flag = "--output" if example == "char_lm" else "--plot"
+    with pytest.raises(SystemExit) as end:
+        script.main([flag, str(tmp_path / "file.png")])
+    assert end.value.code == f"{module} is not installed; pip install 'fastrnn[bench]'"

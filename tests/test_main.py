@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +14,16 @@ from torch import nn
 import fastrnn
 from fastrnn import __main__ as report
 
+# The package as it is where the native library was not built.
+WITHOUT = (
+    "import runpy, sys; sys.modules['fastrnn._cpu'] = None; sys.argv = ['fastrnn']; "
+    "runpy.run_module('fastrnn', run_name='__main__', alter_sys=True)"
+)
 
-def run(**environment: str) -> subprocess.CompletedProcess[str]:
-    import os
 
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fastrnn"],
+        [sys.executable, *(command or ("-m", "fastrnn"))],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -58,7 +64,7 @@ def test_a_cell_that_is_refused_leaves_the_others_to_judge(
 
     monkeypatch.setattr(fastrnn, "explain", refuse_gru)
     monkeypatch.setattr(report, "self_check", lambda module: "ok")
-    assert report.main() == 0
+    assert report.main([]) == 0
     printed = capsys.readouterr().out
     assert "not run: no GRU in this test" in printed
     assert "ok: 8 of 8 cells agree" in printed
@@ -77,7 +83,7 @@ def test_self_check_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(report, "_run", slightly_wrong)
     assert report.self_check(module).startswith("FAILED: result 0 is off by")
     monkeypatch.setattr(report, "self_check", lambda module: "FAILED: of course")
-    assert report.main() == 1
+    assert report.main([]) == 1
 
 
 def test_an_error_in_a_check_is_a_failure(
@@ -87,5 +93,43 @@ def test_an_error_in_a_check_is_a_failure(
         raise RuntimeError("broken in this test")
 
     monkeypatch.setattr(report, "self_check", fail)
-    assert report.main() == 1
+    assert report.main([]) == 1
     assert "FAILED: broken in this test" in capsys.readouterr().out
+
+
+def test_without_the_native_library_nothing_has_passed() -> None:
+    result = run("-c", WITHOUT, FASTRNN_BACKEND="")
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = result.stdout.rstrip().splitlines()
+    assert result.stdout.count("reference  not compared") == len(report._LAYERS)
+    nothing = next(line for line in lines if line.startswith("NOTHING COMPARED: 0 of 0"))
+    assert nothing.endswith(f"; {len(report._LAYERS)} not compared")
+    assert lines[lines.index(nothing) + 1].startswith("FAILED: the native library does not load: ")
+    assert "self-check" not in result.stdout
+
+
+def test_a_backend_that_was_asked_for_needs_no_native_library() -> None:
+    result = run("-c", WITHOUT, FASTRNN_BACKEND="reference")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.rstrip().splitlines()[-1].startswith("ok: ")
+
+
+def test_the_source_tree_is_named_with_the_way_out(tmp_path: Path) -> None:
+    assert report._source_tree(tmp_path) == ""
+    (tmp_path / "setup.py").touch()
+    assert report._source_tree(tmp_path) == ""
+    (tmp_path / "csrc").mkdir()
+    said = report._source_tree(tmp_path)
+    for part in (
+        f"{tmp_path} is the source tree, not the installed package",
+        "cd ..",
+        "make build",
+    ):
+        assert part in said
+
+
+def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        report.main(["--verbose"])
+    assert end.value.code == 2
+    assert "unrecognized arguments: --verbose" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import need, read
 from benchmarks.gpu import device
 from benchmarks.gpu.campaign import Campaign, ProcessRunner, Stage
 from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, RESTART, TESTS, Stop, load, save, say
@@ -92,15 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     names = [options.inside] if options.inside else options.stage or NAMES
     chosen = [stage for stage in STAGES if stage.name in names]
-    missing = "" if options.plot else device.no_gpu()
-    if missing and (not options.results or any(stage.gpu for stage in chosen)):
-        print(missing, file=sys.stderr)
-        return 2
     if options.plot and not options.results:
         it.error("--plot needs --results, the folder of a campaign's grid.json")
-    results = options.results or RESULTS / slug(device.name())
     if options.plot:
-        return _plot(results)
+        return _plot(it, options.results)
+    missing = device.no_gpu()
+    needed = any(stage.gpu for stage in chosen)
+    if missing and (needed or not options.results):
+        way = "" if needed else f"; {' and '.join(names)} need none if --results names the folder"
+        print(missing + way, file=sys.stderr)
+        return 2
+    results = options.results or RESULTS / slug(device.name())
     if options.inside:
         return inside(options.inside, results, Stop(options.seconds), options.write)
     environment = None if missing else device.describe()
@@ -273,12 +276,17 @@ def _report(results: Path) -> None:
     print(text, flush=True)
 
 
-def _plot(results: Path) -> int:
+def _plot(it: argparse.ArgumentParser, results: Path) -> int:
+    need(it, "matplotlib")
     from benchmarks.gpu import plot
     from benchmarks.plot import IMAGES
-    from benchmarks.schema import Results
 
-    drawn = plot.draw_all(Results.load(results / "grid.json"), IMAGES)
+    path = results / "grid.json"
+    found = read(it, path)
+    try:
+        drawn = plot.draw_all(found, IMAGES)
+    except ValueError as error:
+        it.error(f"{path}: {error}")
     print("drawn: " + ", ".join(str(path) for path in drawn))
     return 0
 

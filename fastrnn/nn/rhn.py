@@ -69,10 +69,11 @@ class RHN(Steppable):
             is; a PackedSequence if the input is one.
         h_n: (D * L, N, H), the states after the last step.
 
-    Raises RuntimeError where sizes, dtypes or devices do not agree, with torch.nn's messages, and
-    ValueError: depth, hidden_size or num_layers below 1, a probability outside [0, 1], a negative
-    init_range, lengths or reset given with a PackedSequence, lengths outside 1..T or not N of them,
-    reset of another shape, return_cells=True.
+    Raises RuntimeError where sizes, dtypes or devices do not agree, with torch.nn's messages.
+    TypeError: lengths that are not integers, reset that is no bool tensor. ValueError: depth,
+    hidden_size or num_layers below 1, a probability outside [0, 1], a negative init_range, lengths
+    or reset given with a PackedSequence, lengths outside 1..T or not N of them, reset of another
+    shape, return_cells=True.
 
     Parameters, layer k, with `_reverse` appended for the second direction:
         weight_ih_l{k} (G * H, I or D * H), weight_hh_l{k} (depth, G * H, H),

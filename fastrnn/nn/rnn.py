@@ -62,7 +62,7 @@ class LSTM(Steppable):
         device, dtype: of the parameters.
         recompute: keep only the states for the backward pass and compute the gates again: less
             memory, more time, the same gradients.
-        recurrent_dropout: p in [0, 1], see below.
+        recurrent_dropout: p in [0, 1], see above.
         recurrent_dropout_mode: "update", "cell" or "state".
         recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
         zoneout: p, or (p_h, p_c), in [0, 1].
@@ -85,8 +85,9 @@ class LSTM(Steppable):
         h_n, c_n: (D * L, N, P) and (D * L, N, H), the states after the last step.
         cells: (T, N, D * H), c_t of the last layer, laid out as output.
 
-    Raises what torch.nn.LSTM raises, with its messages. ValueError: lengths or reset given with a
-    PackedSequence, lengths outside 1..T or not N of them, reset of another shape.
+    Raises what torch.nn.LSTM raises, with its messages. TypeError: lengths that are not integers,
+    reset that is no bool tensor. ValueError: lengths or reset given with a PackedSequence, or on
+    another device; lengths outside 1..T or not N of them; reset of another shape.
 
     Parameters, layer k, with `_reverse` appended for the second direction:
         weight_ih_l{k} (4H, I or D * P), weight_hh_l{k} (4H, P), bias_ih_l{k} (4H), bias_hh_l{k}
@@ -224,7 +225,7 @@ class GRU(Steppable):
         reset_after: where the reset gate acts, see above.
         recompute: keep only the states for the backward pass and compute the gates again: less
             memory, more time, the same gradients.
-        recurrent_dropout: p in [0, 1], see below.
+        recurrent_dropout: p in [0, 1], see above.
         recurrent_dropout_mode: "update" or "state".
         recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
         zoneout: p in [0, 1], on h.
@@ -245,8 +246,9 @@ class GRU(Steppable):
             is; a PackedSequence if the input is one.
         h_n: (D * L, N, H), the states after the last step.
 
-    Raises what torch.nn.GRU raises, with its messages. ValueError: lengths or reset given with a
-    PackedSequence, lengths outside 1..T or not N of them, reset of another shape, return_cells.
+    Raises what torch.nn.GRU raises, with its messages. TypeError: lengths that are not integers,
+    reset that is no bool tensor. ValueError: lengths or reset given with a PackedSequence, or on
+    another device; lengths outside 1..T or not N of them; reset of another shape; return_cells.
 
     Parameters, layer k, with `_reverse` appended for the second direction:
         weight_ih_l{k} (3H, I or D * H), weight_hh_l{k} (3H, H), bias_ih_l{k} (3H), bias_hh_l{k}
@@ -367,7 +369,7 @@ class RNN(Steppable):
         bidirectional: a second set of weights reads the sequence from its end.
         device, dtype: of the parameters.
         recompute: accepted for uniformity; a layer without gates keeps nothing but its states.
-        recurrent_dropout: p in [0, 1], see below.
+        recurrent_dropout: p in [0, 1], see above.
         recurrent_dropout_mode: "state", the only one.
         recurrent_dropout_per: "step" draws masks anew at every step, "sequence" once for all steps.
         zoneout: p in [0, 1], on h.
@@ -387,8 +389,9 @@ class RNN(Steppable):
             is; a PackedSequence if the input is one.
         h_n: (D * L, N, H), the states after the last step.
 
-    Raises what torch.nn.RNN raises, with its messages. ValueError: lengths or reset given with a
-    PackedSequence, lengths outside 1..T or not N of them, reset of another shape, return_cells.
+    Raises what torch.nn.RNN raises, with its messages. TypeError: lengths that are not integers,
+    reset that is no bool tensor. ValueError: lengths or reset given with a PackedSequence, or on
+    another device; lengths outside 1..T or not N of them; reset of another shape; return_cells.
 
     Parameters, layer k, with `_reverse` appended for the second direction:
         weight_ih_l{k} (H, I or D * H), weight_hh_l{k} (H, H), bias_ih_l{k} (H), bias_hh_l{k} (H);
