@@ -35,11 +35,15 @@ class Noise(NamedTuple):
     zoneout_c: float = 0.0
 
     @property
+    def drops(self) -> bool:
+        """Whether recurrent dropout changes anything."""
+        # An inverted mask's expectation is the identity.
+        return bool(self.mode) and (self.training or self.mode != "state")
+
+    @property
     def acts(self) -> bool:
         """Whether there is anything for a kernel to do."""
-        # An inverted mask's expectation is the identity.
-        drops = bool(self.mode) and (self.training or self.mode != "state")
-        return drops or bool(self.zoneout_h or self.zoneout_c)
+        return self.drops or bool(self.zoneout_h or self.zoneout_c)
 
     @property
     def mixes(self) -> bool:
@@ -60,7 +64,7 @@ class Noise(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> Noise:
-        """``text`` read back; "" is no noise."""
+        """``text`` read back, less what has no effect; "" is no noise."""
         noise = _parsed.get(text)
         if noise is None:
             if len(_parsed) > 1000:
@@ -91,7 +95,8 @@ def _parse(text: str) -> Noise:
                 f"noise: got {word!r}, expected words of layer=, training, eval, update=, cell=, "
                 "state=, per=, zoneout_h=, zoneout_c="
             )
-    return Noise(**fields)
+    noise = Noise(**fields)
+    return noise if noise.drops else noise._replace(mode="", sequence=False, drop=0.0)
 
 
 def tape_slots(cell: str, noise: str, plan: str = "") -> int:

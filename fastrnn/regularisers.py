@@ -199,7 +199,7 @@ def draw_masks(
         return _keep(seed, stream, p, steps, rows, units, like.device).to(like.dtype)
 
     factors: dict[str, Any] = {}
-    if noise.mode:
+    if noise.drops:
         units = out if noise.mode == "state" else hidden
         mask = factor(_RECURRENT, noise.drop, units, 1 if noise.sequence else steps)
         if noise.mode == "state":

@@ -94,7 +94,9 @@ def test_reasons_of_a_machine_with_a_gpu(
     monkeypatch.setattr("fastrnn.backends.cuda_missing", lambda: "")
     monkeypatch.setattr(
         "fastrnn.backends._cuda_refusal",
-        lambda cell, dtype, size, hidden, *_: "too large in this test" if hidden > 99 else "",
+        lambda ordinal, cell, dtype, size, hidden, *_: (
+            "too large in this test" if hidden > 99 else ""
+        ),
     )
     found = SERVES["cuda"](problem(**changes))
     assert (why in found) if why else not found, found

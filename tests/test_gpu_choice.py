@@ -2,94 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
 from fastrnn import backends, dispatch
-from fastrnn.backends import Problem
-from fastrnn.backends.cuda_native import Plan
+from fastrnn.backends import Problem, cuda_native
+from fastrnn.backends.rows import Weights
 from fastrnn.gpu import choice, times, trial
+from tests import made_up_gpu
+from tests.made_up_gpu import H200, STEP, kernel, measured, problem, right, row
 
-H200 = times.Device("NVIDIA H200", 132)
-STEP = {"us": 1.0}
-
-
-def problem(**changes: object) -> Problem:
-    usual = Problem("lstm", "cuda", torch.bfloat16, False, 128, 16, 512, 512, 0, 1, 1)
-    return usual._replace(**changes)  # type: ignore[arg-type]
-
-
-def plans(p: Problem) -> list[Plan]:
-    return [Plan("", "", "sentinel", (), 8, 1, 32, 1, STEP["us"]) for _ in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A GPU on which the CUDA kernels take everything, at STEP["us"], and Triton's nothing; trials
-    have their tensors on the CPU."""
-    monkeypatch.setitem(backends.SERVES, "cuda", lambda p: "")
-    monkeypatch.setitem(backends.SERVES, "triton", lambda p: "not in this test")
-    monkeypatch.setattr(times, "cuda_plans", plans)
-    monkeypatch.setattr(trial, "cuda_plans", plans)
-    monkeypatch.setattr(times, "device", lambda ordinal: H200)
-    monkeypatch.setattr(choice, "where", lambda ordinal: torch.device("cpu"))
-    monkeypatch.setitem(STEP, "us", 1.0)
-    choice.forget()
-    yield
-    choice.forget()
-
-
-@pytest.fixture
-def shipped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A copy of the library's data that a test may change."""
-    data = copy.deepcopy(times.table().data)
-    monkeypatch.setattr(times, "_table", [times.Table(data)])
-    return data
-
-
-Kernel = Callable[["trial._Layer"], dict[str, torch.Tensor]]
-
-
-def right(layer: trial._Layer) -> dict[str, torch.Tensor]:
-    return layer.truth(layer.dtype)
-
-
-def wrong(layer: trial._Layer) -> dict[str, torch.Tensor]:
-    """One gradient of many is half too large."""
-    found = layer.truth(layer.dtype)
-    found["the gradient of weight 1"] *= 1.5
-    return found
-
-
-def raising(layer: trial._Layer) -> dict[str, torch.Tensor]:
-    raise RuntimeError("an illegal instruction")
-
-
-def kernel(monkeypatch: pytest.MonkeyPatch, run: Kernel) -> list[tuple[str, str]]:
-    """Plants what the kernels compute; returns the list of their runs."""
-    ran: list[tuple[str, str]] = []
-
-    def instead(self: trial._Layer, *named: str) -> dict[str, torch.Tensor]:
-        ran.append(named)  # type: ignore[arg-type]
-        return run(self)
-
-    monkeypatch.setattr(trial._Layer, "run", instead)
-    return ran
-
-
-# ---- times ---------------------------------------------------------------------------------------
+gpu, shipped = made_up_gpu.gpu, made_up_gpu.shipped
 
 
 @pytest.mark.parametrize(
@@ -143,7 +75,7 @@ def test_explain_says_what_torch_asks_cudnn_for() -> None:
 
 def test_triton_serves_where_the_cuda_module_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.SERVES, "cuda", lambda p: "the CUDA library is not built")
-    monkeypatch.setattr(backends, "_triton_gpu", lambda: "")
+    monkeypatch.setattr(backends, "_triton_gpu", lambda ordinal: "")
     monkeypatch.setattr(backends, "_triton_missing", lambda: "")
     monkeypatch.setitem(backends.SERVES, "triton", backends._serves_triton)
     found = dispatch.decide(problem(cell="gru", hidden_size=128, lengths=True))
@@ -179,20 +111,6 @@ def test_the_model_of_triton_grows_with_the_work(cell: str, hidden: int) -> None
         assert times._triton_us(p._replace(batch=16 * 133), H200) > one
     if cell == "rhn":
         assert times._triton_us(p._replace(depth=4), H200) == pytest.approx(4 * one)
-
-
-def row(**changes: object) -> dict[str, Any]:
-    usual = {
-        "cell": "lstm", "format": "bfloat16", "training": False, "directions": 1, "packed": False,
-        "depth": 1, "T": 1024, "N": 16, "H": 512, "us": {"cuda": 0.9, "torch": 1.2},
-        "call": {"cuda": 100.0, "torch": 50.0},
-    }  # fmt: skip
-    return usual | changes
-
-
-def measured(data: dict[str, Any], *rows: dict[str, Any], **more: Any) -> None:
-    entry = {"name": "NVIDIA H200", "sms": 132, "source": "a campaign", "verified": []}
-    data["devices"].append(entry | {"rows": list(rows)} | more)
 
 
 def test_measured_times_come_first(shipped: dict[str, Any]) -> None:
@@ -275,144 +193,9 @@ def test_the_shipped_data() -> None:
         times.Table(data | {"schema": 7})
 
 
-# ---- trials --------------------------------------------------------------------------------------
-
-FAMILIES: list[dict[str, Any]] = [
-    {},
-    {"cell": "gru_reset_before", "directions": 2},
-    {"cell": "rnn_relu", "dtype": torch.float16},
-    {"cell": "lstm_layer_norm", "dtype": torch.float32},
-    {"proj_size": 64},
-    {"regularisers": "zoneout 0.1", "dtype": torch.float32},
-    {"cell": "rhn", "gates": 3, "depth": 2},
-    {"cell": "bnlstm", "dtype": torch.float32, "given": torch.bfloat16},
-]
-
-
-@pytest.mark.parametrize("changes", FAMILIES, ids=str)
-def test_kernels_are_tried_once(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = kernel(monkeypatch, right)
-    p = problem(lengths=True, **changes)
-    assert "will be tried" in dispatch.decide(p).reason
-    assert not ran
-    torch.manual_seed(3)
-    expected = torch.get_rng_state()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert dispatch.settle(p) == "cuda"
-    assert torch.equal(torch.get_rng_state(), expected)
-    count = len(ran)
-    assert count >= 2
-    assert set(ran) == {("cuda,sentinel", "cuda,sentinel")}
-    for more in (p, p._replace(batch=3, steps=9), p._replace(hidden_size=300)):
-        assert dispatch.settle(more) == "cuda"
-    assert len(ran) == count
-    found = dispatch.decide(p)
-    assert found.backend == "cuda"
-    assert "tried" not in found.reason
-
-
-@pytest.mark.parametrize("changes", FAMILIES, ids=str)
-def test_a_wrong_kernel_is_found(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = kernel(monkeypatch, wrong)
-    p = problem(lengths=True, **changes)
-    with pytest.warns(RuntimeWarning, match=r"are not used on this GPU: .*weight 1 is off by") as w:
-        assert dispatch.settle(p) == "reference"
-    assert len(w) == 1
-    count = len(ran)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert dispatch.settle(p) == "reference"
-        found = dispatch.decide(p)
-    assert len(ran) == count
-    assert "the gradient of weight 1 is off by" in dict(found.rejected)["cuda"]
-    # Asked for, they run: use_backend is the user's word.
-    with fastrnn.use_backend("cuda"):
-        assert dispatch.settle(p) == "cuda"
-
-
-@pytest.mark.filterwarnings("ignore:fastrnn")
-def test_a_kernel_that_raises_or_differs_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel(monkeypatch, raising)
-    with pytest.warns(RuntimeWarning, match="its trial raised RuntimeError: an illegal instr"):
-        assert dispatch.settle(problem()) == "torch"
-    assert "an illegal instruction" in dict(dispatch.decide(problem()).rejected)["cuda"]
-    runs: list[int] = []
-
-    def moody(layer: trial._Layer) -> dict[str, torch.Tensor]:
-        runs.append(1)
-        found = layer.truth(layer.dtype)
-        return found | {"y": found["y"] + 1e-6 * len(runs)}
-
-    kernel(monkeypatch, moody)
-    single = problem(dtype=torch.float32, cell="gru")
-    assert dispatch.settle(single) == "torch"
-    assert dict(dispatch.decide(single).rejected)["cuda"] == "two runs differ in y"
-
-    def lost(layer: trial._Layer) -> dict[str, torch.Tensor]:
-        found = layer.truth(layer.dtype)
-        return found | {"h_n": found["h_n"] * float("nan")}
-
-    kernel(monkeypatch, lost)
-    assert dispatch.settle(problem(cell="gru")) == "torch"
-    assert "h_n is off by nan" in dict(dispatch.decide(problem(cell="gru")).rejected)["cuda"]
-
-
-def test_no_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(layer: trial._Layer) -> dict[str, torch.Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    kernel(monkeypatch, full)
-    assert dispatch.settle(problem()) == "torch"
-    kernel(monkeypatch, right)
-    assert dispatch.settle(problem()) == "cuda"
-
-
-def test_nothing_is_tried_in_a_traced_or_captured_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = kernel(monkeypatch, right)
-    with FakeTensorMode():
-        assert dispatch.settle(problem()) == "torch"
-        assert dispatch.settle(problem(lengths=True)) == "reference"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert trial.hindrance() == "a call that is being captured"
-    monkeypatch.undo()
-    assert not ran
-
-
-def test_nothing_is_tried_inside_a_backward_pass() -> None:
-    """There a trial's own backward pass, in a thread that is waited for, could never begin."""
-    found = []
-
-    class Asks(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
-            found.append(trial.hindrance())
-            return dx
-
-    Asks.apply(torch.ones(1, requires_grad=True)).backward()
-    assert found == ["a call inside a backward pass"]
-    assert trial.hindrance() == ""
-
-
-def test_every_tile_of_triton_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of more rows have a trial of their own, with a batch that brings them about."""
-    few, many = problem(hidden_size=64), problem(hidden_size=64, batch=9000)
-    keys = [trial.key_of("triton", p, 0) for p in (few, many)]
-    assert keys[0] != keys[1]
-    for key, p in zip(keys, (few, many), strict=True):
-        (size,) = trial._sizes(key, p)
-        assert trial.key_of("triton", size, 0).plans == key.plans
-        assert size.batch <= p.batch
-    assert next(iter(trial._sizes(keys[0], few))).batch < 10
-
-
 def test_a_traced_batch_normalised_layer_is_not_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     serves = backends._serves_triton
-    monkeypatch.setattr(backends, "_triton_gpu", lambda: "")
+    monkeypatch.setattr(backends, "_triton_gpu", lambda ordinal: "")
     p = problem(cell="bnlstm", hidden_size=32, batch=8)
     assert serves(p) == ""
     monkeypatch.setattr(backends, "is_compiling", lambda: True)
@@ -427,41 +210,6 @@ def test_cudnns_small_kernel_is_no_worse_than_its_standard_one() -> None:
         return found.step_us
 
     assert us(8192) <= us(16) + 100
-
-
-def test_what_was_tried_before_is_used_in_a_traced_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel(monkeypatch, right)
-    assert dispatch.settle(problem()) == "cuda"
-    with FakeTensorMode():
-        assert dispatch.settle(problem()) == "cuda"
-
-
-def test_what_the_data_verified_is_not_tried(
-    monkeypatch: pytest.MonkeyPatch, shipped: dict[str, Any]
-) -> None:
-    ran = kernel(monkeypatch, wrong)
-    measured(shipped, verified=[["cuda", "lstm", "bfloat16"]])
-    assert "tried" not in dispatch.decide(problem()).reason
-    with FakeTensorMode():
-        assert dispatch.settle(problem()) == "cuda"
-    assert not ran
-    with pytest.warns(RuntimeWarning, match="float16"):
-        assert dispatch.settle(problem(dtype=torch.float16, lengths=True)) == "reference"
-    assert ran
-
-
-def test_one_trial_for_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = kernel(monkeypatch, right)
-    found: list[str] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(dispatch.settle(problem()))) for _ in range(4)
-    ]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert found == ["cuda"] * 4
-    assert len(ran) == 2  # the second for the bits
 
 
 def test_asked_for_or_not_strict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,6 +234,98 @@ def test_a_call_seen_before_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None
     dispatch.settle(p._replace(steps=129))
     assert len(asked) == 2
     assert choice._ranking.cache_info().maxsize == 512
+
+
+class Device:
+    """Stands in for torch.cuda.device."""
+
+    current = 0
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
+
+    def __enter__(self) -> None:
+        self.before, Device.current = Device.current, self.ordinal
+
+    def __exit__(self, *_: object) -> None:
+        Device.current = self.before
+
+
+@pytest.fixture
+def unlike(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Two GPUs, the current one older than the kernels need, that the real backends are asked
+    about; returns the devices whose properties torch was asked for."""
+    asked: list[object] = []
+    capabilities = ((7, 5), (8, 0))
+
+    def properties(ordinal: int) -> SimpleNamespace:  # as torch 2.6 has them
+        asked.append(ordinal)
+        major, minor = capabilities[ordinal]
+        return SimpleNamespace(major=major, minor=minor)
+
+    def no_kernel_on_the_first(need: object, backward: bool, ordinal: int) -> object:
+        if ordinal == 0:
+            raise RuntimeError("no kernel on the first GPU")
+        return made_up_gpu.plans(problem())[0]._replace(text="that of the second GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: Device.current)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda ordinal=None: capabilities[Device.current if ordinal is None else ordinal],
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(backends, "_of_devices", {})
+    monkeypatch.setattr(backends, "_triton_missing", lambda: "")
+    monkeypatch.setattr(backends, "cuda_missing", lambda: "")
+    monkeypatch.setattr(cuda_native, "emulated", lambda: False)
+    monkeypatch.setattr(cuda_native, "choose", no_kernel_on_the_first)
+    monkeypatch.setattr(cuda_native, "candidates", lambda *_: [])
+    return asked
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_the_device_of_the_input_is_asked(
+    name: str, unlike: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the current one: unasked, asked, in ``explain`` and in a traced call."""
+    other = {"cuda": "triton", "triton": "cuda"}[name]
+    monkeypatch.setitem(backends.SERVES, name, getattr(backends, f"_serves_{name}"))
+    monkeypatch.setitem(backends.SERVES, other, lambda p: "not in this test")
+    p = problem(hidden_size=64, lengths=True)
+    first, second = p._replace(ordinal=0), p._replace(ordinal=1)
+    words = {"cuda": "that of the second GPU", "triton": "kept on chip"}[name]
+    why = {"cuda": "no kernel on the first GPU", "triton": "this GPU has 7.5"}[name]
+    for traced in (False, True):
+        monkeypatch.setattr(choice, "is_compiling", lambda traced=traced: traced)
+        monkeypatch.setattr(trial, "verdict", lambda key: "")
+        assert dispatch.decide(second).backend == name
+        for older in (first, p):
+            assert dispatch.decide(older).backend == "reference"
+        with fastrnn.use_backend(name):
+            assert dispatch.decide(second).backend == name
+            for older in (first, p):
+                with pytest.raises(RuntimeError, match=why):
+                    dispatch.decide(older)
+    assert words in dispatch._plan(name, second)
+    assert Device.current == 0
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_explain_and_launches_know_one_shared_memory(unlike: list[object]) -> None:
+    """Also where torch does not tell; a device is asked once."""
+    from fastrnn.backends.triton import layer
+
+    p = problem(hidden_size=128, input_size=3, ordinal=1)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), element_size=lambda: 2)
+    weights = Weights([torch.empty(512, 3), torch.empty(512, 128)], "lstm", 1)
+    for _ in range(2):
+        launched = layer._plan(weights, "lstm", p.batch, x)  # type: ignore[arg-type]
+        assert launched == backends.triton_numbers(p)[0]
+    assert not launched.stream  # 128 KiB of weights stay on the chip of an A100
+    assert unlike == [1]
 
 
 def test_transforms_and_other_devices_are_as_they_were() -> None:

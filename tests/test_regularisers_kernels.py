@@ -30,7 +30,7 @@ def noises(cell: str) -> dict[str, Noise]:
         name = mode + ("-sequence" if sequence else "")
         made[name] = Noise(1, True, mode, sequence, 0.4)
         made[name + "-zoneout"] = Noise(1, True, mode, sequence, 0.4, 0.2, zone_c)
-        if mode != "state" and not sequence:
+        if not sequence:
             made[name + "-eval"] = Noise(1, False, mode, sequence, 0.4)
             made[name + "-zoneout-eval"] = Noise(1, False, mode, sequence, 0.4, 0.2, zone_c)
     return made

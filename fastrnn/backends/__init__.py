@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.compiler import is_compiling
@@ -34,6 +34,7 @@ __all__ = [
     "cuda_plans",
     "triton_numbers",
     "triton_plan",
+    "triton_shared_memory",
 ]
 
 NAMES = ("cpu", "cuda", "triton", "torch", "reference")
@@ -176,26 +177,31 @@ def _triton_missing() -> str:
     return "" if find_spec("triton") else "triton is not installed: pip install triton"
 
 
-def _of_the_device(function: Callable[[], _Answer]) -> Callable[[], _Answer]:
-    """As ``_constant``, for each current device."""
-    known: dict[int, _Answer] = {}
+_of_devices: dict[tuple[object, int], Any] = {}
 
-    def ask() -> _Answer:
-        device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-        if device not in known:
-            known[device] = function()
-        return known[device]
+
+def _of_the_device(function: Callable[[int], _Answer]) -> Callable[[int | None], _Answer]:
+    """As ``_constant``, for each device; None is the current one, -1 that torch finds none."""
+
+    def ask(ordinal: int | None) -> _Answer:
+        if not torch.cuda.is_available():
+            ordinal = -1
+        elif ordinal is None:
+            ordinal = torch.cuda.current_device()
+        key = (function, ordinal)
+        if key not in _of_devices:
+            _of_devices[key] = function(ordinal)
+        return cast("_Answer", _of_devices[key])
 
     ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return ask
 
 
 @_of_the_device
-def triton_shared_memory() -> int:
-    """Shared memory of a program on the current GPU, or what stands for it where there is none."""
-    if not torch.cuda.is_available():
+def _shared_memory(ordinal: int) -> int:
+    if ordinal < 0:
         return SHARED
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(ordinal)
     found = getattr(properties, "shared_memory_per_block_optin", 0)  # not in torch 2.6
     if found or torch.version.hip is not None:
         return int(found) or LEAST_SHARED
@@ -203,12 +209,17 @@ def triton_shared_memory() -> int:
     return MOST_SHARED.get(capability, LEAST_SHARED)
 
 
+def triton_shared_memory(device: str, ordinal: int | None) -> int:
+    """Bytes that a program may have on a GPU, or what stands for it where there is none."""
+    return _shared_memory(ordinal) if device == "cuda" else SHARED
+
+
 @_of_the_device
-def _triton_gpu() -> str:
-    """Why no kernel runs on the current GPU; empty if one does."""
-    if not torch.cuda.is_available():
+def _triton_gpu(ordinal: int) -> str:
+    """Why no kernel runs on a GPU; empty if one does."""
+    if ordinal < 0:
         return "torch finds no GPU"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(ordinal)
     if torch.version.hip is None and major < 8:
         return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
     return ""
@@ -217,7 +228,8 @@ def _triton_gpu() -> str:
 def _serves_triton(p: Problem) -> str:
     if p.device not in ("cpu", "cuda"):
         return f"the input is on {p.device}"
-    why = (_triton_gpu() if p.device == "cuda" else _triton_interprets()) or _triton_missing()
+    why = _triton_gpu(p.ordinal) if p.device == "cuda" else _triton_interprets()
+    why = why or _triton_missing()
     if why:
         return why
     if p.dtype not in _GPU_DTYPES:
@@ -232,7 +244,8 @@ def _serves_triton(p: Problem) -> str:
         return "it has no kernels with layer_norm"
     if p.cell == "bnlstm" and p.device == "cuda" and is_compiling():
         return "a program has the whole batch, whose size is not known in a traced call"
-    return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch, triton_shared_memory())
+    shared = triton_shared_memory(p.device, p.ordinal)
+    return refusal(p.cell, p.hidden_size, p.dtype.itemsize, p.batch, shared)
 
 
 def triton_numbers(p: Problem) -> tuple[TritonPlan, int]:
@@ -240,7 +253,7 @@ def triton_numbers(p: Problem) -> tuple[TritonPlan, int]:
     count = GATES | {"rhn": p.gates, "bnlstm": 4}
     out = p.proj_size or p.hidden_size
     sizes = (p.hidden_size, out, p.dtype.itemsize, p.batch, p.directions)
-    plan = choose(p.cell, count[p.cell], *sizes, triton_shared_memory())
+    plan = choose(p.cell, count[p.cell], *sizes, triton_shared_memory(p.device, p.ordinal))
     return plan, count[p.cell] + (out != p.hidden_size)
 
 
@@ -277,10 +290,11 @@ def _cuda_need(p: Problem) -> tuple[Any, ...]:
     return cell, p.given or p.dtype, *sizes, _acts_in_kernel(p), p.proj_size, p.gate_masks
 
 
-def _cuda_refusal(*need: Any) -> str:
+def _cuda_refusal(ordinal: int | None, *need: Any) -> str:
     from fastrnn.backends import cuda_native, cuda_need
 
-    return cuda_native.refusal(cuda_need.need_of(*need))
+    with cuda_native.on(ordinal):
+        return cuda_native.refusal(cuda_need.need_of(*need))
 
 
 # As _constant, for each of its arguments.
@@ -302,22 +316,24 @@ def _serves_cuda(p: Problem) -> str:
     if not p.hidden_size or not p.input_size:
         return "it has no kernels for an input or hidden size of 0"
     cell, dtype, _, *sizes = _cuda_need(p)
-    return _cuda_refusal(cell, dtype, 1, *sizes)
+    return _cuda_refusal(p.ordinal, cell, dtype, 1, *sizes)
 
 
 def cuda_plan(p: Problem) -> str:
     """What the CUDA kernels will do, in words for ``explain``."""
     from fastrnn.backends import cuda_native, cuda_need
 
-    return cuda_native.describe_plans(cuda_need.need_of(*_cuda_need(p)), p.training)
+    with cuda_native.on(p.ordinal):
+        return cuda_native.describe_plans(cuda_need.need_of(*_cuda_need(p)), p.training)
 
 
 def cuda_plans(p: Problem) -> list[Any]:
     """The ``cuda_native.Plan`` of forward and backward; RuntimeError where there is none."""
     from fastrnn.backends import cuda_native, cuda_need
 
-    need, ordinal = cuda_need.need_of(*_cuda_need(p)), cuda_native.current()
-    return [cuda_native.choose(need, backward, ordinal) for backward in (False, True)]
+    with cuda_native.on(p.ordinal):
+        need, ordinal = cuda_need.need_of(*_cuda_need(p)), cuda_native.current()
+        return [cuda_native.choose(need, backward, ordinal) for backward in (False, True)]
 
 
 SERVES = {

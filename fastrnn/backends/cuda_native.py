@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -36,11 +37,13 @@ __all__ = [
     "emulated",
     "launcher_of",
     "missing",
+    "on",
     "on_its_device",
     "padded",
     "pair_line",
     "raise_if_failed",
     "refusal",
+    "refused_grids",
     "with_next_plan",
 ]
 
@@ -161,9 +164,14 @@ def pair_line(hidden: int) -> int:
 _numbers: dict[int, tuple[int, ...]] = {}
 _chosen: dict[tuple[object, ...], Plan] = {}
 _none: dict[tuple[object, ...], str] = {}  # why a layer has no kernel, by the same and the device
-# Kernels whose cooperative launch the driver refused in this process.
-_too_large: set[tuple[int, ...]] = set()
+# Devices and kernels whose cooperative launch the driver refused there in this process.
+_too_large: set[tuple[int, tuple[int, ...]]] = set()
 _REFUSED = "too many blocks in cooperative launch"  # the runtime's words for its error 720
+
+
+def refused_grids() -> int:
+    """How many a driver has refused: what was chosen before the last of them is out of date."""
+    return len(_too_large)
 
 
 def _device(ordinal: int) -> tuple[int, ...]:
@@ -204,7 +212,7 @@ def choose(need: Need, backward: bool, ordinal: int, exchange: str = "") -> Plan
     for plan in candidates(need, backward, ordinal):
         if exchange and plan.exchange != exchange:
             continue
-        if plan.kernel in _too_large:
+        if (ordinal, plan.kernel) in _too_large:
             plan = plan._replace(refused="the driver refused its grid as too large")
         # A step that is launched by itself waits for nobody.
         if not plan.refused and plan.exchange != "steps":
@@ -262,6 +270,13 @@ def current() -> int:
     return 0 if emulated() else torch.cuda.current_device()
 
 
+def on(ordinal: int | None) -> AbstractContextManager[Any]:
+    """The device is the current one, None leaves that as it is: the backends are asked about it."""
+    if ordinal is None or not torch.cuda.is_available():
+        return nullcontext()
+    return torch.cuda.device(ordinal)
+
+
 # A word for each device that a CTA sets when it waited for too long. In pinned host memory: the
 # host looks at it without asking the device, and so also where launches are being captured.
 _errors: dict[int, Tensor] = {}
@@ -270,8 +285,9 @@ _errors: dict[int, Tensor] = {}
 def _error_word(ordinal: int) -> Tensor:
     if ordinal not in _errors:
         cpu = torch.device("cpu")
-        word = torch.zeros(1, dtype=torch.int32, device=cpu)
-        _errors[ordinal] = word if emulated() else word.pin_memory()
+        with torch.inference_mode(False):  # written to in calls of every mode
+            word = torch.zeros(1, dtype=torch.int32, device=cpu)
+            _errors[ordinal] = word if emulated() else word.pin_memory()
     return _errors[ordinal]
 
 
@@ -299,9 +315,9 @@ def raise_if_failed(ordinal: int = 0) -> None:
 class GridTooLarge(RuntimeError):
     """The driver does not hold a kernel's whole grid at once; other kernels may do."""
 
-    def __init__(self, kernel: tuple[int, ...]) -> None:
+    def __init__(self, ordinal: int, kernel: tuple[int, ...]) -> None:
         super().__init__("fastrnn CUDA library: " + _REFUSED)
-        self.kernel = kernel
+        self.where = (ordinal, kernel)
 
 
 def with_next_plan(function: _Function) -> _Function:
@@ -313,9 +329,9 @@ def with_next_plan(function: _Function) -> _Function:
             try:
                 return function(*args, **kwargs)
             except GridTooLarge as error:
-                if error.kernel in _too_large:
+                if error.where in _too_large:
                     raise
-                _too_large.add(error.kernel)
+                _too_large.add(error.where)
                 _chosen.clear()
 
     return cast("_Function", call)
@@ -403,7 +419,7 @@ class Launcher:
         except RuntimeError as error:
             if _REFUSED not in str(error):
                 raise
-            raise GridTooLarge(self.plan.kernel) from error
+            raise GridTooLarge(self.where[0], self.plan.kernel) from error
 
     def steps(
         self,

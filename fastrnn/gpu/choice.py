@@ -7,14 +7,13 @@ verified: by the data, or by a trial before their first use (``fastrnn.gpu.trial
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_compiling
 
-from fastrnn.backends import SERVES, Problem
+from fastrnn.backends import SERVES, Problem, cuda_native
 from fastrnn.backends.rows import tf32_allowed
 from fastrnn.gpu import times, trial
 
@@ -36,7 +35,7 @@ class Choice(NamedTuple):
 class _Contestant(NamedTuple):
     backend: str
     reason: str
-    key: trial.Key | None = None  # of the trial that it has to pass
+    keys: tuple[trial.Key, ...] = ()  # of the trials that it has to pass
 
 
 class _Ranking(NamedTuple):
@@ -70,7 +69,8 @@ def choose(p: Problem, runs: bool) -> Choice | None:
     ordinal = _ordinal(p)
     # Times of calls that differ a little in length differ a little: they share one ranking.
     steps = 1 << max(p.steps - 1, 0).bit_length()
-    ranking = _ranking(p._replace(steps=steps, ordinal=ordinal), tf32_allowed())
+    known = (tf32_allowed(), cuda_native.refused_grids())
+    ranking = _ranking(p._replace(steps=steps, ordinal=ordinal), *known)
     return _first(ranking, p, ordinal, runs)
 
 
@@ -89,18 +89,19 @@ def _first(
 ) -> Choice | None:
     """The first contestant whose kernels are right; those before it are among the rejected."""
     rejected = ranking.rejected
-    for place, (backend, reason, key) in enumerate(ranking.contestants, 1):
-        why: str | None = "" if key is None else trial.verdict(key)
-        if why is None and key is not None:
+    for place, (backend, reason, keys) in enumerate(ranking.contestants, 1):
+        verdicts = [trial.verdict(key) for key in keys]
+        why = next(filter(None, verdicts), "")
+        if not why and None in verdicts:
             if not runs:
                 reason += "; its kernels will be tried against the reference at the first call"
-                why = ""
             elif hindrance := hindrance or trial.hindrance():
                 why = (
                     f"its kernels were not tried in this process yet, which {hindrance} cannot do: "
                     "call the layer once before"
                 )
             else:
+                (key,) = keys  # only a traced call has several
                 why = trial.attempt(key, p, where(ordinal))
         if not why:
             slower = (each for each in ranking.contestants[place:] if each.backend in _OURS)
@@ -110,25 +111,20 @@ def _first(
     return None
 
 
-def _on(ordinal: int | None) -> AbstractContextManager[Any]:
-    """The device is the current one, about which the backends are asked."""
-    return torch.cuda.device(ordinal) if torch.cuda.is_available() else nullcontext()
-
-
 def where(ordinal: int) -> torch.device:
     """Where trials have their tensors."""
     return torch.device("cuda", ordinal)
 
 
 @lru_cache(maxsize=512)
-def _ranking(p: Problem, tf32: bool) -> _Ranking:
+def _ranking(p: Problem, tf32: bool, refused_grids: int) -> _Ranking:
     """Those that can serve and are worth it, best first, torch or the loop last; ``p.ordinal`` is
-    the device, ``tf32`` the switch by which float32 gets its format."""
-    with _on(p.ordinal):
-        return _rank(p, {name: SERVES[name](p) for name in _ALL})
+    the device, ``tf32`` the switch by which float32 gets its format. Plans, and so the trials that
+    are due, change where a driver refuses a grid."""
+    return _rank(p, {name: SERVES[name](p) for name in _ALL})
 
 
-def _rank(p: Problem, refusals: dict[str, str]) -> _Ranking:
+def _rank(p: Problem, refusals: dict[str, str], any_batch: bool = False) -> _Ranking:
     assert p.ordinal is not None
     at, table = times.device(p.ordinal), times.table()
     rejected = [(name, why) for name, why in refusals.items() if why and name != "reference"]
@@ -166,8 +162,11 @@ def _rank(p: Problem, refusals: dict[str, str]) -> _Ranking:
         verified = name == "cuda" and table.verified(
             at, name, times.family(p), times.format_name(p)
         )
-        key = None if verified else trial.key_of(name, p, p.ordinal)
-        worth.append((total, _Contestant(name, reason, key)))
+        keys: tuple[trial.Key, ...] = ()
+        if not verified:
+            of_one = (trial.key_of(name, p, p.ordinal),)
+            keys = trial.keys_of_any_batch(name, p, p.ordinal) if any_batch else of_one
+        worth.append((total, _Contestant(name, reason, keys)))
     worth.sort(key=lambda each: each[0])
     first = [contestant for _, contestant in worth]
     why = "torch's own kernels serve this call" if last == "torch" else (
@@ -191,8 +190,7 @@ def _traced(served: tuple[str, ...], *fields: Any) -> str:
     )  # fmt: skip
     ordinal = _ordinal(p)
     refusals = {name: "" if name in served else "it cannot serve this call" for name in _ALL}
-    with _on(ordinal):
-        found = _rank(p._replace(ordinal=ordinal), refusals)
+    found = _rank(p._replace(ordinal=ordinal), refusals, any_batch=True)
     best = _first(found, p, ordinal, True, "a traced call")
     return best.backend if best else ""
 

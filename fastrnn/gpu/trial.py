@@ -21,12 +21,12 @@ from torch import Tensor
 
 from fastrnn import ops
 from fastrnn.backends import Problem, cuda_plans, reference, reference_bnlstm, triton_numbers
-from fastrnn.backends.triton.plan import least_rows
+from fastrnn.backends.triton.plan import BATCH_ROWS, least_rows
 from fastrnn.gpu.times import family, format_name
 from fastrnn.kinds import GATES, KINDS
 from fastrnn.noise import MODES, Noise
 
-__all__ = ["Key", "attempt", "forget", "hindrance", "key_of", "verdict"]
+__all__ = ["Key", "attempt", "forget", "hindrance", "key_of", "keys_of_any_batch", "verdict"]
 
 _SMALL, _ROWS, _STEPS, _INPUTS = 72, 5, 5, 8
 # The rule of tests/tolerances.py: error <= K * that of the reference in the dtype + FLOOR * eps *
@@ -60,6 +60,15 @@ def key_of(backend: str, p: Problem, ordinal: int) -> Key:
         tile, _ = triton_numbers(p)
         plans = (tile.units, tile.outputs, tile.rows, tile.warps, tile.stream)
     return Key(backend, family(p), format_name(p), p.directions, plans, ordinal)
+
+
+def keys_of_any_batch(backend: str, p: Problem, ordinal: int) -> tuple[Key, ...]:
+    """``key_of`` where the batch is not known: every tile of Triton's that one may bring about, of
+    the CUDA kernels the exchanges that the batch of ``p`` has."""
+    sizes = [p.batch]
+    if backend == "triton":
+        sizes = [least_rows(rows, p.directions) for rows in BATCH_ROWS]
+    return tuple(dict.fromkeys(key_of(backend, p._replace(batch=n), ordinal) for n in sizes))
 
 
 _verdicts: dict[Key, str] = {}

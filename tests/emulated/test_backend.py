@@ -109,6 +109,23 @@ def test_a_wait_given_up_is_reported_once() -> None:
         cuda_native.raise_if_failed(0)
 
 
+def test_a_wait_given_up_after_a_first_call_in_inference_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The word is no inference tensor, which other calls could not put back."""
+    monkeypatch.setattr(cuda_native, "_errors", {})
+    rnn = fastrnn.RNN(3, 5, dtype=torch.bfloat16)
+    x = torch.randn(3, 2, 3, dtype=torch.bfloat16)
+    with fastrnn.use_backend("cuda"):
+        with torch.inference_mode():
+            before = rnn(x)[0]
+            cuda_native._errors[0][0] = 1
+        with torch.no_grad(), pytest.raises(RuntimeError, match="waited more than four seconds"):
+            rnn(x)
+        with torch.no_grad():
+            assert_same_bits("the next call", rnn(x)[0], before)
+
+
 def test_a_driver_that_holds_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's count of resident CTAs stands above the plan's."""
 

@@ -76,6 +76,29 @@ def test_every_family_passes_its_trial(changes: dict[str, Any]) -> None:
     assert "tried" not in again.reason
 
 
+def test_what_replaces_a_refused_grid_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_native, "_too_large", set())
+    monkeypatch.setattr(cuda_native, "_chosen", {})
+    p = problem(cell="gru", dtype=torch.float32)
+    assert dispatch.settle(p) == "cuda"
+    before = trial.key_of("cuda", p, 0)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("fastrnn CUDA library: launching: " + cuda_native._REFUSED)
+
+    rnn, x = fastrnn.GRU(3, 20), torch.randn(5, 4, 3)
+    with monkeypatch.context() as full, fastrnn.use_backend("cuda"):
+        full.setattr(cuda_native._cuda, "forward", refuse)
+        full.setattr(cuda_native._cuda, "backward", refuse)
+        rnn(x)[0].sum().backward()
+    after = trial.key_of("cuda", p, 0)
+    assert before.plans != after.plans == ("steps", "steps")
+    assert "will be tried" in dispatch.decide(p).reason
+    assert dispatch.settle(p) == "cuda"
+    assert trial.verdict(after) == ""
+    assert "tried" not in dispatch.decide(p).reason
+
+
 def test_modules_run_on_it_unasked() -> None:
     x = torch.randn(150, 2, 3, dtype=BF16)
     rnn = fastrnn.LSTM(3, 8, dtype=BF16)

@@ -133,5 +133,9 @@ def test_a_refused_grid_gets_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> N
     p = Problem(Case("gru", T=3, N=3, H=17, plan="cuda"))
     verify(p, "bf16x3")
     assert cuda_native._too_large
+    # Another device may well hold it.
+    need = cuda_native.Need("gru", torch.float32, 3, 17, 1)
+    exchanges = [cuda_native.choose(need, False, ordinal).exchange for ordinal in (0, 1)]
+    assert exchanges == ["steps", "sentinel"]
     with pytest.raises(RuntimeError, match="the driver refused its grid as too large"):
         solve_ops(Problem(dataclasses.replace(p.case, plan="cuda,sentinel")))

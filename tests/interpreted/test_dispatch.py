@@ -16,7 +16,7 @@ from fastrnn.gpu import choice, trial
 
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("fastrnn.backends._triton_gpu", lambda: "")
+    monkeypatch.setattr("fastrnn.backends._triton_gpu", lambda ordinal: "")
     monkeypatch.setattr(choice, "where", lambda ordinal: torch.device("cpu"))
     choice.forget()
     yield

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends import triton_shared_memory
 from fastrnn.backends.rows import Rows, dense, describe
 from fastrnn.backends.triton.bnlstm_kernels import bnlstm_backward_kernel, bnlstm_forward_kernel
 from fastrnn.backends.triton.host import (
     launch,
     precision,
-    shared_memory,
     stacked,
 )
 from fastrnn.backends.triton.plan import choose
@@ -45,7 +45,7 @@ class _Layer:
         # The size that the operator's schema fixes: 4H, up to a multiple of 16, twice.
         self.width = -(-4 * self.hidden // 16) * 32
         sizes = (self.hidden, self.hidden, x.element_size(), size, directions)
-        self.plan = choose("bnlstm", 4, *sizes, shared_memory(x))
+        self.plan = choose("bnlstm", 4, *sizes, triton_shared_memory(x.device.type, x.device.index))
 
     def inputs(self) -> Tensor:
         return self.w_ih[0] if self.directions == 1 else torch.cat(self.w_ih)

@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from fastrnn.backends.rows import tf32_allowed
-from fastrnn.backends.triton.plan import LEAST_SHARED, SHARED
 from fastrnn.noise import Noise, seed_on
 from fastrnn.reference import philox
 
@@ -19,7 +18,6 @@ __all__ = [
     "launch",
     "noise_arguments",
     "precision",
-    "shared_memory",
     "stacked",
 ]
 
@@ -28,14 +26,6 @@ INTERPRETED = not isinstance(triton.language.zeros, triton.runtime.JITFunction)
 
 # One stage: the loop over time has nothing that could be loaded steps ahead into shared memory.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-
-
-def shared_memory(x: Tensor) -> int:
-    """Bytes of shared memory that a program on the device of x may have."""
-    if not x.is_cuda:
-        return SHARED
-    properties = torch.cuda.get_device_properties(x.device)
-    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED)
 
 
 def precision(dtype: torch.dtype) -> str:

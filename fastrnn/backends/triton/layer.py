@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends import triton_shared_memory
 from fastrnn.backends.rows import Rows, Weights, alone, dense, describe
 from fastrnn.backends.triton.gru import gru_backward_kernel, gru_forward_kernel
 from fastrnn.backends.triton.host import (
     launch,
     noise_arguments,
     precision,
-    shared_memory,
     stacked,
 )
 from fastrnn.backends.triton.lstm import lstm_backward_kernel, lstm_forward_kernel
@@ -42,7 +42,7 @@ def _bias(w: Weights, cell: str) -> Tensor | None:
 
 def _plan(w: Weights, cell: str, size: int, x: Tensor) -> Plan:
     sizes = (w.hidden, w.out, x.element_size(), size, w.directions)
-    return choose(cell, w.gates, *sizes, shared_memory(x))
+    return choose(cell, w.gates, *sizes, triton_shared_memory(x.device.type, x.device.index))
 
 
 def _shape_arguments(w: Weights, plan: Plan, cell: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends import triton_shared_memory
 from fastrnn.backends.rows import Rows, dense, describe
 from fastrnn.backends.triton.host import (
     launch,
     precision,
-    shared_memory,
     stacked,
 )
 from fastrnn.backends.triton.plan import Plan, choose
@@ -41,7 +41,8 @@ class _Layer:
         self.gates = width // self.hidden
         self.x_mask, self.s_mask, self.directions = x_mask, s_mask, directions
         sizes = (self.hidden, self.hidden, x.element_size(), size, directions)
-        self.plan: Plan = choose("rhn", self.gates, *sizes, shared_memory(x))
+        shared = triton_shared_memory(x.device.type, x.device.index)
+        self.plan: Plan = choose("rhn", self.gates, *sizes, shared)
         self.grid = (-(-size // self.plan.rows), directions)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
