@@ -45,6 +45,7 @@ class RhnTrial : public RhnProblem<Cell, D> {
     l.cluster = kShared ? ctas_ : 1;
     l.shared_bytes = layout.bytes;
     l.seed = o_.seed;
+    l.slow_cta = l.grid - 1, l.slow_factor = o_.slow_factor;
     const emu::Report r = emu::launch(l, kernel);
     if (!r.ok()) failure = std::string(what) + ": " + r.error;
     return r.ok();
