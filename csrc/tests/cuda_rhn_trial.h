@@ -20,7 +20,6 @@ class RhnTrial : public RhnProblem<Cell, D> {
   explicit RhnTrial(const RhnOptions& o) : Base(o) {
     hp_ = round_up(o.H, D::kVec);
     ctas_ = ceil_div(hp_, T::kUnits);
-    while (ExchangeOf<D, T, 1>::kBuffers == 2 && ctas_ & (ctas_ - 1)) ctas_++;
     emu::machine().mutation = static_cast<int>(o.mutation);
     run_forward();
     if (failure.empty()) run_backward();
