@@ -158,6 +158,8 @@ def inspect(cuobjdump: str, target: Path) -> tuple[list[str], int]:
             complaints.append(f"{name}: no 16-byte exchange load")
         if "Sentinel" in name and "MEMBAR" in part:
             complaints.append(f"{name}: a fence, which this exchange does without")
+        if "Cluster" in name and re.search(r"PHASECHK.*MEMBAR.*HMMA", part, re.DOTALL):
+            complaints.append(f"{name}: a fence in every step, between its wait and its products")
     return complaints, stubs
 
 

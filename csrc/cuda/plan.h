@@ -173,13 +173,8 @@ inline Plan plan_with(const PlanProblem& q, const Device& device, const Compiled
   };
   const int padded = round_up(q.H, vector_elements(q.format));
   const int most = p.tile.warps * p.tile.chunks * chunk_elements(q.format);
+  // Never more: in a cluster a CTA without units would publish nothing, so its peers would not wait for it.
   p.ctas = ceil_div(padded, p.tile.units);
-  // Cluster sizes that are powers of two are the ones in common use; a CTA may have no unit at all.
-  if (p.exchange == ExchangeKind::cluster) {
-    int size = 1;
-    while (size < p.ctas) size *= 2;
-    p.ctas = size;
-  }
   const bool whole_batch = q.cell == CellKind::bnlstm;
   p.rows = whole_batch ? q.N : p.tile.rows();
   p.shared_bytes =

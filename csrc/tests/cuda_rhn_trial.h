@@ -20,7 +20,6 @@ class RhnTrial : public RhnProblem<Cell, D> {
   explicit RhnTrial(const RhnOptions& o) : Base(o) {
     hp_ = round_up(o.H, D::kVec);
     ctas_ = ceil_div(hp_, T::kUnits);
-    while (ExchangeOf<D, T, 1>::kBuffers == 2 && ctas_ & (ctas_ - 1)) ctas_++;
     emu::machine().mutation = static_cast<int>(o.mutation);
     run_forward();
     if (failure.empty()) run_backward();
@@ -45,6 +44,7 @@ class RhnTrial : public RhnProblem<Cell, D> {
     l.cluster = kShared ? ctas_ : 1;
     l.shared_bytes = layout.bytes;
     l.seed = o_.seed;
+    l.slow_cta = l.grid - 1, l.slow_factor = o_.slow_factor;
     const emu::Report r = emu::launch(l, kernel);
     if (!r.ok()) failure = std::string(what) + ": " + r.error;
     return r.ok();

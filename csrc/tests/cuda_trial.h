@@ -24,16 +24,18 @@ struct Options {
   bool linear = false;
   uint64_t seed = 1;
   int dropped_ctas = 0;
+  int unitless_ctas = 0;  // that a group has beyond those with units
+  int slow_factor = 1;    // the last CTA runs in one round of so many
   bool gives_up = false;  // with an error word, and the patience to see it set
   Mutation mutation = Mutation::none;
   fastrnn::Noise noise;  // its seed is the trial's
   std::string text() const {
     char s[240];
     std::snprintf(s, sizeof s,
-                  "T=%d N=%d H=%d D=%d groups=%d reverse=%d lengths=%d reset=%d initial=%d seed=%d "
+                  "T=%d N=%d H=%d D=%d groups=%d reverse=%d lengths=%d reset=%d initial=%d seed=%d slow=%d "
                   "drop=%d %g per_sequence=%d zoneout=%g,%g training=%d",
                   T, N, H, directions, groups, reverse, lengths, reset, initial, static_cast<int>(seed),
-                  static_cast<int>(noise.mode), noise.drop, noise.per_sequence, noise.zoneout_h,
+                  slow_factor, static_cast<int>(noise.mode), noise.drop, noise.per_sequence, noise.zoneout_h,
                   noise.zoneout_c, noise.training);
     return s;
   }
@@ -124,9 +126,7 @@ class Trial {
   explicit Trial(const Options& o) : o_(o), random_(o.N * 1000 + o.H) {
     o_.noise.seed = &kNoiseSeed;
     hp_ = round_up(o.H, D::kVec);
-    ctas_ = ceil_div(hp_, T::kUnits);
-    // As plan.h: a cluster's size is a power of two, and some CTAs may have padding only.
-    while (ExchangeOf<D, T, 1>::kBuffers == 2 && ctas_ & (ctas_ - 1)) ctas_++;
+    ctas_ = ceil_div(hp_, T::kUnits) + o.unitless_ctas;
     do make_problem();
     while (near_a_kink());
     emu::machine().mutation = static_cast<int>(o.mutation);
@@ -232,6 +232,7 @@ class Trial {
     l.cluster = kShared ? ctas_ : 1;
     l.shared_bytes = shared_bytes;
     l.seed = o_.seed;
+    l.slow_cta = l.grid - 1, l.slow_factor = o_.slow_factor;
     if (o_.gives_up) l.patience = 1000;
     const emu::Report r = emu::launch(l, kernel);
     if (!r.ok()) failure = std::string(what) + ": " + r.error;

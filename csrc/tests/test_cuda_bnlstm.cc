@@ -27,7 +27,7 @@ class Persistent {
   template <class P, class Kernel>
   std::string launch(const BnOptions& o, P& p, const std::vector<const void*>& weights, const Geometry& g,
                      Kernel kernel) {
-    p.H_padded = round_up(o.H, D::kVec), p.ctas = ctas(p.H_padded, g.tile);
+    p.H_padded = round_up(o.H, D::kVec), p.ctas = ceil_div(p.H_padded, g.tile.units);
     std::vector<uint32_t> flags(size_t(o.directions) * p.ctas * kFlagStride, 0);
     p.flags = flags.data();
     std::vector<std::vector<Vec4>> packed;
@@ -52,12 +52,6 @@ class Persistent {
     l.shared_bytes = batch_layout(g, D::kFormat, kBuffers, o.N).bytes;
     l.seed = o.seed;
     return emu::launch(l, kernel).error;
-  }
-  // As plan.h: a cluster's size is a power of two.
-  static int ctas(int padded, const TileShape& t) {
-    int n = ceil_div(padded, t.units);
-    while (kBuffers == 2 && n & (n - 1)) n++;
-    return n;
   }
 };
 

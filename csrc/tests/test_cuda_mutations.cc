@@ -44,6 +44,15 @@ TEST(synchronisation_mutations_are_caught) {
   CHECK(caught_by<Cluster>(Mutation::single_expectation));
 }
 
+// What plan.h rules out: nobody waits for a CTA that publishes nothing.
+TEST(a_cluster_cta_without_units_falls_behind_its_peers) {
+  Options o = problem();
+  o.T = 8, o.slow_factor = 4;
+  CHECK(!caught_by<Cluster>(Mutation::none, o));
+  o.unitless_ctas = 1;
+  CHECK(caught_by<Cluster>(Mutation::none, o));
+}
+
 TEST(indexing_mutations_are_caught) {
   CHECK(caught_by<Sentinel>(Mutation::unit_tail));
   CHECK(caught_by<Sentinel>(Mutation::reduction_tail));
@@ -63,9 +72,12 @@ TEST(mask_mutations_are_caught) {
 TEST(a_dropped_cta_is_reported_as_a_deadlock) {
   Options o = problem();
   o.dropped_ctas = 1;
-  const Trial<Lstm, Bf16, SmallTile<Bf16>, Sentinel> trial(o);
-  CHECK(trial.failure.find("deadlock") != std::string::npos);
-  CHECK(trial.failure.find("threads at mail") != std::string::npos);
+  for (const int slow : {1, 4}) {
+    o.slow_factor = slow;
+    const Trial<Lstm, Bf16, SmallTile<Bf16>, Sentinel> trial(o);
+    CHECK(trial.failure.find("deadlock") != std::string::npos);
+    CHECK(trial.failure.find("threads at mail") != std::string::npos);
+  }
 }
 
 template <template <class, class, int> class ExchangeOf>

@@ -66,10 +66,8 @@ TEST(plans_fit_the_device_and_the_problem) {
         CHECK(q.directions * p.groups * p.ctas <= device.sms);
         CHECK(p.groups >= 1 && p.launches * p.groups * p.rows >= q.N);
         CHECK((p.launches * p.groups - p.launches) * p.rows < q.N);  // no launch more than needed
-        const bool rounded = p.exchange == ExchangeKind::cluster;
-        if (rounded) CHECK_EQ(p.ctas & (p.ctas - 1), 0);
         CHECK(p.ctas * p.tile.units >= q.H);
-        CHECK(rounded || (p.ctas - 1) * p.tile.units < round_up(q.H, vector_elements(q.format)));
+        CHECK((p.ctas - 1) * p.tile.units < round_up(q.H, vector_elements(q.format)));
         CHECK(p.tile.warps * p.tile.chunks * chunk_elements(q.format) >= q.H);
         if (p.exchange == ExchangeKind::cluster) CHECK(p.ctas <= 8 && device.compute_capability >= 90);
         if (p.exchange == ExchangeKind::local) CHECK_EQ(p.ctas, 1);

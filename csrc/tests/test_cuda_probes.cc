@@ -58,7 +58,7 @@ TEST(every_hop_brings_every_word) {
     hops_arrive<SentinelHop>(ctas, 1);
     hops_arrive<FlagHop>(ctas, 1);
   }
-  for (int ctas : {2, 4, 8}) hops_arrive<ClusterHop>(ctas, ctas);
+  for (int ctas : {2, 3, 4, 8}) hops_arrive<ClusterHop>(ctas, ctas);
 }
 
 int main(int argc, char** argv) { return check::run(argc, argv); }

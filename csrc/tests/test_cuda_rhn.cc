@@ -1,5 +1,6 @@
 // Recurrent Highway kernels on the emulator: micro-steps, masks, both carries.
 #include "cuda_rhn_trial.h"
+#include "cuda_trial_base.h"
 
 namespace trial {
 
@@ -10,10 +11,11 @@ using SlabTile = Tile<Units, RowTiles, 128 / (2 * D::kChunk), 0, 2>;
 inline std::vector<RhnOptions> rhn_problems(int most_units) {
   std::vector<RhnOptions> all(6);
   all[0].T = 3, all[0].N = 3, all[0].H = std::min(most_units, 72);
-  all[1].T = 4, all[1].N = 11, all[1].H = 37, all[1].groups = 2, all[1].depth = 2;
+  all[1].T = 8, all[1].N = 11, all[1].H = 37, all[1].groups = 2, all[1].depth = 2;
   all[1].lengths = all[1].reset = true, all[1].wx_is_float = false;
   all[2] = all[1];
-  all[2].H = std::min(most_units, 48), all[2].reverse = true, all[2].groups = 3, all[2].masked = false;
+  all[2].T = 4, all[2].H = std::min(most_units, 48), all[2].reverse = true, all[2].groups = 3,
+  all[2].masked = false;
   all[3].directions = 2, all[3].H = 40, all[3].lengths = all[3].separate_mail = true, all[3].bias = false;
   all[4].directions = 2, all[4].H = 33, all[4].reset = true, all[4].initial = false, all[4].depth = 1;
   all[5].T = all[5].N = all[5].H = 1, all[5].depth = 5;
@@ -22,33 +24,14 @@ inline std::vector<RhnOptions> rhn_problems(int most_units) {
 
 template <class Cell, class D, class T, template <class, class, int> class ExchangeOf>
 void rhn(int most_units) {
-  double worst = 0;
-  for (RhnOptions o : rhn_problems(most_units)) {
-    std::vector<Tensor<D>> first;
-    o.groups = std::max(o.groups, ceil_div(o.N, T::kRows));
-    for (o.seed = 1; o.seed <= 3; o.seed++) {
-      const RhnTrial<Cell, D, T, ExchangeOf> trial(o);
-      report(__FILE__, __LINE__, o, trial.failure);
-      worst = std::max(worst, trial.worst);
-      if (o.seed == 1) first = trial.results;
-      // Whatever the schedule, the same bits.
-      if (trial.failure.empty()) CHECK(first == trial.results);
-    }
-  }
-  std::printf("  worst error: %.2f of what is allowed\n", worst);
+  run_problems<RhnTrial<Cell, D, T, ExchangeOf>, T>(rhn_problems(most_units));
 }
 
 // Planted errors that a micro-step could hide.
 inline bool caught(Mutation m) {
   RhnOptions o;
-  o.N = 11, o.groups = 2, o.H = 37, o.reset = true, o.mutation = m;
-  for (o.seed = 1; o.seed <= 3; o.seed++) {
-    const RhnTrial<Rhn<true>, Bf16, SlabTile<Bf16>, Sentinel> trial(o);
-    if (trial.failure.empty()) continue;
-    std::printf("  mutation %d: %s\n", static_cast<int>(m), trial.failure.c_str());
-    return true;
-  }
-  return false;
+  o.N = 11, o.groups = 2, o.H = 37, o.reset = true;
+  return caught<RhnTrial<Rhn<true>, Bf16, SlabTile<Bf16>, Sentinel>>(o, m);
 }
 
 }  // namespace trial

@@ -84,8 +84,8 @@ def describe(
         return Rows(batch_sizes.size(0), size, x.size(0), 0, 1, ends, None, starts)
     steps = x.size(1 if batch_first else 0)
     stride_t, stride_n = (1, steps) if batch_first else (size, 1)
-    if lengths is not None:  # a traced call has not looked at the values
-        lengths = lengths.to(x.device).clamp(0, steps).contiguous()
+    if lengths is not None:  # a traced call has not looked at the values; every row has a last step
+        lengths = lengths.to(x.device).clamp(1, steps).contiguous()
     # Rows of reset are the rows of x.
     clear = None if reset is None else reset.to(x.device).contiguous().view(torch.uint8)
     return Rows(steps, size, steps * size, stride_t, stride_n, lengths, clear, None)

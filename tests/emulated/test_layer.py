@@ -127,6 +127,22 @@ def test_same_bits_whatever_the_schedule(cell: str) -> None:
         assert_same_bits(name, value, expected[name])
 
 
+@pytest.mark.parametrize("cell", PLAIN)
+def test_a_length_of_zero_reads_nothing_outside(cell: str) -> None:
+    """The operators do not look at lengths: a row of none has one step, in both directions."""
+    p = Problem(
+        Case(cell, T=3, N=2, H=5, directions=2, lengths=True, reset=True, plan="cuda,steps")
+    )
+    assert p.lengths is not None
+    p.lengths[:] = torch.tensor([1, 3])
+    p.x = p.x.nan_to_num()
+    expected = solve(p)
+    p.lengths[0] = 0
+    for name, value in solve(p).items():
+        assert value.isfinite().all(), name
+        assert_same_bits(name, value, expected[name])
+
+
 @pytest.mark.parametrize("upstream", ["y", "h_n", "c_n", "cells"])
 def test_gradients_of_one_output(upstream: str) -> None:
     case = Case("lstm", torch.float16, H=8, directions=2, upstream=(upstream,), plan="cuda")

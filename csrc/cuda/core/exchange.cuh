@@ -14,13 +14,14 @@ namespace fastrnn::cuda {
 
 // A wait that is too long sets the error word, and every CTA that sees it stops waiting: wrong results and an error for the
 // host instead of a hang.
+template <uint32_t PollsBetweenLooks = prim::kPollsBetweenLooks>
 class Guard {
  public:
   FASTRNN_DEVICE explicit Guard(uint32_t* error) : error_(error) {}
   // False: give up.
   FASTRNN_DEVICE bool again(const char* site) {
     prim::poll_failed(site);
-    if (++polls_ % prim::kPollsBetweenLooks) return !gone_;
+    if (++polls_ % PollsBetweenLooks) return !gone_;
     if (!error_ || gone_) return !gone_;
     const uint64_t now = prim::nanoseconds();
     if (!since_) since_ = now;
@@ -80,7 +81,7 @@ class Sentinel : public ThroughGlobal<D> {
   FASTRNN_DEVICE static bool missing(const Vec4& v) {
     return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u;
   }
-  Guard guard_;
+  Guard<> guard_;
 };
 
 // A flag for each CTA. The CTA's stores happen before its barrier, the barrier before the release, the release is seen by
@@ -116,7 +117,7 @@ class Flags : public ThroughGlobal<D> {
   FASTRNN_DEVICE static uint32_t read_flag(const uint32_t* flag) {
     return mutated(Mutation::missing_acquire) ? prim::load_relaxed(flag) : prim::load_acquire(flag);
   }
-  Guard guard_;
+  Guard<> guard_;
   const uint32_t* group_;
   uint32_t* mine_;
   int ctas_;
@@ -204,7 +205,7 @@ class Cluster : public InShared<D, T, Values, 2> {
   FASTRNN_DEVICE uint32_t bytes(int e) const { return e & 1 ? odd_bytes_ : even_bytes_; }
 
   prim::MBarriers barriers_;
-  Guard guard_;
+  Guard<16> guard_;  // a poll of an mbarrier sleeps, for a time that the system chooses
   uint32_t even_bytes_, odd_bytes_;
   int ctas_;
 };

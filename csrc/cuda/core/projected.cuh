@@ -43,8 +43,8 @@ class ProjectedBase : public LayerBase<GeometryOf<ProjectedLstm, T, IsBackward>,
     return x;
   }
   FASTRNN_DEVICE bool idle() const { return place_.cta * T::kUnits >= p_.P; }
-  // Rows of h as the mail has them. In a cluster every CTA publishes its part of every exchange, zeros if nothing else: that
-  // a peer has published tells that it has read.
+  // Rows of h as the mail has them. In a cluster every CTA (all have units, plan.h) publishes its part of every exchange, zeros
+  // if nothing else: that a peer has published tells that it has read.
   FASTRNN_DEVICE int published_width() const { return Exchange::kInShared ? p_.H_padded : p_.P_padded; }
   FASTRNN_DEVICE int read_width() const { return mutated(Mutation::other_width) ? p_.P_padded : p_.H_padded; }
 

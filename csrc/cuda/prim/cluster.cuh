@@ -39,9 +39,10 @@ FASTRNN_DEVICE void mbarrier_init(const MBarriers& b, int i, int count) {
       "r"(count)
       : "memory");
 }
-// The release at cluster scope must be spelt out: without it the scope is the CTA.
+// Relaxed: it publishes no data, and its phase cannot end before this arrival, whatever peers have pushed by then. A release
+// at cluster scope would be a MEMBAR.ALL.GPU.
 FASTRNN_DEVICE void mbarrier_arrive_expect(const MBarriers& b, int i, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(b.address(i)),
+  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(b.address(i)),
                "r"(bytes)
                : "memory");
 }

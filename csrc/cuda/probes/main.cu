@@ -302,7 +302,7 @@ int run() {
     multiply<MmaTf32>("multiply_tf32", sms);
   }
   if (is_wanted("clusters") && has_clusters)
-    for (int size : {2, 4, 8})
+    for (int size : {2, 3, 4, 5, 8})
       for (int shared : {16 << 10, 160 << 10})
         if (size_t(shared) <= device.sharedMemPerBlockOptin) clusters(size, shared);
   return failures ? 1 : 0;

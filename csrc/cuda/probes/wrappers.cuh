@@ -362,7 +362,10 @@ struct Message {
 // Every CTA of a cluster pushes eight words to all of them; two buffers, armed as the kernels do it.
 template <int Ctas>
 struct Pushes {
-  static constexpr const char* kName = Ctas == 2 ? "cluster_2" : Ctas == 4 ? "cluster_4" : "cluster_8";
+  static constexpr const char* kName = Ctas == 2   ? "cluster_2"
+                                       : Ctas == 3 ? "cluster_3"
+                                       : Ctas == 4 ? "cluster_4"
+                                                   : "cluster_8";
   static constexpr Launch kLaunch{2 * Ctas, 32, 16 + 2 * Ctas * 32, Ctas};
   static constexpr uint32_t kFill = 0;
   static constexpr int kRounds = 9, kWords = 8 * Ctas;  // of a buffer
@@ -412,7 +415,7 @@ void each_wrapper(Visit visit) {
   visit(Chunk<Bf16>{}), visit(Chunk<Fp16>{}), visit(Chunk<Tf32>{}), visit(Chunk<Bf16x3>{});
   visit(Scalars{}), visit(Memory{});
   visit(Message<false>{}), visit(Message<true>{});
-  visit(Pushes<2>{}), visit(Pushes<4>{}), visit(Pushes<8>{});
+  visit(Pushes<2>{}), visit(Pushes<3>{}), visit(Pushes<4>{}), visit(Pushes<8>{});
 }
 
 }  // namespace fastrnn::cuda::probes

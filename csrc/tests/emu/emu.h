@@ -105,15 +105,20 @@ Report launch(const Launch& config, Kernel kernel) {
     for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[m.random.below(i)]);
     const uint64_t before = m.events;
     m.rounds++;
-    bool progress = false;
+    bool progress = false, skipped = false;
     for (unsigned w : order) {
+      if (static_cast<int>(w / warps) == config.slow_cta && m.random.below(config.slow_factor)) {
+        skipped = true;
+        deliver_some(m, 4);
+        continue;
+      }
       const size_t first = size_t(w / warps) * config.block + size_t(w % warps) * kWarp;
       const size_t end = std::min<size_t>(first + kWarp, (w / warps + 1) * size_t(config.block));
       progress |= run_warp(m, first, end, &left);
       drain_some(m.ctas[w / warps], 4);
       deliver_some(m, 4);
     }
-    idle = progress || m.events != before ? 0 : idle + 1;
+    idle = progress || m.events != before ? 0 : idle + !skipped;
     // In vain for several rounds: nothing on its way either, so nobody can go on.
     if (idle > config.patience) {
       bool pending = !m.flying.empty();

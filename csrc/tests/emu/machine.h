@@ -123,7 +123,8 @@ struct Launch {
   unsigned grid = 1, block = 32, cluster = 1;
   size_t shared_bytes = 0;
   uint64_t seed = 1;
-  int patience = 8;  // rounds without progress that count as a deadlock
+  int patience = 8;                    // rounds without progress that count as a deadlock
+  int slow_cta = -1, slow_factor = 1;  // its warps run in one round of so many: others may get far ahead
 };
 
 struct Report {
