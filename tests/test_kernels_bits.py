@@ -42,6 +42,7 @@ CASES = [
     *(Case(cell, **shape) for cell in CELLS for shape in SHAPES),
     *(Case(cell, torch.float64, **SHAPES[3]) for cell in CELLS),
     *(Case(cell, torch.bfloat16, **SHAPES[i]) for cell in CELLS for i in (0, 3)),
+    *(Case(cell, torch.bfloat16, T=4, N=7, I=9, H=101) for cell in CELLS),
     *(Case(cell, T=6, N=9, I=5, H=40, recompute=True) for cell in CELLS),
     Case("lstm", T=5, N=1, I=7, H=50, proj=33),
     Case("lstm", T=5, N=19, I=7, H=50, proj=33, directions=2),

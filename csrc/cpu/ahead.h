@@ -35,7 +35,7 @@ static void tile_ahead(const typename E::A* const* rows, const typename E::A* b,
   const char* end = ahead + lines * 64;
   for (int64_t k = 0; k < K; k += kStep) {
     for (int64_t i = 0; i < most && ahead < end; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    multiply<E, R, NV>(acc, a, b, far, imin(kStep, K - k));
+    multiply<E, strip_vectors(NV)>(acc, a, b, far, imin(kStep, K - k));
     b += kStep * strip_vectors(NV) * E::W;
     FASTRNN_UNROLL for (int r = 0; r < R; r++) a[r] += kStep;
   }

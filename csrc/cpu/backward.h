@@ -234,25 +234,28 @@ class Backward : protected BackwardState<E, C> {
     own_rows(share, lane, i, first, last);
     const int64_t count = last - first, H = args_.H;
     gather(d, lane, begin + i, first, count);
-    sweep(split_units, share, hh_, dir.w_hh, gates_ * H, count, i,
-          [&](int64_t b, int, int64_t cols, int64_t m, int r) {
-            for (int q = 0; far_ && q < r; q++)
-              prefetch_row<E, C>(lane.rows[m + q], hh_.first(b), hh_.units(b), H);
-            state_product(dir, lane, b, m, r);
-            for (int q = 0; q < r; q++) finish(0, lane, m + q, lane.tile + q * cols, hh_, b);
-          });
+    sweep(
+        split_units, share, hh_, dir.w_hh, gates_ * H, count, i, lane,
+        [&](int64_t b, int panels, int64_t m, int r) {
+          for (int q = 0; far_ && q < panels * r; q++)
+            prefetch_row<E, C>(lane.rows[m + q % r], hh_.first(b + q / r), hh_.units(b + q / r), H);
+          state_product(dir, lane, b, panels, m, r);
+        },
+        [&](int64_t b, int64_t m, const T* acc) { finish(0, lane, m, acc, hh_, b); });
     if (args_.projected || C::kTwoStage) {
       if (split_units) dir.barrier.wait(share.count);
       const Panels<E>& p = args_.projected ? hr_ : hh_;
       const T* w = args_.projected ? dir.w_hr : dir.w_hh;
       const int64_t K = args_.projected ? args_.O : gates_ * H, k0 = args_.projected ? 0 : 2 * H;
-      sweep(split_units, share, p, w, K, count, i, [&](int64_t b, int nv, int64_t cols, int64_t m, int r) {
-        const T* a[kMaxRows];
-        for (int q = 0; q < r; q++)
-          a[q] = args_.projected ? lane.rows[m + q].dh : lane.rows[m + q].dg + 2 * H;
-        tile_for<E>(r, nv)(a, w + p.stream(b, K, k0), K - k0, nullptr, 0, lane.tile, cols);
-        for (int q = 0; q < r; q++) finish(1, lane, m + q, lane.tile + q * cols, p, b);
-      });
+      sweep(
+          split_units, share, p, w, K, count, i, lane,
+          [&](int64_t b, int panels, int64_t m, int r) {
+            const T* a[kMaxRows];
+            for (int q = 0; q < r; q++)
+              a[q] = args_.projected ? lane.rows[m + q].dh : lane.rows[m + q].dg + 2 * H;
+            multiply_blocks(p, w, K, b, panels, a, r, k0, K - k0, nullptr, lane.tile);
+          },
+          [&](int64_t b, int64_t m, const T* acc) { finish(1, lane, m, acc, p, b); });
     }
     if (split_units) dir.barrier.wait(share.count);
   }
@@ -267,12 +270,12 @@ class Backward : protected BackwardState<E, C> {
       C::finish(stage, args_.projected, row, acc, u0, units, H, Quiet{});
   }
 
-  // Gate gradients of lane.a_rows[m .. m + r) times block b of weight_hh, into lane.tile.
-  void state_product(const Direction& dir, Lane& lane, int64_t b, int64_t m, int r) const {
-    const int64_t H = args_.H, cols = hh_.columns(b);
+  // Gate gradients of lane.a_rows[m .. m + r) times blocks [b, b + panels) of weight_hh, into lane.tile.
+  void state_product(const Direction& dir, Lane& lane, int64_t b, int panels, int64_t m, int r) const {
+    const int64_t H = args_.H;
     const T* const zero = reinterpret_cast<const T*>(zero_);
     if (std::all_of(lane.a_rows + m, lane.a_rows + m + r, [&](const T* a) { return a == zero; })) {
-      std::memset(lane.tile, 0, r * cols * sizeof(T));  // the last step of these rows
+      std::memset(lane.tile, 0, panels * r * hh_.columns(b) * sizeof(T));  // the last step of these rows
       return;
     }
     const T* init = nullptr;
@@ -282,28 +285,29 @@ class Backward : protected BackwardState<E, C> {
         a[q] = lane.a_rows[m + q];
         if (a[q] != zero) a[q] += piece[0] * H;
       }
-      tile_for<E>(r, hh_.vectors(b))(a, dir.w_hh + hh_.stream(b, gates_ * H, piece[1] * H), piece[2] * H,
-                                     init, cols, lane.tile, cols);
+      multiply_blocks(hh_, dir.w_hh, gates_ * H, b, panels, a, r, piece[1] * H, piece[2] * H, init,
+                      lane.tile);
       init = lane.tile;
     }
   }
 
-  // f(block, vectors, columns, first row, rows) over this thread's blocks, alternating the direction of travel.
-  template <class F>
+  // Over this thread's blocks, back and forth: multiply(block, blocks, first row, rows) into lane.tile, then use(block, row, its part).
+  template <class M, class F>
   void sweep(bool split_units, const Share& share, const Panels<E>& p, const T* w, int64_t K, int64_t count,
-             int64_t i, F&& f) {
+             int64_t i, Lane& lane, M&& multiply, F&& use) {
     const int64_t b0 = split_units ? p.blocks * share.id / share.count : 0;
     const int64_t b1 = split_units ? p.blocks * (share.id + 1) / share.count : p.blocks;
     const bool ahead = b1 > b0 && count >= kPrefetchRows &&
                        (p.offset(b1 - 1) - p.offset(b0)) * K * sizeof(T) >= kPrefetchBytes;
-    for (int64_t k = b0; k < b1; k++) {
-      const int64_t b = i % 2 ? b1 - 1 - (k - b0) : k, next = i % 2 ? b - 1 : b + 1;
-      const T* coming = ahead && k + 1 < b1 ? w + p.stream(next, K) : nullptr;
+    panel_runs(p, b0, b1, i % 2, count, [&](int64_t b, int panels) {
+      const int64_t next = i % 2 ? b - 1 : b + panels, cols = p.columns(b);
+      const T* coming = ahead && next >= b0 && next < b1 ? w + p.stream(next, K) : nullptr;
       row_blocks(count, p.vectors(b), [&](int64_t m, int r) {
         if (coming) prefetch_part(coming, p.columns(next) * K * sizeof(T), m, m + r, count);
-        f(b, p.vectors(b), p.columns(b), m, r);
+        multiply(b, panels, m, r);
+        for (int q = 0; q < panels * r; q++) use(b + q / r, m + q % r, lane.tile + q * cols);
       });
-    }
+    });
   }
 
   // Rows whose latest gate gradients lie in the chunk buffer, which the next chunk overwrites, are saved.
@@ -347,14 +351,11 @@ class Backward : protected BackwardState<E, C> {
     }
   }
 
-  // This thread's share of the columns, in whole cache lines.
-  static int64_t column(int64_t width, int id, int count) {
-    return id == count ? width : width * id / count / 16 * 16;
-  }
   void direct_input_grad(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t I = args_.I, M = lane.list.rows;
-    const int64_t c0 = column(I, share.id, share.count), c1 = column(I, share.id + 1, share.count);
+    const int64_t c0 = first_column(I, share.id, share.count);
+    const int64_t c1 = first_column(I, share.id + 1, share.count);
     const auto* w = static_cast<const IO*>(args_.weights[d].w_ih);
     direct_product<E>(lane.a_rows, M, w, I, gates_ * args_.H, c0, c1, dir.dx_row, I, false);
     for (int64_t m = 0; m < M; m++) {
@@ -431,12 +432,11 @@ class Backward : protected BackwardState<E, C> {
     if (direct_) return direct_initial_grads(d, share, lane);
     for (int64_t n = i0; n < i1; n++) lane.a_rows[n] = cut_at_start(d, n) ? zero : lane.next[n];
     for (int64_t b = 0; b < hh_.blocks; b++) {
-      const int64_t cols = hh_.columns(b);
       row_blocks(i1 - i0, hh_.vectors(b), [&](int64_t first, int r) {
         const int64_t n = i0 + first;
-        state_product(dir, lane, b, n, r);
+        state_product(dir, lane, b, 1, n, r);
         for (int q = 0; q < r; q++)
-          put_initial_grad(d, lane, n + q, hh_.first(b), hh_.units(b), lane.tile + q * cols);
+          put_initial_grad(d, lane, n + q, hh_.first(b), hh_.units(b), lane.tile + q * hh_.columns(b));
       });
     }
   }
@@ -457,7 +457,8 @@ class Backward : protected BackwardState<E, C> {
   void direct_initial_grads(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H, O = args_.O;
-    const int64_t c0 = column(O, share.id, share.count), c1 = column(O, share.id + 1, share.count);
+    const int64_t c0 = first_column(O, share.id, share.count),
+                  c1 = first_column(O, share.id + 1, share.count);
     const auto* w = static_cast<const IO*>(args_.weights[d].w_hh);
     bool add = false;
     for (const auto& piece : C::kPieces) {

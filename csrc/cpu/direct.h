@@ -8,6 +8,11 @@ namespace FASTRNN_ISA {
 // From here on the micro-kernel's packed panels win (not measured beyond: a step of so many rows is rare).
 constexpr int64_t kDirectRows = 128;
 
+// Where the columns of thread `id` begin, in whole cache lines.
+FASTRNN_INLINE int64_t first_column(int64_t width, int id, int count) {
+  return id == count ? width : width * id / count / 16 * 16;
+}
+
 // out[m][c] = sum_k a[m][k] * w[k][c] (+ out[m][c] if add) for columns [c0, c1) of w (K x ld, as stored): one FMA chain in
 // the order of k, as in the micro-kernel. A group of rows of w stays in L1 while all m meet it: 16 multipliers in
 // registers, one load of w an FMA, and w itself is streamed once.

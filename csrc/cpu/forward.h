@@ -281,25 +281,25 @@ class Forward {
     }
   }
 
-  // f(block, its recurrent weights, first row, rows, what is coming) over blocks [b0, b1) of a stage at step s, tile by tile.
-  // With 16 registers the products fetch what is coming: a panel is met by few, long tiles, and a burst before each
+  // f(block, how many from it on, their recurrent weights, first row, rows, what is coming) over blocks [b0, b1) of a stage at step
+  // s, tile by tile. With 16 registers the products fetch what is coming: a panel is met by few, long tiles, and a burst before each
   // would be longer. With 32 it was not measured.
   template <class F>
   void sweep(int d, const Stage<E>& st, int64_t b0, int64_t b1, int64_t s, int64_t count, Lane& lane, F&& f) {
     const bool ahead =
         !once_ && count >= kPrefetchRows && b1 > b0 &&
         (st.panels.offset(b1 - 1) - st.panels.offset(b0)) * st.Kh * sizeof(A) >= kPrefetchBytes;
-    for (int64_t k = b0; k < b1; k++) {
-      // Every other step walks the blocks backwards: what the last step left in cache comes first.
-      const int64_t b = s % 2 ? b1 - 1 - (k - b0) : k, next = s % 2 ? b - 1 : b + 1;
+    // Every other step walks the blocks backwards: what the last step left in cache comes first.
+    panel_runs(st.panels, b0, b1, s % 2, once_ ? kMaxRows : count, [&](int64_t b, int n) {
+      const int64_t next = s % 2 ? b - 1 : b + n;
       const A* w = weights(d, st, false, b, lane);
-      const A* coming = ahead && k + 1 < b1 ? weights(d, st, false, next, lane) : nullptr;
+      const A* coming = ahead && next >= b0 && next < b1 ? weights(d, st, false, next, lane) : nullptr;
       row_blocks(count, st.panels.vectors(b), [&](int64_t m, int r) {
         const int64_t elements = coming ? st.panels.columns(next) * st.Kh : 0;
         if (kRegisters != 16 && coming) prefetch_part(coming, elements * sizeof(A), m, m + r, count);
-        f(b, w, m, r, Coming<E>{coming, elements, count});
+        f(b, n, w, m, r, Coming<E>{coming, elements, count});
       });
-    }
+    });
   }
 
   void step(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t i) {
@@ -314,26 +314,35 @@ class Forward {
       const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
       const int64_t base = st.panels.offset(b0), M = lane.list.rows;
       sweep(d, st, b0, b1, s0 + i, count, lane,
-            [&](int64_t b, const A* w, int64_t m, int r, const Coming<E>& coming) {
+            [&](int64_t b, int panels, const A* w, int64_t m, int r, const Coming<E>& coming) {
               const int64_t cols = st.panels.columns(b);
               const T* gx = term + M * (st.panels.offset(b) - base) + (first + m) * cols;
               if (st.from_x && !C::kApart) {
                 // The next block's products start from its input terms, which the scratch has lost from L1.
-                const int64_t next = (s0 + i) % 2 ? b - 1 : b + 1;
+                const int64_t next = (s0 + i) % 2 ? b - 1 : b + panels;
                 if (next >= b0 && next < b1)
                   prefetch_lines(
                       term + M * (st.panels.offset(next) - base) + (first + m) * st.panels.columns(next),
                       r * st.panels.columns(next));
               }
               const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx;
-              multiply_tile<E>(coming, m, rows, r, w, st.Kh, st.panels.vectors(b), init, C::kApart ? 0 : cols,
-                               tile_out, cols);
-              const TileRows<E> rows_of{lane.states + m,   r, tile_out, gx, cols, st.panels.first(b),
-                                        st.panels.units(b)};
-              if (noise_.on)
-                C::finish(j, args_.projected, rows_of, args_.H, MaskRows<E>{noise_, lane.masks.rows + m});
-              else
-                C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
+              const int64_t init_stride = C::kApart ? 0 : cols;
+              auto finish = [&](int64_t block, T* acc, const T* input) {
+                const TileRows<E> rows_of{lane.states + m,       r, acc, input, cols, st.panels.first(block),
+                                          st.panels.units(block)};
+                if (noise_.on)
+                  C::finish(j, args_.projected, rows_of, args_.H, MaskRows<E>{noise_, lane.masks.rows + m});
+                else
+                  C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
+              };
+              if (panels == 1) {
+                multiply_tile<E>(coming, m, rows, r, w, st.Kh, st.panels.vectors(b), init, init_stride,
+                                 tile_out, cols);
+                return finish(b, tile_out, gx);
+              }
+              multiply_panels<E>(panels, rows + m, r, w, st.Kh, st.Kh, st.panels.vectors(b), init,
+                                 init_stride, C::kApart ? cols : M * cols, tile_out, cols, r * cols);
+              for (int p = 0; p < panels; p++) finish(b + p, tile_out + p * r * cols, gx + p * M * cols);
             });
       if (st.from_x && b1 > b0) term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
       if (split_units) dir_[d].barrier.wait(share.count);

@@ -47,26 +47,29 @@ inline double peak_flops(int threads, double seconds) {
 // Each thread reads its own part of `buffer` again and again; bytes/s over all threads.
 inline double bandwidth(int threads, size_t bytes_per_thread, double seconds) {
   using V = Vec<float>;
-  const size_t n = bytes_per_thread / 4 / (4 * V::W) * (4 * V::W);
+  constexpr int kLoads = 8;  // chains that hide the latency of an addition
+  const size_t n = bytes_per_thread / 4 / (kLoads * V::W) * (kLoads * V::W);
   double rate[kMeasured] = {};
   team(threads < kMeasured ? threads : kMeasured, [&](int tid, int) {
     float* p = new (std::nothrow) float[n];
     if (!p) return;
     for (size_t i = 0; i < n; i++) p[i] = 1.f;
-    V acc[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    V acc[kLoads];
+    for (V& sum : acc) sum = V::zero();
     double start = seconds_now(), now = start, bytes = 0;
     for (int pass = 0; now - start < seconds || pass < 2; pass++) {
       if (pass == 1) {
         start = seconds_now();
         bytes = 0;
       }
-      for (size_t i = 0; i < n; i += 4 * V::W)
-        FASTRNN_UNROLL for (int j = 0; j < 4; j++) acc[j] = acc[j] + V::load(p + i + j * V::W);
+      for (size_t i = 0; i < n; i += kLoads * V::W)
+        FASTRNN_UNROLL for (int j = 0; j < kLoads; j++) acc[j] = acc[j] + V::load(p + i + j * V::W);
       bytes += n * 4.0;
       now = seconds_now();
     }
     float keep[V::W];
-    V::store(keep, (acc[0] + acc[1]) + (acc[2] + acc[3]));
+    FASTRNN_UNROLL for (int j = 1; j < kLoads; j++) acc[0] = acc[0] + acc[j];
+    V::store(keep, acc[0]);
     volatile float sink = keep[0];
     (void)sink;
     delete[] p;

@@ -10,6 +10,8 @@
 // kNarrow vectors, and a panel of four lies as two strips of two, which up to three rows meet side by side
 // and more rows one after the other.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 
 namespace fastrnn {
@@ -45,39 +47,74 @@ constexpr int64_t strip_elements(int nv, int64_t K) {
 
 constexpr int kPrefetch = 512;  // elements ahead, 2 KiB
 
-// acc += a[r][k] * b_k + a[r][k + 1] * b_{k+1} in bfloat16; without a second k the first alone.
-template <class E, int R, int NV>
+// acc += a[r][k + Odd] * b_{k + Odd}, of bfloat16 pairs.
+template <class E, int S, bool Odd, int R, int NV>
+FASTRNN_INLINE void multiply_half(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
+                                  const typename E::A* b, int64_t far, int64_t k) {
+  using V = typename E::V;
+  constexpr int W = E::W;
+  if constexpr (R > NV) {
+    V w[NV];
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] =
+        half_of_pairs<V, Odd, true>(b + v / S * far + v % S * 2 * W);
+    FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+      const V x = half_of_pair<V, Odd, true>(a[r] + k);
+      FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(x, w[v], acc[r][v]);
+    }
+  } else {
+    V x[R];
+    FASTRNN_UNROLL for (int r = 0; r < R; r++) x[r] = half_of_pair<V, Odd, true>(a[r] + k);
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
+      const V w = half_of_pairs<V, Odd, true>(b + v / S * far + v % S * 2 * W);
+      FASTRNN_UNROLL for (int r = 0; r < R; r++) acc[r][v] = V::fma(x[r], w, acc[r][v]);
+    }
+  }
+}
+
+// acc += a[r][k] * b_k + a[r][k + 1] * b_{k+1} in bfloat16.
+template <class E, int S, int R, int NV>
 FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
-                                  const typename E::A* b, int64_t far, int64_t k, bool two) {
-  constexpr int W = E::W, S = strip_vectors(NV);
+                                  const typename E::A* b, int64_t far, int64_t k) {
+  constexpr int W = E::W;
 #if defined(__AVX512BF16__)
   __m512bh w[NV];
   FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] =
       (__m512bh)_mm512_loadu_si512(b + v / S * far + v % S * 2 * W);
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
-    int pair = 0;
-    std::memcpy(&pair, a[r] + k, two ? 4 : 2);
+    int pair;
+    std::memcpy(&pair, a[r] + k, 4);
     const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
     FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v].v = _mm512_dpbf16_ps(acc[r][v].v, x, w[v]);
   }
 #else
   using V = typename E::V;
-  V lo[NV], hi[NV];
-  FASTRNN_UNROLL for (int v = 0; v < NV; v++) split_pair(b + v / S * far + v % S * 2 * W, lo[v], hi[v]);
-  FASTRNN_UNROLL for (int r = 0; r < R; r++) {
-    const V even = V::set1(to_float(a[r][k])), odd = V::set1(two ? to_float(a[r][k + 1]) : 0.f);
-    FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
-        V::fma(odd, hi[v], V::fma(even, lo[v], acc[r][v]));
+  if constexpr (R * NV + 2 * R + 3 <= kRegisters) {  // both halves of a vector of weights side by side
+    V even[R], odd[R];
+    FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+      even[r] = half_of_pair<V, false, false>(a[r] + k);
+      odd[r] = half_of_pair<V, true, false>(a[r] + k);
+    }
+    FASTRNN_UNROLL for (int v = 0; v < NV; v++) {
+      const typename E::A* p = b + v / S * far + v % S * 2 * W;
+      const V lo = half_of_pairs<V, false, false>(p), hi = half_of_pairs<V, true, false>(p);
+      FASTRNN_UNROLL for (int r = 0; r < R; r++) acc[r][v] =
+          V::fma(odd[r], hi, V::fma(even[r], lo, acc[r][v]));
+    }
+  } else {
+    multiply_half<E, S, false>(acc, a, b, far, k);
+    // Or the compiler keeps every pair for the other half, and spills sums for it.
+    asm volatile("" ::: "memory");
+    multiply_half<E, S, true>(acc, a, b, far, k);
   }
 #endif
 }
 
-// `far`: elements from a strip of b to the next.
-template <class E, int R, int NV>
+// `far`: elements from a strip of b, of S vectors, to the next.
+template <class E, int S, int R, int NV>
 FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E::A* const* a,
                              const typename E::A* b, int64_t far, int64_t K) {
   using V = typename E::V;
-  constexpr int W = E::W, S = strip_vectors(NV);
+  constexpr int W = E::W;
   if constexpr (E::kPair == 1) {
     for (int64_t k = 0; k < K; k++) {
       // Whichever of the two operands is smaller is held, the other passes through one register.
@@ -102,11 +139,16 @@ FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E:
       b += S * W;
     }
   } else {
-    // bfloat16 pairs: lane j of a vector holds (k, k+1) of column j. An odd K ends in a zero weight, whose
-    // activation is not read.
+    // bfloat16 pairs: lane j of a vector holds (k, k+1) of column j. An odd K ends in a zero weight, and here in a
+    // zero activation.
     int64_t k = 0;
-    for (; k + 1 < K; k += 2, b += S * W * 2) multiply_pair<E, R, NV>(acc, a, b, far, k, true);
-    if (k < K) multiply_pair<E, R, NV>(acc, a, b, far, k, false);
+    for (; k + 1 < K; k += 2, b += S * W * 2) multiply_pair<E, S>(acc, a, b, far, k);
+    if (k < K) {
+      typename E::A last[R][2] = {};
+      const typename E::A* ends[R];
+      FASTRNN_UNROLL for (int r = 0; r < R; r++) last[r][0] = a[r][k], ends[r] = last[r];
+      multiply_pair<E, S>(acc, ends, b, far, 0);
+    }
   }
 }
 
@@ -132,7 +174,7 @@ static void tile(const typename E::A* const* rows, const typename E::A* b, int64
     FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
         init ? V::load(init + r * init_stride + v * E::W) : V::zero();
   }
-  multiply<E, R, NV>(acc, a, b, far, K);
+  multiply<E, strip_vectors(NV)>(acc, a, b, far, K);
   FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++)
       V::store(out + r * out_stride + v * E::W, acc[r][v]);
 }
@@ -180,6 +222,55 @@ FASTRNN_INLINE void row_blocks(int64_t n, int nv, F&& f) {
     int64_t lo = n * b / blocks, hi = n * (b + 1) / blocks;
     f(lo, static_cast<int>(hi - lo));
   }
+}
+
+// One row, or two, keep too few chains in flight to hide the latency of an FMA: they meet so many full panels at once, which lie one
+// after the other. With 32 registers a panel of one row has four chains of 16, as much as L2 delivers.
+constexpr int panels_at_once(int64_t rows, int nv) {
+  if (kRegisters == 32 || rows > 2) return 1;
+  if (nv == 2) return rows == 1 ? 4 : 2;
+  return rows == 1 && nv > 2 ? 2 : 1;
+}
+
+// As tile(), for P panels that were packed with Kp rows; `init_panel`, `out_panel`: elements from what belongs to a panel
+// to what belongs to the next.
+template <class E, int R, int NV, int P>
+__attribute__((noinline)) static void tile_panels(const typename E::A* const* rows, const typename E::A* b,
+                                                  int64_t K, int64_t Kp, const typename E::T* init,
+                                                  int64_t init_stride, int64_t init_panel, typename E::T* out,
+                                                  int64_t out_stride, int64_t out_panel) {
+  using V = typename E::V;
+  V acc[R][P * NV];
+  const typename E::A* a[R];
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+    a[r] = rows[r];
+    FASTRNN_UNROLL for (int p = 0; p < P; p++) FASTRNN_UNROLL for (int v = 0; v < NV; v++)
+        acc[r][p * NV + v] = init ? V::load(init + r * init_stride + p * init_panel + v * E::W) : V::zero();
+  }
+  multiply<E, strip_vectors(NV)>(acc, a, b, strip_elements<E>(NV, Kp), K);
+  FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int p = 0; p < P; p++)
+      FASTRNN_UNROLL for (int v = 0; v < NV; v++)
+          V::store(out + r * out_stride + p * out_panel + v * E::W, acc[r][p * NV + v]);
+}
+
+// R rows (1 or 2) times `panels` panels: 1, or panels_at_once().
+template <class E>
+FASTRNN_INLINE void multiply_panels(int panels, const typename E::A* const* rows, int r,
+                                    const typename E::A* b, int64_t K, int64_t Kp, int nv,
+                                    const typename E::T* init, int64_t init_stride, int64_t init_panel,
+                                    typename E::T* out, int64_t out_stride, int64_t out_panel) {
+  using M = Arithmetic<typename E::T, typename E::A>;
+  if (panels == 1) return tile_for<E>(r, nv)(rows, b, K, init, init_stride, out, out_stride);
+  auto run = [&](auto rows_of, auto vectors) {
+    constexpr int R = decltype(rows_of)::value, NV = decltype(vectors)::value;
+    tile_panels<M, R, NV, panels_at_once(R, NV)>(rows, b, K, Kp, init, init_stride, init_panel, out,
+                                                 out_stride, out_panel);
+  };
+  using std::integral_constant;
+  if (r == 2) return run(integral_constant<int, 2>{}, integral_constant<int, 2>{});
+  if (nv == 2) return run(integral_constant<int, 1>{}, integral_constant<int, 2>{});
+  if (nv == 3) return run(integral_constant<int, 1>{}, integral_constant<int, 3>{});
+  run(integral_constant<int, 1>{}, integral_constant<int, 4>{});
 }
 
 // Asks for the lines of n elements from p on, well before they are used: a tape, or another array of which a tile meets a few lines

@@ -143,10 +143,10 @@ class NormBackward : Backward<E, C> {
     T *product = terms_[d].product + at * O, *hidden = args_.projected ? terms_[d].hidden + at * H : product;
     Base::gather(d, lane, begin + i, first, count);
     Base::sweep(
-        split, share, hh_, dir.w_hh, G_, count, i, [&](int64_t b, int, int64_t cols, int64_t m, int r) {
-          Base::state_product(dir, lane, b, m, r);
-          for (int q = 0; q < r; q++)
-            std::memcpy(product + (m + q) * O + hh_.first(b), lane.tile + q * cols, hh_.units(b) * sizeof(T));
+        split, share, hh_, dir.w_hh, G_, count, i, lane,
+        [&](int64_t b, int panels, int64_t m, int r) { Base::state_product(dir, lane, b, panels, m, r); },
+        [&](int64_t b, int64_t m, const T* acc) {
+          std::memcpy(product + m * O + hh_.first(b), acc, hh_.units(b) * sizeof(T));
         });
     if (split) dir.barrier.wait(share.count);
     const int64_t k0 = split ? count * share.id / share.count : 0;
@@ -157,15 +157,16 @@ class NormBackward : Backward<E, C> {
           with_masks(lane, k,
                      [&](const auto& masks) { C::state_row(lane.rows[k], product + k * O, O, masks); });
         if (split) dir.barrier.wait(share.count);
-        Base::sweep(split, share, hr_, dir.w_hr, O, count, i,
-                    [&](int64_t b, int nv, int64_t cols, int64_t m, int r) {
-                      const T* a[kMaxRows];
-                      for (int q = 0; q < r; q++) a[q] = lane.rows[m + q].dh;
-                      tile_for<E>(r, nv)(a, dir.w_hr + hr_.stream(b, O), O, nullptr, 0, lane.tile, cols);
-                      for (int q = 0; q < r; q++)
-                        std::memcpy(hidden + (m + q) * H + hr_.first(b), lane.tile + q * cols,
-                                    hr_.units(b) * sizeof(T));
-                    });
+        Base::sweep(
+            split, share, hr_, dir.w_hr, O, count, i, lane,
+            [&](int64_t b, int panels, int64_t m, int r) {
+              const T* a[kMaxRows];
+              for (int q = 0; q < r; q++) a[q] = lane.rows[m + q].dh;
+              multiply_blocks(hr_, dir.w_hr, O, b, panels, a, r, 0, O, nullptr, lane.tile);
+            },
+            [&](int64_t b, int64_t m, const T* acc) {
+              std::memcpy(hidden + m * H + hr_.first(b), acc, hr_.units(b) * sizeof(T));
+            });
         if (split) dir.barrier.wait(share.count);
       }
     for (int64_t k = k0; k < k1; k++) {

@@ -99,11 +99,16 @@ class NormForward : Forward<E, C> {
             const T* x, T* h, T* scratch) {
     Base::gather(d, lane, s, first, count);
     const Panels<E>& p = gates_.panels;
-    Base::sweep(d, gates_, Base::first_block(gates_, share, split), Base::last_block(gates_, share, split), s,
-                count, lane, [&](int64_t b, const T* w, int64_t m, int r, const Coming<E>& coming) {
-                  multiply_tile<E>(coming, m, lane.h_rows, r, w, gates_.Kh, p.vectors(b), nullptr, 0,
-                                   h + m * width_ + p.offset(b), width_);
-                });
+    Base::sweep(
+        d, gates_, Base::first_block(gates_, share, split), Base::last_block(gates_, share, split), s, count,
+        lane, [&](int64_t b, int panels, const T* w, int64_t m, int r, const Coming<E>& coming) {
+          T* out = h + m * width_ + p.offset(b);
+          if (panels == 1)
+            multiply_tile<E>(coming, m, lane.h_rows, r, w, gates_.Kh, p.vectors(b), nullptr, 0, out, width_);
+          else
+            multiply_panels<E>(panels, lane.h_rows + m, r, w, gates_.Kh, gates_.Kh, p.vectors(b), nullptr, 0,
+                               0, out, width_, p.columns(b));
+        });
     if (split) dir_[d].barrier.wait(share.count);
     const int64_t k0 = split ? count * share.id / share.count : 0;
     const int64_t k1 = split ? count * (share.id + 1) / share.count : count;
@@ -130,17 +135,24 @@ class NormForward : Forward<E, C> {
     const Stage<E>& st = layout_.stage[1];
     const Panels<E>& p = st.panels;
     alignas(64) T out[kMaxRows * kMaxVectors * E::W];
-    Base::sweep(d, st, Base::first_block(st, share, split), Base::last_block(st, share, split), s, count,
-                lane, [&](int64_t b, const T* w, int64_t m, int r, const Coming<E>& coming) {
-                  const int64_t cols = p.columns(b);
-                  multiply_tile<E>(coming, m, lane.mid_rows, r, w, st.Kh, p.vectors(b), nullptr, 0, out,
-                                   cols);
-                  const TileRows<E> tile{lane.states + m, r, out, nullptr, cols, p.first(b), p.units(b)};
-                  if (noise_.on)
-                    C::project(tile, MaskRows<E>{noise_, lane.masks.rows + m});
-                  else
-                    C::project(tile, Quiet{});
-                });
+    Base::sweep(
+        d, st, Base::first_block(st, share, split), Base::last_block(st, share, split), s, count, lane,
+        [&](int64_t b, int panels, const T* w, int64_t m, int r, const Coming<E>& coming) {
+          const int64_t cols = p.columns(b);
+          if (panels == 1)
+            multiply_tile<E>(coming, m, lane.mid_rows, r, w, st.Kh, p.vectors(b), nullptr, 0, out, cols);
+          else
+            multiply_panels<E>(panels, lane.mid_rows + m, r, w, st.Kh, st.Kh, p.vectors(b), nullptr, 0, 0,
+                               out, cols, r * cols);
+          for (int q = 0; q < panels; q++) {
+            const TileRows<E> tile{lane.states + m, r, out + q * r * cols, nullptr, cols, p.first(b + q),
+                                   p.units(b + q)};
+            if (noise_.on)
+              C::project(tile, MaskRows<E>{noise_, lane.masks.rows + m});
+            else
+              C::project(tile, Quiet{});
+          }
+        });
   }
 };
 

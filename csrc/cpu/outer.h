@@ -5,8 +5,6 @@
 // gradients) on the way; B into panels of up to kOuterVectors vectors. Every output is one FMA chain per
 // kOuterK rows and the chains are added in the order of the rows, whatever the thread count.
 #pragma once
-#include <type_traits>
-
 #include "sequence.h"
 #include "team.h"
 
@@ -144,14 +142,6 @@ static void pack_operand(const OuterOperand<E>& o, int64_t b, int64_t k0, int64_
                                                          : load_as<V>(o.block + (k0 + k) * o.width + at, w));
       }
     }
-}
-
-// f(G, i) for groups of G, a constant and as large as fit, over [i, end).
-template <class F>
-FASTRNN_INLINE void in_groups(int64_t i, int64_t end, F&& f) {
-  for (; i + 8 <= end; i += 8) f(std::integral_constant<int, 8>{}, i);
-  for (; i + 2 <= end; i += 2) f(std::integral_constant<int, 2>{}, i);
-  if (i < end) f(std::integral_constant<int, 1>{}, i);
 }
 
 // The chunk's share of all jobs, by a group of `count` threads; `add` is false on the first chunk.

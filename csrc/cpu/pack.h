@@ -3,6 +3,8 @@
 // strips of half the columns (microkernel.h).
 // Gates of a narrow last block are packed densely, so an odd width wastes less than one vector.
 #pragma once
+#include <type_traits>
+
 #include "layer.h"
 #include "microkernel.h"
 
@@ -34,6 +36,30 @@ struct Panels {
     return offset(b) * (ceil_div(K, E::kPair) * E::kPair) + k * columns(b);
   }
 };
+
+// Blocks [b0, b1), from the last to the first if `back`: f(b, n) for the n from b on that a step of `rows` rows takes at once.
+template <class E, class F>
+FASTRNN_INLINE void panel_runs(const Panels<E>& p, int64_t b0, int64_t b1, bool back, int64_t rows, F&& f) {
+  const int most = b0 < b1 ? panels_at_once(rows, p.vectors(b0)) : 1;
+  for (int64_t left = b1 - b0; left > 0;) {
+    const bool run =
+        most > 1 && left >= most &&
+        p.vectors(back ? b0 + left - 1 : b1 - left + most - 1) == p.vectors(b0);  // the last may be narrower
+    const int n = run ? most : 1;
+    f(back ? b0 + left - n : b1 - left, n);
+    left -= n;
+  }
+}
+
+// r rows times rows [k0, k0 + k) of n blocks from b on, packed with K rows: densely into `out`, a block after the other.
+template <class E>
+FASTRNN_INLINE void multiply_blocks(const Panels<E>& p, const typename E::A* w, int64_t K, int64_t b, int n,
+                                    const typename E::A* const* rows, int r, int64_t k0, int64_t k,
+                                    const typename E::T* init, typename E::T* out) {
+  const int64_t cols = p.columns(b);
+  multiply_panels<E>(n, rows, r, w + p.stream(b, K, k0), k, K, p.vectors(b), init, cols, r * cols, out, cols,
+                     r * cols);
+}
 
 template <class Dst, class Src>
 FASTRNN_INLINE Dst convert(Src x) {
@@ -158,21 +184,42 @@ static void pack_gates(const Panels<E>& p, const Src* w, int64_t K, typename E::
   for (int64_t b = first; b < last; b++) pack_block<E, Src>(p, w, K, dst + p.stream(b, K), b);
 }
 
-// Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate and strip, no transpose.
+// f(G, i) for groups of G, a constant and as large as fit, over [i, end).
+template <class F>
+FASTRNN_INLINE void in_groups(int64_t i, int64_t end, F&& f) {
+  for (; i + 8 <= end; i += 8) f(std::integral_constant<int, 8>{}, i);
+  for (; i + 2 <= end; i += 2) f(std::integral_constant<int, 2>{}, i);
+  if (i < end) f(std::integral_constant<int, 1>{}, i);
+}
+
+// Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate and strip, no transpose. Several blocks at a
+// time, so that a row is read in long runs: one block of it is a cache line, and its rows are pages apart.
 template <class E, class Src>
 static void pack_rows(const Panels<E>& p, const Src* w, int64_t ld, int64_t K, typename E::A* dst,
                       int64_t first, int64_t last) {
   static_assert(E::kPair == 1, "gradients are computed in the compute type");
   using V = typename E::V;
-  for (int64_t b = first; b < last; b++) {
-    typename E::A* out = dst + p.stream(b, K);
-    const int64_t cols = p.columns(b);
-    const int units = p.units(b);
+  in_groups(first, last, [&](auto group, int64_t b) {
+    constexpr int G = decltype(group)::value;
     const Src* s = w + p.first(b);
-    for (int64_t k = 0; k < K; k++, s += ld, out += cols)
-      for (int u = 0; u < cols; u += E::W)
-        V::store(out + u, load_as<V>(s + u, static_cast<int>(imin(E::W, units - u))));
-  }
+    typename E::A* out = dst + p.stream(b, K);
+    const int64_t cols = p.columns(b), apart = cols * K;
+    const int units = p.units(b + G - 1);  // of the last, which may be narrower
+    if (p.columns(b + G - 1) == cols && units % E::W == 0) {
+      for (int64_t k = 0; k < K; k++, s += ld, out += cols)
+        for (int g = 0; g < G; g++)
+          for (int64_t u = 0; u < cols; u += E::W)
+            V::store(out + g * apart + u, load_as<V>(s + g * cols + u, E::W));
+      return;
+    }
+    for (int g = 0; g < G; g++) {
+      const int64_t wide = p.columns(b + g);
+      for (int64_t k = 0; k < K; k++)
+        for (int64_t u = 0; u < wide; u += E::W)
+          V::store(out + g * apart + k * wide + u,
+                   load_as<V>(s + k * ld + g * cols + u, static_cast<int>(imin(E::W, p.units(b + g) - u))));
+    }
+  });
 }
 
 // One matmul stage of a step: `gates` gates of `width` units, from rows first_gate * width on.

@@ -361,30 +361,30 @@ class RhnBackward {
         b1 > b0 && count >= kAheadRows &&
         args_.depth * (hh_.offset(b1 - 1) - hh_.offset(b0)) * width_ * sizeof(T) >= kPrefetchBytes;
     const T* after = dir.w_hh + (above + args_.depth - 1) % args_.depth * hh_.elements(width_);
-    for (int64_t b = b0; b < b1; b++) {
-      const int nv = hh_.vectors(b);
-      const int64_t cols = hh_.columns(b), next = b + 1 < b1 ? b + 1 : b0;
-      const T* coming = (b + 1 < b1 ? w : after) + hh_.stream(next, width_);
-      row_blocks(count, nv, [&](int64_t m, int r) {
+    panel_runs(hh_, b0, b1, false, count, [&](int64_t b, int run) {
+      const bool last = b + run == b1;
+      const int64_t cols = hh_.columns(b), next = last ? b0 : b + run;
+      const T* coming = (last ? after : w) + hh_.stream(next, width_);
+      row_blocks(count, hh_.vectors(b), [&](int64_t m, int r) {
         if (ahead && s_pieces_ == 1)
-          multiply_ahead<E>(lane.a_rows + m, r, w + hh_.stream(b, width_), width_, nv, nullptr, 0, lane.tile,
-                            cols, coming, hh_.columns(next) * width_, m, count);
+          multiply_ahead<E>(lane.a_rows + m, r, w + hh_.stream(b, width_), width_, hh_.vectors(b), nullptr, 0,
+                            lane.tile, cols, coming, hh_.columns(next) * width_, m, count);
         else
-          product(lane.a_rows + m, r, w, b, lane.tile);
-        cell_.grad({lane.rows + m, r, lane.tile, cols, kTile, hh_.first(b), hh_.units(b), args_.H,
-                    args_.s_groups, args_.N * args_.H});
+          product(lane.a_rows + m, r, w, b, run, lane.tile);
+        for (int q = 0; q < run; q++)
+          cell_.grad({lane.rows + m, r, lane.tile + q * r * cols, cols, kTile, hh_.first(b + q),
+                      hh_.units(b + q), args_.H, args_.s_groups, args_.N * args_.H});
       });
-    }
+    });
   }
 
-  // Gate gradients times block b of one micro-step's weights: one product, or one per gate.
-  void product(const T* const* rows, int r, const T* w, int64_t b, T* out) const {
+  // Gate gradients times `run` blocks from b on of one micro-step's weights: one product, or one per gate.
+  void product(const T* const* rows, int r, const T* w, int64_t b, int run, T* out) const {
     const int64_t K = width_ / s_pieces_;
     for (int p = 0; p < s_pieces_; p++) {
       const T* a[kMaxRows];
       for (int q = 0; q < r; q++) a[q] = rows[q] == zero_ ? zero_ : rows[q] + p * K;
-      tile_for<E>(r, hh_.vectors(b))(a, w + hh_.stream(b, width_, p * K), K, nullptr, 0, out + p * kTile,
-                                     hh_.columns(b));
+      multiply_blocks(hh_, w, width_, b, run, a, r, p * K, K, nullptr, out + p * kTile);
     }
   }
 
@@ -473,7 +473,7 @@ class RhnBackward {
     for (int64_t b = 0; b < hh_.blocks; b++) {
       const int64_t cols = hh_.columns(b), u0 = hh_.first(b);
       row_blocks(i1 - i0, hh_.vectors(b), [&](int64_t first, int r) {
-        product(lane.a_rows + i0 + first, r, dir.w_hh, b, lane.tile);
+        product(lane.a_rows + i0 + first, r, dir.w_hh, b, 1, lane.tile);
         for (int q = 0; q < r; q++) {
           const int64_t n = i0 + first + q;
           T* dh0 = static_cast<T*>(args_.dh0) + (d * N + n) * H + u0;

@@ -223,12 +223,13 @@ class RhnForward {
     alignas(64) T tile_out[kMaxParts * kTile];
     for (int l = 0; l < args_.depth; l++) {
       gather(d, lane, s0 + i, l, first, count);
-      for (int64_t b = b0; b < b1; b++) {
+      panel_runs(panels, b0, b1, false, count, [&](int64_t b, int run) {
         const int64_t cols = panels.columns(b);
-        const int units = panels.units(b), nv = panels.vectors(b);
-        // The panel after this one; after the last, the next micro-step's first.
-        const int64_t next = b + 1 < b1 ? b + 1 : b0;
-        const int next_l = (l + (b + 1 == b1)) % args_.depth;
+        const int nv = panels.vectors(b);
+        // The panel after these; after the last, the next micro-step's first.
+        const bool last = b + run == b1;
+        const int64_t next = last ? b0 : b + run;
+        const int next_l = (l + last) % args_.depth;
         row_blocks(count, nv, [&](int64_t m, int r) {
           for (int part = 0; part < layout_.parts; part++) {
             const T* init =
@@ -237,16 +238,20 @@ class RhnForward {
             const T* const* operand = lane.u_rows + (u_parts_ > 1 ? part : 0) * N + m;
             const T* w = weights(d, layout_.h(l, part)) + panels.stream(b, H);
             const T* coming = weights(d, layout_.h(next_l, part)) + panels.stream(next, H);
+            T* out = tile_out + part * kTile;
             if (ahead)
-              multiply_ahead<E>(operand, r, w, H, nv, init, l ? 0 : cols, tile_out + part * kTile, cols,
-                                coming, panels.columns(next) * H, m, count);
+              multiply_ahead<E>(operand, r, w, H, nv, init, l ? 0 : cols, out, cols, coming,
+                                panels.columns(next) * H, m, count);
             else
-              tile_for<E>(r, nv)(operand, w, H, init, l ? 0 : cols, tile_out + part * kTile, cols);
+              multiply_panels<E>(run, operand, r, w, H, H, nv, init, l ? 0 : cols, l ? cols : M * cols, out,
+                                 cols, r * cols);
           }
-          cell_.finish({lane.rows + m, r, tile_out, cols, layout_.parts > 1 ? kTile : units, panels.first(b),
-                        units, H, args_.s_groups, N * H, N * H});
+          for (int q = 0; q < run; q++)
+            cell_.finish({lane.rows + m, r, tile_out + q * r * cols, cols,
+                          layout_.parts > 1 ? kTile : panels.units(b + q), panels.first(b + q),
+                          panels.units(b + q), H, args_.s_groups, N * H, N * H});
         });
-      }
+      });
       if (split_units) dir_[d].barrier.wait(share.count);
     }
   }

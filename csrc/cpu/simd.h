@@ -224,30 +224,60 @@ FASTRNN_INLINE V load_as(const bf16* p, int n) {
   __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 #else
+#if defined(__AVX2__)
+  if (n == V::W)
+    return {_mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
+#endif
   typename V::T tmp[V::W] = {};
   for (int i = 0; i < n; i++) tmp[i] = to_float(p[i]);
   return V::load(tmp);
 #endif
 }
-// Lane j of a packed bfloat16 vector pair holds (k, k+1) of column j: lo gets k, hi gets k+1.
-template <class V>
-FASTRNN_INLINE void split_pair(const bf16* p, V& lo, V& hi) {
+// Of bfloat16 pairs, (k, k+1) in 32 bits each, the even elements or the odd ones. `Tight`: no register is left for a mask.
 #if defined(__AVX512F__)
-  __m512i w = _mm512_loadu_si512(p);
-  lo = {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16))};
-  hi = {_mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(-65536)))};
+template <bool Odd, bool Tight>
+FASTRNN_INLINE __m512 half_of(__m512i pairs) {
+  const __m512i mask = _mm512_set1_epi32(-65536);
+  return _mm512_castsi512_ps(Odd ? _mm512_and_si512(pairs, mask) : _mm512_slli_epi32(pairs, 16));
+}
 #elif defined(__AVX2__)
-  __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  lo = {_mm256_castsi256_ps(_mm256_slli_epi32(w, 16))};
-  hi = {_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(-65536)))};
+template <bool Odd, bool Tight>
+FASTRNN_INLINE __m256 half_of(__m256i pairs) {
+  if (!Odd) return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  if (!Tight) return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+  alignas(32) static const int32_t mask[8] = {-65536, -65536, -65536, -65536, -65536, -65536, -65536, -65536};
+  __m256i odd;
+  asm("vpand %2, %1, %0" : "=x"(odd) : "x"(pairs), "m"(mask));
+  return _mm256_castsi256_ps(odd);
+}
+#endif
+// p holds a pair for each lane ...
+template <class V, bool Odd, bool Tight>
+FASTRNN_INLINE V half_of_pairs(const bf16* p) {
+#if defined(__AVX512F__)
+  return {half_of<Odd, Tight>(_mm512_loadu_si512(p))};
+#elif defined(__AVX2__)
+  return {half_of<Odd, Tight>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 #else
-  typename V::T l[V::W], h[V::W];
-  for (int i = 0; i < V::W; i++) {
-    l[i] = to_float(p[2 * i]);
-    h[i] = to_float(p[2 * i + 1]);
-  }
-  lo = V::load(l);
-  hi = V::load(h);
+  typename V::T half[V::W];
+  for (int i = 0; i < V::W; i++) half[i] = to_float(p[2 * i + Odd]);
+  return V::load(half);
+#endif
+}
+// ... or one for all lanes.
+template <class V, bool Odd, bool Tight>
+FASTRNN_INLINE V half_of_pair(const bf16* p) {
+#if defined(__AVX2__)
+  int pair;
+  std::memcpy(&pair, p, 4);
+#endif
+#if defined(__AVX512F__)
+  return {half_of<Odd, Tight>(_mm512_set1_epi32(pair))};
+#elif defined(__AVX2__)
+  return {half_of<Odd, Tight>(_mm256_set1_epi32(pair))};
+#else
+  return V::set1(to_float(p[Odd]));
 #endif
 }
 
@@ -271,6 +301,19 @@ FASTRNN_INLINE void store_as(bf16* p, V a, int n) {
   const __m512i bits = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), _mm512_cvtepi32_epi16(bits));
 #else
+#if defined(__AVX2__)
+  if (n == V::W) {
+    const __m256i u = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i bits = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m128i low = _mm256_castsi256_si128(bits), high = _mm256_extracti128_si256(bits, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+    return;
+  }
+#endif
   typename V::T tmp[V::W];
   V::store(tmp, a);
   for (int i = 0; i < n; i++) p[i] = to_bf16(tmp[i]);
