@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,9 +288,9 @@ def test_peers_ahead_are_named_in_the_documents() -> None:
     results = Results.load(schema.newest())
     table = report.ahead(results)
     rated = [(record, targets.vs_best(record)) for record in results.records]
-    behind = [record for record, ratio in rated if ratio is not None and ratio < 0.95]
-    assert len(behind) > 5
-    assert table.count("\n") == len(behind) + 1
+    behind = [(r, record.case.id) for record, r in rated if r is not None and r < 0.95]
+    named = [row.split("`")[1] for row in table.splitlines()[2:]]
+    assert named == [case for _, case in sorted(behind)]  # the slowest first
     document = Path(plot.IMAGES.parent / "not-faster.md").read_text()
     assert table in document, "python -m benchmarks.report --ahead"
 
@@ -354,7 +356,13 @@ def test_plot_from_a_small_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_committed_results_can_be_read() -> None:
     for path in sorted(schema.RESULTS.glob("*/*.json")):
         if path.stem != "models":
-            assert report.text(Results.load(path))
+            results = Results.load(path)
+            assert results.records
+            rows = [re.split(r"\s{2,}", line) for line in report.text(results).splitlines()]
+            for record in results.records:
+                medians = [report._ms(each.median) for each in record.timings.values()]
+                wanted = [report._short(record.case), *medians]
+                assert any(row[1:] and set(wanted) <= set(row) for row in rows)
             continue
         # Of `python -m benchmarks.models`: whole models have no case.
         written = json.loads(path.read_text())
@@ -408,3 +416,23 @@ def test_peak_memory_sees_the_saved_activations() -> None:
     tape = 64 * 64 * 5 * 128 * 4  # gates and cells
     for name in ("fastrnn", "torch"):
         assert tape <= peaks[name] <= 10 * tape
+
+
+def test_disturbed_samples_do_not_move_the_median() -> None:
+    clean, dirty = Turn([1.0], 0.0, False), Turn([9.0] * 50, 1.0, True)
+    times = itertools.chain([0.0], itertools.repeat(1.0))
+    found = timing.measure({"a": Scripted(dirty, clean)}, budget=0.5, clock=lambda: next(times))
+    assert (found["a"].median, found["a"].samples) == (1.0, 3)
+
+
+def test_local_runner_gives_seconds_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the call moves: short calls are timed many at once."""
+    now = [0.0]
+    clock = SimpleNamespace(
+        perf_counter=lambda: now[0], process_time=lambda: now[0], sleep=lambda _: None
+    )
+    monkeypatch.setattr(timing, "time", clock)
+    for seconds in (1e-5, 1e-3):
+        turn = LocalRunner(lambda: now.__setitem__(0, now[0] + seconds)).turn()  # noqa: B023
+        assert turn.samples == pytest.approx([seconds] * len(turn.samples))
+        assert len(turn.samples) > 1

@@ -234,7 +234,17 @@ def test_learned_initial_states() -> None:
     module.train()(x)[0].square().sum().backward()
     assert all(getattr(module, "c_0" + name).grad.any() for name in names)
     packed = pack_padded_sequence(x, [T] * N)
-    assert_same_bits("packed", module.eval()(packed)[0].data, module(x)[0].flatten(0, 1))
+    y = module.eval()(x)[0]
+    assert_same_bits("packed", module(packed)[0].data, y.flatten(0, 1))
+    module.batch_first = True
+    assert_same_bits("batch_first", module(x.transpose(0, 1))[0].transpose(0, 1), y)
+
+
+def test_gradient_of_a_state_alone() -> None:
+    module = make().requires_grad_(False)
+    h = torch.zeros(1, N, H, requires_grad=True)
+    module(torch.randn(T, N, I), (h, torch.randn(1, N, H)))[0].sum().backward()
+    assert h.grad.any()
 
 
 def test_noise_on_h_0() -> None:
@@ -405,6 +415,15 @@ def test_weights_written_in_place_are_noticed() -> None:
     assert_close_by_rule("after", after, truth.detach(), same)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_of_both_directions(bias: bool) -> None:
+    module, x = make(num_layers=2, bias=bias, bidirectional=True).eval(), torch.randn(T, N, I)
+    expected = module(x)[0].detach()
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same_bits("packed", module(x)[0], expected)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_explain(training: bool) -> None:
     module, x = make().train(training), torch.randn(T, N, I)
@@ -420,57 +439,6 @@ def test_explain(training: bool) -> None:
     assert (told.backend, told.rejected[0]) == (
         "cpu", ("torch", "torch.nn has no batch-normalised LSTM")
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    """16-bit tensors, float32 arithmetic: at least as good as rounding the float64 result."""
-    module, x = make(num_layers=2, gamma_init=0.5), torch.randn(T, N, I)
-    module, x = module.to(dtype), x.to(dtype).requires_grad_()
-    wide = copy.deepcopy(module).double()
-    output, (h, c), cells = module(x, return_cells=True)
-    exact = [t.detach() for t in wide(x.detach().double(), return_cells=True)[::2]]
-    for name, got, truth in zip(("y", "cells"), (output, cells), exact, strict=True):
-        assert got.dtype == dtype
-        assert_close_by_rule(name, got, truth, truth.to(dtype))
-    assert h.dtype == c.dtype == module.running_mean_c_l0.dtype == dtype
-    output.sum().backward()
-    assert x.grad.dtype == module.weight_hh_l0.grad.dtype == dtype
-    for (name, got), truth in zip(module.named_buffers(), wide.buffers(), strict=True):
-        if got.is_floating_point():
-            assert_close_by_rule(name, got, truth, truth.to(dtype))
-
-
-def test_autocast() -> None:
-    module, x = make(), torch.randn(T, N, I, requires_grad=True)
-    plain = copy.deepcopy(module)(x)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, (h, c) = module(x)
-    assert output.dtype == h.dtype == c.dtype == torch.bfloat16
-    assert_same_bits("float32 arithmetic", output, plain.bfloat16())
-    output.float().square().sum().backward()
-    assert module.weight_hh_l0.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_autocast_reaches_into_no_backend(backend: str, half: torch.dtype) -> None:
-    """The reference, which statistics of a process group take, is in float32 as the kernels are."""
-    module, x, dy = make(), torch.randn(T, N, I), torch.randn(T, N, H).to(half)
-
-    def tensors_after(backend: str, dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
-        own, leaf = copy.deepcopy(module).to(dtype), x.to(dtype, copy=True).requires_grad_()
-        with fastrnn.use_backend(backend), torch.autocast("cpu", dtype=half, enabled=autocast):
-            output, _ = own(leaf)
-        output.backward(dy.to(output.dtype))
-        leaves = {"x": leaf, **dict(own.named_parameters())}
-        return {name: t.grad for name, t in leaves.items()} | dict(own.named_buffers())
-
-    got = tensors_after(backend, torch.float32, autocast=True)
-    same = tensors_after("reference", torch.float32, autocast=False)
-    for name, truth in tensors_after("reference", torch.float64, autocast=False).items():
-        if truth.is_floating_point():
-            assert_close_by_rule(name, got[name], truth, same[name])
 
 
 def test_vmap_over_stacked_modules() -> None:

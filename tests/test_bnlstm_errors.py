@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
 from fastrnn import functional
@@ -107,6 +107,23 @@ def test_settings_changed_to_what_they_cannot_be(name: str, value: Any) -> None:
         change_and_call()
     assert_same_buffers(module, before)
     assert torch.equal(draws, torch.get_rng_state())
+
+
+def test_eps_is_checked_when_it_is_set() -> None:
+    module = make()
+    before = module.eps
+    with pytest.raises(ValueError, match="eps should be a number above 0"):
+        module.eps = -1.0
+    assert module.eps == before
+
+
+def test_a_state_of_too_many_rows_for_unsorted_packed_input() -> None:
+    """Its rows are put in order before they are counted."""
+    packed = pack_sequence([torch.randn(n, I) for n in (2, 4)], enforce_sorted=False)
+    h = torch.randn(1, 3, H)
+    message = rf"Expected hidden\[0\] size \(1, 2, {H}\), got \[1, 3, {H}\]"
+    with pytest.raises(RuntimeError, match=message):
+        make()(packed, (h, h))
 
 
 def test_bad_steps() -> None:

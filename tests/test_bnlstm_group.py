@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import fastrnn
 from tests.tolerances import assert_close_by_rule
 
 N, I, H = 5, 3, 4
+LIMIT = timedelta(seconds=120)  # a rank that waits for one that failed
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "lengths": {"lengths": [2, 4, 1, 3, 6]},
@@ -49,7 +51,7 @@ def run(module: fastrnn.BNLSTM, x: Tensor, upstream: Tensor, **call: Any) -> lis
 def work(rank: int, folder: str, case: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=LIMIT
     )
     module, x, upstream, rows, call = build(case)
     module.process_group = torch.distributed.group.WORLD

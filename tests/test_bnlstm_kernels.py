@@ -219,7 +219,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(ops.bnlstm_backward, args)
 
 
-DEFAULT = 250
+DEFAULT = 125
 COUNT = int(os.environ.get("FASTRNN_HYPOTHESIS_CASES", DEFAULT))
 
 

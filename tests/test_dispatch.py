@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -143,14 +144,8 @@ def test_nesting_errors_and_threads() -> None:
         assert backend() == "cpu"
 
 
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
-    env = os.environ | environment
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
-    )
-
-
 def test_environment() -> None:
+    """A name that is not one is in tests/dropin/test_dropin_dispatch.py."""
     code = (
         "import torch, fastrnn\n"
         "m, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)\n"
@@ -160,7 +155,10 @@ def test_environment() -> None:
         "try: m(x, lengths=[5, 1])\n"
         "except RuntimeError as error: print(error)\n"
     )
-    done = in_a_process(code, FASTRNN_BACKEND="torch")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FASTRNN_BACKEND": "torch"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("FASTRNN_BACKEND=torch") == 1
     assert "unset FASTRNN_BACKEND" in done.stderr
@@ -168,15 +166,33 @@ def test_environment() -> None:
     assert "asked for by FASTRNN_BACKEND" in done.stdout
     assert "\nreference\n" in done.stdout
     assert "FASTRNN_BACKEND: the torch backend cannot serve" in done.stdout
-    wrong = in_a_process("import fastrnn", FASTRNN_BACKEND="cudnn")
-    assert wrong.returncode != 0
-    assert "FASTRNN_BACKEND: got 'cudnn', expected one of 'cpu'" in wrong.stderr
 
 
 @pytest.fixture
 def handover(monkeypatch: pytest.MonkeyPatch) -> None:
     box = handover_data.Handover(torch.float32, False, (1, 50), (2, 8), (1, 4), "1.2x in tests")
     monkeypatch.setitem(handover_data.HANDOVER, "gru", (box,))
+
+
+def test_the_ends_of_a_box_belong_to_it() -> None:
+    box = handover_data.Handover(torch.float32, False, (2, 50), (2, 8), (3, 4), "")
+    inside = list(itertools.product((2, 50), (2, 8), (3, 4)))
+    assert all(box.covers(torch.float32, False, *sizes) for sizes in inside)
+    for sizes in ((1, 2, 3), (51, 2, 3), (2, 1, 3), (2, 9, 3), (2, 2, 2), (2, 2, 5)):
+        assert not box.covers(torch.float32, False, *sizes)
+    assert not box.covers(torch.float32, True, *inside[0])
+    assert not box.covers(torch.float64, False, *inside[0])
+
+
+def test_rows_of_a_cell_and_gradients_of_a_state_count() -> None:
+    """One step of many rows, and one training step, are boxes of fastrnn.handover."""
+    x = torch.randn(5, 4)
+    assert fastrnn.explain(fastrnn.RNNCell(4, 130), x).backend == "torch"
+    assert fastrnn.explain(fastrnn.RNN(4, 130), x[None]).backend == "torch"
+    module, x = fastrnn.GRU(4, 448).requires_grad_(False), torch.randn(1, 2, 4)
+    h = torch.zeros(1, 2, 448, requires_grad=True)
+    assert fastrnn.explain(module, x).backend == "cpu"
+    assert fastrnn.explain(module, x, h).backend == "torch"
 
 
 @pytest.mark.usefixtures("handover")
@@ -227,9 +243,24 @@ def test_bf16_weights_follow_torchs_switches(switch: str) -> None:
         assert fastrnn.explain(module, x).plan.startswith("bf16 weights, ")
         rounded = module(x)[0]
     assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, atol=0.02, rtol=0.02)
     assert "bf16 weights are for inference only" in fastrnn.explain(module, x).plan
     assert "bf16 weights" not in fastrnn.explain(module.double(), x.double()).plan
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_a_prepared_call_follows_torchs_switch(name: str) -> None:
+    module, x = getattr(fastrnn, name)(16, 32).eval(), torch.randn(5, 2, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            exact = module(x)[0]
+        torch.set_float32_matmul_precision("medium")
+        for _ in range(3):
+            assert not torch.equal(module(x)[0], exact)
+        torch.set_float32_matmul_precision("highest")
+        assert torch.equal(module(x)[0], exact)
 
 
 @pytest.mark.parametrize("pays", [True, False])

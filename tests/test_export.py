@@ -188,7 +188,7 @@ def test_no_graph_break(name: str, mode: str) -> None:
 class Zoo(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = fastrnn.LSTM(3, 4, 2, bidirectional=True)
+        self.lstm = fastrnn.LSTM(3, 4, bidirectional=True)
         self.gru = fastrnn.GRU(8, 4, zoneout=0.1)
         self.rhn = fastrnn.RHN(4, 4, depth=2)
         self.bnlstm = fastrnn.BNLSTM(4, 4, max_length=4)

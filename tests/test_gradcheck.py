@@ -153,6 +153,19 @@ def test_third_derivative(name: str) -> None:
     assert gradgradcheck(slope, (x,))
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_autocast_around_a_second_derivative_changes_nothing(name: str) -> None:
+    """The forward has run in float32, and so does its recomputation."""
+    module, x = MODULES[name](I, H), torch.randn(T, N, I, requires_grad=True)
+
+    def second(inside: bool) -> Tensor:
+        (dx,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    assert torch.equal(second(True), second(False))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_backward_in_eval(name: str) -> None:
     """Gradients do not depend on the mode: torch.nn on a GPU would refuse."""

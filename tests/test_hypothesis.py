@@ -1,6 +1,6 @@
 """Random shapes and options, drawn by hypothesis, against the float64 reference with gradients.
 
-FASTRNN_HYPOTHESIS_CASES sets the number of cases (2,000); any other number than the default also
+FASTRNN_HYPOTHESIS_CASES sets the number of cases (1,000); any other number than the default also
 draws anew at each run, where the default always draws the same.
 """
 
@@ -17,7 +17,7 @@ from tests.problems import CELLS, NORMED, UPSTREAM, Case, Problem, check, forwar
 from tests.test_regularisers_kernels import noises
 from tests.tolerances import assert_same_bits
 
-DEFAULT = 2000
+DEFAULT = 1000
 COUNT = int(os.environ.get("FASTRNN_HYPOTHESIS_CASES", DEFAULT))
 
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16])

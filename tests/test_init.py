@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -25,6 +26,10 @@ def near(got: Tensor, expected: Tensor) -> None:
     """Equal up to the rounding of float64 sums."""
     allowed = FLOOR[torch.float64] * torch.finfo(torch.float64).eps
     assert (got - expected).abs().max() <= allowed
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
 
 
 def blocks(weight: Tensor) -> list[Tensor]:
@@ -88,6 +93,37 @@ def test_unitary(size: int) -> None:
         near(block[:half, :half], block[half:, half:])
         near(block[:half, half:], -block[half:, :half])
         assert half == 1 or block[:half, half:].abs().max() > 1e-3
+
+
+def test_orthogonal_gates_are_uniform() -> None:
+    """Without the signs of R the first value of every matrix has one sign."""
+    weight = init.orthogonal_gates_(torch.empty(64 * 4, 4), generator=seeded())
+    assert 16 < int((weight[::4, 0] > 0).sum()) < 48
+
+
+def test_unitary_is_the_product_of_the_paper() -> None:
+    """D3 R2 F* D2 P R1 F D1, drawn in that order."""
+    half = 6
+    draw = seeded()
+
+    def diagonal() -> Tensor:
+        angle = (2 * torch.rand(half, generator=draw, dtype=torch.float64) - 1) * math.pi
+        return torch.diag(torch.polar(torch.ones_like(angle), angle))
+
+    def reflection() -> Tensor:
+        v = torch.view_as_complex(torch.randn(half, 2, generator=draw, dtype=torch.float64))[
+            :, None
+        ]
+        return torch.eye(half) - 2 * v @ v.mH / (v.mH @ v).real
+
+    k = torch.arange(half, dtype=torch.float64)
+    fourier = torch.exp(-2j * math.pi * torch.outer(k, k) / half) / half**0.5
+    d1, r1 = diagonal(), reflection()
+    p = torch.eye(half, dtype=torch.complex128)[torch.randperm(half, generator=draw)]
+    d2, d3, r2 = diagonal(), diagonal(), reflection()
+    w = d3 @ r2 @ fourier.mH @ d2 @ p @ r1 @ fourier @ d1
+    expected = torch.cat([torch.cat([w.real, -w.imag], 1), torch.cat([w.imag, w.real], 1)])
+    near(init.unitary_(torch.empty(12, 12, dtype=torch.float64), seeded()), expected)
 
 
 @pytest.mark.parametrize("fill", RANDOM, ids=lambda f: f.__name__)

@@ -110,10 +110,19 @@ def test_layer(case: Case) -> None:
     verify(Problem(case))
 
 
-@pytest.mark.parametrize("sizes", LARGE, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
-@pytest.mark.parametrize("cell", CELLS)
-def test_large(cell: str, sizes: dict[str, int]) -> None:
-    verify(Problem(Case(cell, **sizes, directions=1 + sizes["N"] % 2)))
+def large() -> list[Case]:
+    """Every cell x LARGE. A norm is many of the reference's operations in each step, and long
+    sequences of every cell are in test_long.py."""
+    return [
+        Case(cell, **sizes | {"T": min(sizes["T"], 60 if cell in NORMED else 300)},
+             directions=1 + sizes["N"] % 2)
+        for cell, sizes in itertools.product(CELLS, LARGE)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", large(), ids=str)
+def test_large(case: Case) -> None:
+    verify(Problem(case))
 
 
 # With one value as its state, a layer-normalised term is that value's size times a constant row.

@@ -270,6 +270,15 @@ def test_dtypes_and_devices(kind: str) -> None:
     assert torch.isfinite(real(x)[0]).all()
 
 
+def test_reset_parameters_of_a_parametrised_norm() -> None:
+    module = fastrnn.LSTM(3, 4, layer_norm=True)
+    nn.utils.parametrize.register_parametrization(module, "ln_weight_ih_l0", nn.Identity())
+    with torch.no_grad():
+        module.parametrizations.ln_weight_ih_l0.original.fill_(3.0)
+    module.reset_parameters()
+    assert torch.equal(module.ln_weight_ih_l0, torch.ones(16))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_functional_call_and_vmap(kind: str) -> None:
     modules = [build(kind) for _ in range(3)]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
 
@@ -413,9 +413,55 @@ def test_return_cells_keeps_the_layout() -> None:
     assert cells.shape == (6, 3, 8)
     assert torch.equal(cells[-1, :, :4], c_n[2])
     assert torch.equal(cells[0, :, 4:], c_n[3])
-    assert module(x[:, 0], return_cells=True)[2].shape == (6, 8)
+    for module.batch_first in (False, True):
+        cells_of_one = module(x[:, 0], return_cells=True)[2]
+        assert cells_of_one.shape == (6, 8)
+        batch = module(x[None, :, 0] if module.batch_first else x[:, :1], return_cells=True)[2]
+        assert torch.equal(cells_of_one, batch.squeeze(0 if module.batch_first else 1))
+    module.batch_first = False
     packed = pack_padded_sequence(x, [2, 6, 4], enforce_sorted=False)
     _, (_, c_n), cells = module(packed, return_cells=True)
     padded, lengths = nn.utils.rnn.pad_packed_sequence(cells)
     assert lengths.tolist() == [2, 6, 4]
     assert torch.equal(padded[lengths - 1, torch.arange(3), :4], c_n[2])
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_cells_have_the_dtype_of_the_output(grad: bool, options: dict[str, Any]) -> None:
+    module = fastrnn.LSTM(3, 4, dtype=torch.bfloat16, **options)
+    with torch.set_grad_enabled(grad):
+        output, _, cells = module(torch.randn(5, 2, 3).bfloat16(), return_cells=True)
+    assert output.dtype == cells.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_too_many_rows_for_unsorted_packed_input(name: str) -> None:
+    """Its rows are put in order before they are counted."""
+    module = getattr(fastrnn, name)(3, 4)
+    packed = pack_sequence([torch.randn(n, 3) for n in (2, 4)], enforce_sorted=False)
+    h = torch.randn(1, 3, 4)
+    with pytest.raises(RuntimeError, match=r"Expected hidden.* size \(1, 2, 4\), got \[1, 3, 4\]"):
+        module(packed, (h, h) if name == "LSTM" else h)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_recompute_keeps_no_gates(name: str, layers: int) -> None:
+    def kept(recompute: bool) -> int:
+        module = getattr(fastrnn, name)(5, 7, layers, recompute=recompute)
+        found: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            found[t.data_ptr()] = t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            for _ in range(3):  # the general way, then a prepared call
+                found.clear()
+                output = module(torch.randn(9, 3, 5))[0]
+        assert output.requires_grad  # what it saved is alive
+        return sum(found.values())
+
+    gates = 9 * 3 * 3 * 7 * 4  # steps, sequences, gates, units, bytes
+    assert kept(False) - kept(True) >= layers * gates

@@ -124,10 +124,11 @@ def test_meta_tensors(cell: str) -> None:
 
 
 @pytest.mark.parametrize("records", [True, False], ids=["grad", "no_grad"])
-def test_whoever_looks_on_sees_the_operators(records: bool) -> None:
+@pytest.mark.parametrize("kind", ["layer", "rhn"])
+def test_whoever_looks_on_sees_the_operators(kind: str, records: bool) -> None:
     """Eager calls may skip the dispatcher, but not under a profiler, a mode or a tracer."""
-    module, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
-    name = "fastrnn::layer_forward_train" if records else "fastrnn::layer_forward"
+    module = fastrnn.GRU(3, 4) if kind == "layer" else fastrnn.RHN(3, 4, depth=2)
+    x, name = torch.randn(5, 2, 3), f"fastrnn::{kind}_forward" + "_train" * records
     seen: list[str] = []
 
     class Record(TorchDispatchMode):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastrnn
 from fastrnn import ops
@@ -163,6 +164,19 @@ def test_options_and_overrides_take_the_general_way() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert module(x)[0].dtype == torch.bfloat16
         assert torch.equal(module(x)[0], expected)
+
+
+def test_the_profiler_and_make_fx_see_operators_of_a_prepared_call() -> None:
+    module, x = make("gru"), torch.randn(4, 2, 5)
+    with torch.no_grad():
+        for _ in range(3):
+            module(x)
+        with torch.profiler.profile() as seen:
+            module(x)
+        assert "fastrnn::layer_forward" in {event.key for event in seen.key_averages()}
+        graph = make_fx(lambda x: module(x)[0])(x)
+    assert "layer_forward" in graph.code
+    assert torch.equal(graph(2 * x), module(2 * x)[0])  # the call was not taken for a constant
 
 
 def leaves(hx: Any) -> list[torch.Tensor]:

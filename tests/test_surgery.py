@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import warnings
 from typing import Any
@@ -99,6 +100,24 @@ def test_root_module(name: str) -> None:
     assert back.__dict__.keys() == module.__dict__.keys()
 
 
+def test_the_old_module_is_left_alone() -> None:
+    old = nn.GRU(3, 4)
+    weight = old.weight_hh_l0
+    new = fastrnn.replace(old)
+    new.weight_hh_l0 = nn.Parameter(torch.zeros(12, 4))
+    new.register_buffer("mine", torch.zeros(1), persistent=False)
+    assert old.weight_hh_l0 is weight
+    assert not old._non_persistent_buffers_set
+
+
+def test_what_belongs_to_one_class_stays_behind() -> None:
+    old = nn.GRU(3, 4)
+    old.compile(backend="eager")
+    assert fastrnn.replace(old)._compiled_call_impl is None
+    back = fastrnn.restore(fastrnn.LSTM(3, 4, recompute=True))
+    assert back.__dict__.keys() == nn.LSTM(3, 4).__dict__.keys()
+
+
 def test_a_module_that_appears_twice_stays_one() -> None:
     shared = nn.GRU(3, 3)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared]), "c": nn.GRU(3, 3)})
@@ -117,8 +136,10 @@ def test_subclasses_are_left_alone_and_reported() -> None:
         pass
 
     model = nn.Sequential(Mine(3, 4), nn.LSTM(4, 4))
-    with pytest.warns(UserWarning, match=r"fastrnn.replace left alone: 0 \(Mine\): a subclass"):
+    alone = r"fastrnn.replace left alone: 0 \(Mine\): a subclass"
+    with pytest.warns(UserWarning, match=alone) as found:
         fastrnn.replace(model)
+    assert found[0].filename == __file__
     assert type(model[0]) is Mine
     assert type(model[1]) is fastrnn.LSTM
     model = nn.Sequential(Ours(3, 4), fastrnn.GRU(3, 4, reset_after=False), fastrnn.GRU(3, 4))
@@ -206,6 +227,8 @@ def test_patch() -> None:
 
         assert GRU is fastrnn.GRU
         assert RNNCell is fastrnn.RNNCell
+        for space, name in itertools.product((nn, nn.modules, nn.modules.rnn), NAMES):
+            assert getattr(space, name) is getattr(fastrnn, name)
         model = Model()
         assert isinstance(model.lstm, nn.LSTM)
         assert isinstance(fastrnn.RNN(3, 4), nn.RNN)

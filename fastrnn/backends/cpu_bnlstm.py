@@ -177,8 +177,9 @@ def bnlstm_backward(
     need_dw: bool,
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
-    weights = cpu._contiguous(weights)
+    # What was saved may have come back from a hook with other strides.
+    x, y, h0, c0, cells, tape = cpu._contiguous((x, y, h0, c0, cells, tape))
+    used, weights = cpu._contiguous(used), cpu._contiguous(weights)
     directions, size, hidden = h0.shape
     shape = cpu._shape(x, batch_sizes, batch_first, h0)
     problem = _problem(x, shape, directions, hidden, batch_stats, sequence, eps, plan)

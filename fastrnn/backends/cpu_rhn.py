@@ -245,7 +245,9 @@ def rhn_backward(
     plan: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     given, dtype = x.dtype, _compute_dtype(x.dtype)
+    # What was saved may have come back from a hook with other strides.
     x, y, h0 = _wide(x, dtype), _wide(y, dtype), _wide(h0, dtype)
+    gates = gates.contiguous()
     weights = [_wide(w, dtype) for w in weights]
     x_mask, s_mask = _wide_or_none(x_mask, dtype), _wide_or_none(s_mask, dtype)
     dy, dh_n = _wide_or_none(dy, dtype), _wide_or_none(dh_n, dtype)

@@ -166,9 +166,8 @@ def test_environment_variable_with_a_wrong_name(probes: Probes) -> None:
     status, _, errors = probes["gpu"]
     assert status != 0
     last = errors.splitlines()[-1]
-    assert last.startswith("ValueError")
-    for word in ("FASTRNN_BACKEND", "'gpu'", *NAMES):
-        assert word in last
+    assert last.startswith("ValueError: FASTRNN_BACKEND: got 'gpu', expected one of 'cpu'")
+    assert all(name in last for name in NAMES)
 
 
 def test_explanation_text(any_kind: Kind) -> None:
@@ -209,7 +208,7 @@ def test_explain_takes_every_input(any_kind: Kind) -> None:
 def test_explain_float16_names_what_was_rejected(kind: Kind) -> None:
     ours = kind.ours(5, 7, dtype=torch.float16)
     found = fastrnn.explain(ours, X.half())
-    assert found.backend != "cpu" or not found.rejected
+    assert dict(found.rejected)["cpu"]
     for name, why in found.rejected:
         assert f"rejected: {name}: {why}" in str(found)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from dropin_cases import assert_same_bits
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 
@@ -41,6 +45,60 @@ def test_unpacking_another_tensor(module: torch.nn.Module, unpack: Callable[...,
             y = module(x)[0]
         with pytest.raises((RuntimeError, TypeError), match=r"saved-tensor hooks|unpack_hook"):
             y.sum().backward()
+
+
+VARIANTS: dict[str, Callable[[], torch.nn.Module]] = MODULES | {
+    "bidirectional": lambda: fastrnn.GRU(3, 5, bidirectional=True, reset_after=False),
+    "projected": lambda: fastrnn.LSTM(3, 5, proj_size=2),
+    "layer_norm": lambda: fastrnn.LSTM(3, 5, layer_norm=True),
+    "regularised": lambda: fastrnn.LSTM(3, 5, zoneout=0.3, recurrent_dropout=0.2),
+    "rhn_masks": lambda: fastrnn.RHN(
+        3, 5, depth=3, couple_carry=False, bidirectional=True, variational_input=0.2,
+        variational_state=0.2, tie_gate_masks=False,
+    ),
+    "rhn_recompute": lambda: fastrnn.RHN(3, 5, depth=2, recompute=True),
+    "bnlstm_sequence": lambda: fastrnn.BNLSTM(
+        3, 5, max_length=4, input_stats="sequence", bidirectional=True
+    ),
+    "bnlstm_eval": lambda: fastrnn.BNLSTM(3, 5, max_length=4).eval(),
+}  # fmt: skip
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+
+
+def every_second(t: Tensor) -> Tensor:
+    return t.repeat_interleave(2, -1)[..., ::2] if t.dim() else t
+
+
+@pytest.mark.parametrize("restride", [transposed, every_second], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_tensors_with_other_strides(
+    variant: str, restride: Callable[[Tensor], Tensor]
+) -> None:
+    """In the first call of a shape and in the fourth, which is a prepared one."""
+    module = VARIANTS[variant]()
+    initial = copy.deepcopy(module.state_dict())  # running statistics move
+    x = torch.randn(4, 3, 3)
+    sequences = [torch.randn(n, 3) for n in (4, 3, 1)]
+
+    def gradients(**call: Any) -> dict[str, Tensor]:
+        module.load_state_dict(initial)
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(5)  # of masks
+        output, state = module(leaf, **call)
+        packed, _ = module(pack_sequence(sequences))
+        states = state if isinstance(state, tuple) else (state,)
+        sum(t.square().sum() for t in (output, packed.data, *states)).backward()
+        return {"x": leaf.grad} | {n: p.grad.clone() for n, p in module.named_parameters()}
+
+    ragged = {"lengths": [2, 4, 3], "reset": torch.rand(4, 3) < 0.3}
+    for call in ({}, ragged, {}, {}):
+        expected = gradients(**call)
+        with torch.autograd.graph.saved_tensors_hooks(restride, restride):
+            assert_same_bits(gradients(**call), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
