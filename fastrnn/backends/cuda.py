@@ -259,7 +259,8 @@ def layer_backward(
             "again"
         )
     grid = Grid(x, size, batch_sizes, lengths, reset, batch_first)
-    h0, c0 = h0.contiguous(), dense(c0)
+    # A hook on what is saved may have given it other strides.
+    h0, c0, gates = h0.contiguous(), dense(c0), dense(gates)
     states = grid.spread(grid.rows.flat(y).contiguous())
     launcher = launcher_of(need, x, True, plan)
     kept = Kept(

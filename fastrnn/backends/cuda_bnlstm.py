@@ -300,7 +300,8 @@ def bnlstm_backward(
     launcher = launcher_of(layer.need, x, True, plan)
     steps = _Steps(grid, batch_stats, x.device)
     h0, c0 = h0.contiguous(), c0.contiguous()
-    used = [t.contiguous() for t in used]
+    # A hook on what is saved may have given it other strides.
+    tape, used = tape.contiguous(), [t.contiguous() for t in used]
 
     def spread(data: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if data is None else grid.spread(grid.rows.flat(data.to(dtype)).contiguous())

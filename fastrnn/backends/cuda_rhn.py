@@ -231,6 +231,7 @@ def rhn_backward(
         gates = _forward(x, h0, weights, x_mask, s_mask, *sequence, True, plan)[2]
     grid = Grid(x, layer.need.size, *sequence)
     launcher = launcher_of(layer.need, x, True, plan)
+    gates = gates.contiguous()  # a hook on what is saved may have given it other strides
     dz, dh0 = _gate_gradients(launcher, layer, grid, dy, dh_n, gates)
     # Gradients of the input's terms, in the rows of x.
     terms = [grid.gather(grid.as_rows(own[:, 0])) for own in dz.unbind(0)]

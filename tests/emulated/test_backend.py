@@ -58,6 +58,30 @@ def test_modules(name: str, options: dict[str, Any]) -> None:
     compare(rnn, x, **more)
 
 
+def turned(t: torch.Tensor) -> torch.Tensor:
+    """The same values with the strides of the transpose."""
+    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+
+
+@pytest.mark.parametrize(
+    "rnn",
+    [
+        fastrnn.LSTM(3, 5, bidirectional=True),
+        fastrnn.GRU(3, 5, reset_after=False),
+        fastrnn.RHN(3, 5, depth=2),
+        fastrnn.BNLSTM(3, 5, max_length=4),
+    ],
+    ids=lambda rnn: type(rnn).__name__,
+)
+def test_saved_tensors_with_other_strides(rnn: torch.nn.Module) -> None:
+    x = torch.randn(4, 3, 3)
+    expected = solve(rnn, x, "cuda")
+    with torch.autograd.graph.saved_tensors_hooks(turned, turned):
+        got = solve(rnn, x, "cuda")
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_same_bits(f"result {index}", a, b)
+
+
 def test_packed_sequence() -> None:
     rnn = fastrnn.GRU(3, 5, bidirectional=True, dtype=torch.bfloat16)
     steps = [torch.randn(t, 3, dtype=torch.bfloat16) for t in (2, 3, 1)]

@@ -205,7 +205,7 @@ def bnlstm_backward(
         c0=c0.contiguous(),
         y=y.contiguous(),
         cells=cells.contiguous(),
-        tape=tape,
+        tape=tape.contiguous(),
         dy=dense(dy),
         dh_n=dense(dh_n),
         dc_n=dense(dc_n),

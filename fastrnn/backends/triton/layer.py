@@ -222,7 +222,7 @@ def layer_backward(
         dc0 = torch.empty(c0.shape, dtype=c0.dtype, device=c0.device)
         proj = bool(w.w_hr)
         extra = {
-            "c0": c0.contiguous(), "cells": cells, "dc_n": dense(dc_n),
+            "c0": c0.contiguous(), "cells": dense(cells), "dc_n": dense(dc_n),
             "dcells": dense(dcells), "dc0": dc0,
             "dh_out": torch.empty_like(h_ins) if proj else None,
             "outs": x.new_empty((rows.rows, directions * w.hidden)) if proj else None,
@@ -237,7 +237,7 @@ def layer_backward(
         cut.warps,
         h0=h0,
         y=y.contiguous(),
-        gates=gates,
+        gates=dense(gates),  # a hook on what is saved may have given it other strides
         dy=dense(dy),
         dh_n=dense(dh_n),
         dz=dz,

@@ -188,7 +188,7 @@ def rhn_backward(
         layer.plan.warps,
         h0=h0.contiguous(),
         y=y.contiguous(),
-        gates=gates,
+        gates=gates.contiguous(),
         dy=dense(dy),
         dh_n=dense(dh_n),
         dz=dz,
