@@ -470,5 +470,5 @@ def test_the_probes_compile(tmp_path: Path) -> None:
     assert not error
     complaints, registers = gate.judge(text)
     assert not complaints
-    assert sum("wrapper" in name for name in registers) == 14
+    assert sum("wrapper" in name for name in registers) == 15
     assert probes.compile_command(nvcc, "90a", tmp_path / "probes")[0] == nvcc

@@ -28,7 +28,9 @@ def make(tmp_path: Path):
     python.chmod(0o755)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "MAKEFLAGS")}
+        # Without what a make above this test has set.
+        own = ("PYTHON", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+        inherited = {k: v for k, v in os.environ.items() if k not in own}
         show = "--eval=show: ; @echo $(BUILD)"
         return subprocess.run(
             ["make", show, *arguments], cwd=tmp_path, env=inherited, capture_output=True, text=True
