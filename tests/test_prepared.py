@@ -19,6 +19,7 @@ from fastrnn.backends import cpu, cpu_prepared
 from fastrnn.backends.cpu_prepared import CALLS
 from tests.problems import CELLS as CELL_NAMES
 from tests.problems import Case, Problem, backward_args, train_args
+from tests.saved_strides import transposed
 from tests.tolerances import assert_same_bits
 
 CELLS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
@@ -358,11 +359,7 @@ def test_backward_of_a_prepared_call_under_hooks_batching_and_the_profiler(cell:
         module(x)
     assert prepared(module)
 
-    def turned(t: torch.Tensor) -> torch.Tensor:
-        """The same values with other strides."""
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-    with torch.autograd.graph.saved_tensors_hooks(turned, turned):
+    with torch.autograd.graph.saved_tensors_hooks(transposed, transposed):
         for a, b in zip(recorded(module, x), expected, strict=True):
             assert torch.equal(a, b)
     y = module(x)[0]

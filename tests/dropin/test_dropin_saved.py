@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
+from tests.saved_strides import transposed
 
 MODULES: dict[str, Callable[[], torch.nn.Module]] = {
     "lstm": lambda: fastrnn.LSTM(3, 5),
@@ -62,10 +63,6 @@ VARIANTS: dict[str, Callable[[], torch.nn.Module]] = MODULES | {
     ),
     "bnlstm_eval": lambda: fastrnn.BNLSTM(3, 5, max_length=4).eval(),
 }  # fmt: skip
-
-
-def transposed(t: Tensor) -> Tensor:
-    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
 
 
 def every_second(t: Tensor) -> Tensor:

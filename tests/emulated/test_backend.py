@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
 from fastrnn.backends import cuda_native
+from tests.saved_strides import LAYERS, check_other_strides
 from tests.tolerances import assert_close_by_rule, assert_same_bits
 
 MODULES: list[tuple[str, dict[str, Any]]] = [
@@ -58,28 +59,9 @@ def test_modules(name: str, options: dict[str, Any]) -> None:
     compare(rnn, x, **more)
 
 
-def turned(t: torch.Tensor) -> torch.Tensor:
-    """The same values with the strides of the transpose."""
-    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
-
-
-@pytest.mark.parametrize(
-    "rnn",
-    [
-        fastrnn.LSTM(3, 5, bidirectional=True),
-        fastrnn.GRU(3, 5, reset_after=False),
-        fastrnn.RHN(3, 5, depth=2),
-        fastrnn.BNLSTM(3, 5, max_length=4),
-    ],
-    ids=lambda rnn: type(rnn).__name__,
-)
-def test_saved_tensors_with_other_strides(rnn: torch.nn.Module) -> None:
-    x = torch.randn(4, 3, 3)
-    expected = solve(rnn, x, "cuda")
-    with torch.autograd.graph.saved_tensors_hooks(turned, turned):
-        got = solve(rnn, x, "cuda")
-    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-        assert_same_bits(f"result {index}", a, b)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_saved_tensors_with_other_strides(layer: str) -> None:
+    check_other_strides(solve, layer, "cuda")
 
 
 def test_packed_sequence() -> None:

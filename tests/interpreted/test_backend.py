@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
-from tests.tolerances import assert_same_bits
+from tests.saved_strides import LAYERS, check_other_strides
 
 MODULES: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2}),
@@ -45,28 +45,9 @@ def test_modules(name: str, options: dict[str, Any]) -> None:
         torch.testing.assert_close(got, expected)
 
 
-def turned(t: torch.Tensor) -> torch.Tensor:
-    """The same values with the strides of the transpose."""
-    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
-
-
-@pytest.mark.parametrize(
-    "rnn",
-    [
-        fastrnn.LSTM(3, 5, bidirectional=True),
-        fastrnn.GRU(3, 5, reset_after=False),
-        fastrnn.RHN(3, 5, depth=2),
-        fastrnn.BNLSTM(3, 5, max_length=4),
-    ],
-    ids=lambda rnn: type(rnn).__name__,
-)
-def test_saved_tensors_with_other_strides(rnn: torch.nn.Module) -> None:
-    x = torch.randn(4, 3, 3)
-    expected = solve(rnn, x, "triton")
-    with torch.autograd.graph.saved_tensors_hooks(turned, turned):
-        got = solve(rnn, x, "triton")
-    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-        assert_same_bits(f"result {index}", a, b)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_saved_tensors_with_other_strides(layer: str) -> None:
+    check_other_strides(solve, layer, "triton")
 
 
 def test_packed_sequence() -> None:
