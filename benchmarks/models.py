@@ -305,14 +305,15 @@ def three_results(model: Model, small: bool, training: bool) -> list[dict[str, T
 
 def verify(model: Model, small: bool) -> str:
     """ "", or the worst tensor beyond the tests' rule, in training and in evaluation."""
-    from benchmarks.verify import allowed_error, error
+    from benchmarks.verify import error, rule
 
     for training in (True, False):
         wide, plain, ours = three_results(model, small, training)
         if not wide.keys() == plain.keys() == ours.keys():
             return "other tensors have gradients"
         for name, truth in wide.items():
-            off = error(ours[name], truth) / allowed_error()(truth, plain[name], plain[name].dtype)
+            allowed = rule().allowed_error(truth, plain[name], plain[name].dtype)
+            off = error(ours[name], truth) / allowed
             if not off <= 1:
                 return f"{name} is off by {off:.3g} times what the rule allows"
     return ""

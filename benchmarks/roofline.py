@@ -16,21 +16,27 @@ Bandwidth is the one measured for a working set of each thread's share of the we
 L3 or DRAM as it falls. For N >= 8 the flops bind and the bound is flops / peak; for N = 1 it is the
 weight stream. Activations, cell updates and the writing of gradients are left out, so 100% cannot
 quite be reached.
+
+A run begins with both ceilings, each the best of a few tries. A case has its own: the probes that
+bind it take turns with the contestants, and their medians make its bound. A core whose other
+thread belongs to somebody else has half its peak for seconds, which must not pass for our loss.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks.cases import GATES, Case
+from benchmarks.timing import Runner, Timing, Turn, watched
 
 FLOAT_BYTES = 4
 TRIES = 3
+PROBE_SECONDS = 0.01
 TABLE_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 
 
@@ -59,23 +65,65 @@ class Roofline:
             self.bandwidths[size] = self._measure(size)
         return self.bandwidths[size]
 
+    def probes(self, case: Case) -> dict[str, Runner]:
+        """What takes turns with a case's contestants: a probe of the peak, and of each bandwidth
+        that binds the case; empty without the native probes."""
+        native = _native()
+        if native is None:
+            return {}
+        bound: set[int] = set()
+        self._bind(case, bound)
+        found: dict[str, Runner] = {PEAK: _Probe(native.measure_peak_flops, self.threads)}
+        for size in bound:
+            found[f"{BANDWIDTH}{size}"] = _Probe(native.measure_bandwidth, self.threads, size)
+        return found
+
+    def meanwhile(self, timings: Mapping[str, Timing]) -> Roofline:
+        """The ceilings as the probes among the timings found them; ours for the others."""
+        peak, known = self.peak_flops, dict(self.bandwidths)
+        for name, timing in timings.items():
+            if name == PEAK:
+                peak = 1 / timing.median
+            elif name.startswith(BANDWIDTH):
+                known[int(name.removeprefix(BANDWIDTH))] = 1 / timing.median
+        return Roofline(self.threads, peak, self.source, known, self.matmul_flops, self._measure)
+
+    def of(self, probes: Iterable[str]) -> dict[str, float]:
+        """The ceilings that these probes stand for: FLOP/s, and bytes per second by working set."""
+        return {
+            name: self.peak_flops
+            if name == PEAK
+            else self.bandwidths[int(name.removeprefix(BANDWIDTH))]
+            for name in probes
+        }
+
     def bound_seconds(self, case: Case) -> float:
         """The time below which no float32 implementation of the case gets, by the model above."""
+        return self._bind(case, set())
+
+    def _bind(self, case: Case, bound: set[int]) -> float:
+        """`bound_seconds`; to `bound` go the working sets whose bandwidth binds a phase."""
         gates, rows, output = GATES[case.cell] * case.H, case.T * case.N, case.output_size
         recurrent = gates * output + case.H * case.proj
-        input_gemm = self._phase(2.0 * rows * gates * case.input_size, gates * case.input_size)
+        input_gemm = self._phase(
+            2.0 * rows * gates * case.input_size, gates * case.input_size, bound
+        )
         # The weights of all L micro-steps come by in every step: their sum is the working set.
         recurrent *= case.depth
-        recurrence = case.T * self._phase(2.0 * case.N * recurrent, recurrent)
+        recurrence = case.T * self._phase(2.0 * case.N * recurrent, recurrent, bound)
         forward = input_gemm + recurrence
         if case.mode == "training":
             weight_gradients = 2.0 * rows * (gates * case.input_size + recurrent) / self.peak_flops
             return case.directions * (forward + recurrence + input_gemm + weight_gradients)
         return case.directions * forward
 
-    def _phase(self, flops: float, weights: int) -> float:
+    def _phase(self, flops: float, weights: int, bound: set[int]) -> float:
         streamed = weights * FLOAT_BYTES
-        return max(flops / self.peak_flops, streamed / self.bandwidth(streamed // self.threads))
+        own = streamed // self.threads
+        computing, streaming = flops / self.peak_flops, streamed / self.bandwidth(own)
+        if streaming > computing:
+            bound.add(_grain(own))
+        return max(computing, streaming)
 
     def to_dict(self) -> dict[str, Any]:
         table = [
@@ -95,6 +143,19 @@ class Roofline:
         table = {row["bytes_per_thread"]: row["bytes_per_second"] for row in data["bandwidth"]}
         matmul = data.get("matmul_flops", 0.0)
         return cls(data["threads"], data["peak_flops"], data["source"], table, matmul)
+
+
+PEAK, BANDWIDTH = "ceiling flops", "ceiling bandwidth "
+
+
+class _Probe:
+    """A contestant whose samples are seconds per flop, or per byte."""
+
+    def __init__(self, rate: Callable[..., float], *arguments: int) -> None:
+        self._rate, self._arguments = rate, arguments
+
+    def turn(self) -> Turn:
+        return watched(lambda: [1 / self._rate(*self._arguments, PROBE_SECONDS)])
 
 
 def measure(threads: int, seconds: float = 0.15) -> Roofline:

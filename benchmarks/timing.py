@@ -125,26 +125,33 @@ class LocalRunner:
         )
 
     def turn(self) -> Turn:
-        call, clock = self._call, time.perf_counter
         with self._context():
             if not self._inner:
                 self._calibrate()
-            time.sleep(GAP_SECONDS)
-            busy, own, begin = busy_seconds(), time.process_time(), clock()
-            if self._warm:
+            return watched(self._take)
+
+    def _take(self) -> list[float]:
+        call, clock = self._call, time.perf_counter
+        if self._warm:
+            call()
+        samples = []
+        for _ in range(self._samples):
+            start = clock()
+            for _ in range(self._inner):
                 call()
-            samples = []
-            for _ in range(self._samples):
-                start = clock()
-                for _ in range(self._inner):
-                    call()
-                samples.append((clock() - start) / self._inner)
-            wall = clock() - begin
-        after = busy_seconds()
-        foreign = (
-            0.0 if busy is None or after is None else after - busy - (time.process_time() - own)
-        )
-        return Turn(samples, max(0.0, foreign), foreign > foreign_limit(wall))
+            samples.append((clock() - start) / self._inner)
+        return samples
+
+
+def watched(take: Callable[[], list[float]]) -> Turn:
+    """A turn of these samples, after the quiet gap, with the foreign CPU time of meanwhile."""
+    time.sleep(GAP_SECONDS)
+    busy, own, begin = busy_seconds(), time.process_time(), time.perf_counter()
+    samples = take()
+    wall = time.perf_counter() - begin
+    after = busy_seconds()
+    foreign = 0.0 if busy is None or after is None else after - busy - (time.process_time() - own)
+    return Turn(samples, max(0.0, foreign), foreign > foreign_limit(wall))
 
 
 def summarise(samples: list[float]) -> tuple[float, float, float]:

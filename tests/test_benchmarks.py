@@ -22,6 +22,7 @@ pytest.importorskip("tqdm")
 from benchmarks import (
     cases,
     driver,
+    loops,
     memory,
     peers,
     plot,
@@ -255,6 +256,60 @@ def test_roofline_binds_where_it_should() -> None:
     training = ceiling.bound_seconds(replace(wide, mode="training"))
     assert training == pytest.approx(3 * wide.flops / 1e11)
     assert roofline.Roofline.from_dict(ceiling.to_dict()).bandwidths == ceiling.bandwidths
+
+
+def test_ceilings_of_a_case_are_medians_of_its_own_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Native:
+        flops, bytes = itertools.cycle([4e10, 5e10, 9e10]), itertools.cycle([9e9, 4e9, 5e9])
+
+        def measure_peak_flops(self, threads: int, seconds: float) -> float:
+            return next(self.flops)
+
+        def measure_bandwidth(self, threads: int, size: int, seconds: float) -> float:
+            assert size == 4 << 20
+            return next(self.bytes)
+
+    native = Native()
+    monkeypatch.setattr(roofline, "_native", lambda: native)
+    ceiling = roofline.Roofline(1, 1e11, "a test", {1 << 20: 1e12, 4 << 20: 1e10, 8 << 20: 1e12})
+    wide, single = Case("lstm", "forward", 9, 64, 512), Case("lstm", "forward", 9, 1, 512)
+    assert set(ceiling.probes(wide)) == {roofline.PEAK}
+    probes = ceiling.probes(single)
+    assert set(probes) == {roofline.PEAK, f"{roofline.BANDWIDTH}{4 << 20}"}
+    timings = timing.measure(probes, budget=0.0, min_rounds=3)
+    own = ceiling.meanwhile(timings)
+    assert own.peak_flops == pytest.approx(5e10)
+    assert own.bandwidths == pytest.approx({**ceiling.bandwidths, 4 << 20: 5e9})
+    assert own.bound_seconds(wide) == pytest.approx(2 * ceiling.bound_seconds(wide))
+    assert own.of(probes) == pytest.approx(dict(zip(probes, (5e10, 5e9), strict=True)))
+
+
+def test_probes_take_turns_with_the_contestants_and_are_none_of_them() -> None:
+    settings = replace(driver.quick_settings(1), budget=0.0, min_rounds=1)
+    ceiling = roofline.Roofline(1, 1e15, "a test", {4096: 1e15})  # absurd: what counts is measured
+    record = driver.run_case(small("lstm"), settings, ceiling, driver.Workers(1))
+    assert not record.error
+    assert set(record.timings) == set(record.case.contestants)
+    assert 1e8 < record.details["ceiling"][roofline.PEAK] < 1e13
+    assert record.bound_seconds is not None
+    assert record.bound_seconds > 10 * ceiling.bound_seconds(record.case)
+
+
+def test_layer_norm_is_measured_against_the_worst_of_four_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = replace(small("lstm"), mode="training", group="layer_norm", option="layer_norm")
+    problem = loops.LoopProblem(case)
+    expected = loops.truth(case, problem)
+    drawn: list[Any] = []
+    run = loops._run
+    monkeypatch.setattr(loops, "_run", lambda each: drawn.append(run(each)) or drawn[-1])
+    peer = loops.peer_outputs(case, problem, expected)
+    assert len(drawn) == 4
+    for name, truth in expected.items():
+        errors = [verify.error(each[name], truth) for each in drawn]
+        assert verify.error(peer[name], truth) == max(errors), name
+        assert len(set(errors)) > 1, name
 
 
 def test_targets_pass_miss_and_not_measured() -> None:

@@ -74,7 +74,7 @@ class Field:
         case, dtype = self.case, dtype_of(self.case)
         if self.looped:
             expected = loops.truth(case, self.problem)
-            peer = loops.peer_outputs(case, self.problem, dtype)
+            peer = loops.peer_outputs(case, self.problem, expected, dtype)
         else:
             expected = verify.truth(case, self.problem)
             peer = verify.truth(case, self.problem, dtype)
