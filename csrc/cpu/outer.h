@@ -49,7 +49,7 @@ static void outer_tile(const typename E::T* a, const typename E::T* b, int64_t K
   V acc[R][NV];
   FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
       V::zero();
-  for (int64_t k = 0; k < K; k++) {
+  FASTRNN_UNROLL_K for (int64_t k = 0; k < K; k++) {
     V w[NV];
     FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
     FASTRNN_UNROLL for (int r = 0; r < R; r++) {
