@@ -2,7 +2,8 @@
 
 A recurrent matrix of G gates is G blocks of H rows: (G*H, H), or (G*H, P) with a projection. Every
 function fills each block by itself, without recording gradients, and returns the tensor. Draws come
-from ``generator``, or from torch's default one.
+from ``generator``, or from torch's default one. An RHN has such a matrix for each micro-step: fill
+them one by one, ``for level in rhn.weight_hh_l0.detach(): orthogonal_gates_(level)``.
 """
 
 from __future__ import annotations
@@ -129,7 +130,10 @@ def _blocks(name: str, weight: Tensor, gates: int | None = None) -> Tensor:
         raise TypeError(f"{name}: weight: got {got}, expected a floating-point tensor")
     shape = tuple(weight.shape)
     if weight.dim() != 2:
-        raise ValueError(f"{name}: weight: got shape {shape}, expected a weight_hh of (G*H, H)")
+        levels = "; for an RHN's, fill each of `weight.detach()`" if weight.dim() == 3 else ""
+        raise ValueError(
+            f"{name}: weight: got shape {shape}, expected a weight_hh of (G*H, H){levels}"
+        )
     rows, columns = shape
     count = gates if gates is not None else (rows // columns if columns else 0)
     if count < 1 or rows % count or (gates is None and rows != count * columns):

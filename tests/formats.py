@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.kinds import KINDS
 from tests.problems import Result, check
 
 __all__ = ["FORMATS", "check_in_format", "choose_format", "rounded"]
@@ -46,6 +47,8 @@ def check_in_format(p: Any, got: Result, name: str, check: Callable[..., None] =
         return
     same = copy.copy(p)
     per = len(p.weights) // p.case.directions
-    narrow = {1, per - 1} if getattr(p.case, "proj", 0) else {1}  # w_hh and w_hr
+    narrow = {1}  # w_hh, and w_hr, which parameters of layer norm may follow
+    if getattr(p.case, "proj", 0):
+        narrow.add(per - 1 - KINDS[p.case.cell].norms)
     same.weights = [rounded(w, name) if i % per in narrow else w for i, w in enumerate(p.weights)]
     check(p, got, note=f"{name}: ", number_format=name, rounded=same)

@@ -318,6 +318,31 @@ def test_recalibrate_keeps_the_steps_that_no_batch_reaches(stats: str) -> None:
         assert not torch.equal(now[:2], was[:2]) or "tracked" in name, name
 
 
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"input_stats": "sequence"}], ids=str)
+def test_recalibrate_with_one_longest_sequence(options: dict[str, Any]) -> None:
+    """Its last steps are normalised by what they had: the layer above takes its statistics there,
+    as in a training step."""
+    module = make(num_layers=2, gamma_init=1.0, **options)
+    for _ in range(3):
+        module(3 * torch.randn(T, N, I) + 1)
+    trained, x, lengths = copy.deepcopy(module), torch.randn(T, N, I), [2, 4, 1, 2]
+    trained.momentum = 1.0
+    trained(x, lengths=lengths)
+    module.recalibrate([(x, lengths)])
+    for name, value in trained.named_buffers():
+        if value.is_floating_point():
+            assert torch.equal(getattr(module, name), value), name
+
+
+def test_recalibrate_replaces_what_is_no_number() -> None:
+    module = make()
+    with torch.no_grad():
+        module.running_mean_hh_l0.fill_(torch.nan)
+        module.running_var_c_l0.fill_(torch.inf)
+    module.recalibrate([torch.randn(T, N, I)])
+    assert all(buffer.isfinite().all() for buffer in module.buffers())
+
+
 def test_means_over_batches_are_taken_in_the_modules_dtype() -> None:
     module = make(momentum=None).double()
     batches = torch.randn(3, T, N, I, dtype=torch.float64)

@@ -109,12 +109,24 @@ def test_settings_changed_to_what_they_cannot_be(name: str, value: Any) -> None:
     assert torch.equal(draws, torch.get_rng_state())
 
 
-def test_eps_is_checked_when_it_is_set() -> None:
+@pytest.mark.parametrize("name", ["eps", "momentum", "h0_noise"])
+def test_settings_are_checked_when_they_are_set(name: str) -> None:
+    """At the call a compiled module would not see them."""
     module = make()
-    before = module.eps
-    with pytest.raises(ValueError, match="eps should be a number above 0"):
-        module.eps = -1.0
-    assert module.eps == before
+    before = getattr(module, name)
+    with pytest.raises(ValueError, match=rf"{name} should be a .* got -1\.0"):
+        setattr(module, name, -1.0)
+    assert getattr(module, name) == before
+
+
+def test_what_parameters_and_buffers_are_made_for_stays() -> None:
+    module = make()
+    with pytest.raises(AttributeError):
+        module.max_length = L + 1
+    assert module.max_length == L
+    module.learn_init_state = True
+    with pytest.raises(ValueError, match=r"learn_init_state: got True, but .* no h_0 and c_0"):
+        module(X)
 
 
 def test_a_state_of_too_many_rows_for_unsorted_packed_input() -> None:
@@ -151,6 +163,10 @@ def test_bad_functional_arguments() -> None:
         functional.bnlstm(X, None, own, [])
     with pytest.raises(RuntimeError, match=r"flat_statistics\[2\]: got shape \(20,\)"):
         functional.bnlstm(X, None, own, [*statistics[:2], statistics[2][0], *statistics[3:]])
+    with pytest.raises(ValueError, match="flat_statistics: got no rows, expected those of one"):
+        functional.bnlstm(X, None, own, [t[:0] for t in statistics])
+    with pytest.raises(ValueError, match="first_step: got -1, expected 0 or more"):
+        functional.bnlstm(X, None, own, statistics, first_step=-1)
     with pytest.raises(ValueError, match="input_stats: got 'all'"):
         functional.bnlstm(X, None, own, statistics, input_stats="all")
 

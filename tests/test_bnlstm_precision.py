@@ -62,3 +62,20 @@ def test_autocast_reaches_into_no_backend(backend: str, half: torch.dtype) -> No
     for name, truth in tensors_after("reference", torch.float64, autocast=False).items():
         if truth.is_floating_point():
             assert_close_by_rule(name, got[name], truth, same[name])
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_second_derivatives_inside_autocast(half: torch.dtype) -> None:
+    module, x, dy = make(), torch.randn(T, N, I), torch.randn(T, N, H).to(half)
+
+    def second(dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
+        own, leaf = copy.deepcopy(module).to(dtype), x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", dtype=half, enabled=autocast):
+            output, _ = own(leaf)
+            (dx,) = torch.autograd.grad(output, leaf, dy.to(output.dtype), create_graph=True)
+            dx.square().sum().backward()
+        return {"x": leaf.grad} | {name: p.grad for name, p in own.named_parameters()}
+
+    got, same = second(torch.float32, autocast=True), second(torch.float32, autocast=False)
+    for name, truth in second(torch.float64, autocast=False).items():
+        assert_close_by_rule(name, got[name], truth, same[name])

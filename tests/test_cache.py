@@ -248,6 +248,8 @@ def test_packed_weights_do_not_keep_torch_from_swapping(
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     module.double()
     assert call().dtype == torch.float64
-    if not isinstance(module, nn.RNNBase):  # which itself keeps weak references
-        module.float().load_state_dict(state)
+    module.float()
+    for assign in (False, True):
+        call()
+        module.load_state_dict({name: t.clone() for name, t in state.items()}, assign=assign)
         assert not torch.equal(call(), before)

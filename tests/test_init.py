@@ -146,6 +146,22 @@ def test_lower_precision(fill: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("fill", ALL, ids=lambda f: f.__name__)
+def test_an_rhn_is_filled_level_by_level(fill: Callable[..., Tensor]) -> None:
+    module = fastrnn.RHN(3, 4, depth=3)
+    with pytest.raises(
+        ValueError, match=r"got shape \(3, 8, 4\).* fill each of `weight.detach\(\)`"
+    ):
+        fill(module.weight_hh_l0)
+    with torch.no_grad():
+        module.weight_hh_l0.fill_(torch.nan)
+    for level in module.weight_hh_l0.detach():
+        fill(level)
+    module(torch.randn(2, 1, 3))[0].sum().backward()
+    assert module.weight_hh_l0.isfinite().all()
+    assert module.weight_hh_l0.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("fill", ALL, ids=lambda f: f.__name__)
 def test_errors(fill: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match=rf"{fill.__name__}: weight: got shape \(7, 2\), expected"):
         fill(torch.empty(7, 2))

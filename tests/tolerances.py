@@ -26,6 +26,8 @@ Layer norm divides by a spread, step after step: a tensor's error is one draw of
 Formats. The CUDA kernels multiply float32 in a format that torch has no dtype for: operands are
   rounded and sums are not, as with 16 bits, so K and FLOOR are those of the 16-bit types and eps is
   the format's; ``same`` is the float32 reference on rounded weights (tests/formats.py).
+  Beyond it is a layer norm over a state of one value (proj_size=1): the gradient of that value is
+  the rest of sums that cancel, and shows how the gradients of the gates were rounded.
 """
 
 from __future__ import annotations

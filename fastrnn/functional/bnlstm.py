@@ -77,6 +77,8 @@ def bnlstm(
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
     )
+    if first_step < 0:
+        raise ValueError(f"first_step: got {first_step}, expected 0 or more")
     if input_stats not in ("step", "sequence"):
         raise ValueError(f"input_stats: got {input_stats!r}, expected 'step' or 'sequence'")
     h0, c0 = (None, None) if hx is None else _pair(hx)
@@ -312,6 +314,10 @@ def _check(
                 f"{num_layers} layers and {directions} directions (bias={bias})"
             )
     features, hidden, most = input.size(-1), weights[1].size(-1), statistics[-1].size(0)
+    if most < 1:
+        raise ValueError(
+            "flat_statistics: got no rows, expected those of one step at least (max_length)"
+        )
     if weights[0].size(-1) != features:
         raise RuntimeError(
             "input.size(-1) must be equal to input_size. Expected "

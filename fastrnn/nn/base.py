@@ -204,8 +204,12 @@ class RecurrentBase(nn.RNNBase):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # As in _apply, for what is loaded by swapping; torch's own layers keep theirs and fail.
+        if self._packed is not None:
+            self._packed.clear()
+        self._flat_weight_refs = []
         super()._load_from_state_dict(*args, **kwargs)
-        self.flatten_parameters()
+        self._init_flat_weights()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

@@ -162,14 +162,14 @@ class BNLSTM(RunningStatistics):
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
-        self.max_length = max_length
+        self._max_length = max_length
         self._eps = repr(float(eps))
-        self.momentum = None if momentum is None else float(momentum)
+        self._momentum = None if momentum is None else float(momentum)
         self.gamma_init = float(gamma_init)
         self.forget_bias = float(forget_bias)
         self.input_stats = input_stats
         self.learn_init_state = learn_init_state
-        self.h0_noise = float(h0_noise)
+        self._h0_noise = float(h0_noise)
         self.process_group = process_group
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -213,6 +213,31 @@ class BNLSTM(RunningStatistics):
     def eps(self, value: float) -> None:
         check_settings(self.dropout, value, self.momentum, self.h0_noise)
         self._eps = repr(float(value))
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of a new batch in the running statistics; None: their mean over batches."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        check_settings(self.dropout, self.eps, value, self.h0_noise)
+        self._momentum = None if value is None else float(value)
+
+    @property
+    def h0_noise(self) -> float:
+        """Standard deviation of noise added to h_0."""
+        return self._h0_noise
+
+    @h0_noise.setter
+    def h0_noise(self, value: float) -> None:
+        check_settings(self.dropout, self.eps, self.momentum, value)
+        self._h0_noise = float(value)
+
+    @property
+    def max_length(self) -> int:
+        """Rows of the statistics; the buffers are made for as many, so it cannot be set."""
+        return self._max_length
 
     def _layers(self) -> Iterator[tuple[str, int]]:
         """The suffix of each layer and direction, and its number of inputs."""
@@ -307,6 +332,11 @@ class BNLSTM(RunningStatistics):
         """The learned initial states of every sequence, or None."""
         if not self.learn_init_state:
             return None
+        if not self._state_names[0]:
+            raise ValueError(
+                "learn_init_state: got True, but the module was made without, and has no h_0 and "
+                "c_0 to learn; construct it with learn_init_state=True"
+            )
         if batch_sizes is not None:
             size = int(batch_sizes[0])
         else:
@@ -457,16 +487,7 @@ class BNLSTM(RunningStatistics):
 
 
 _DEFAULTS = {
-    "num_layers": 1,
-    "bias": True,
-    "batch_first": False,
-    "dropout": 0.0,
-    "bidirectional": False,
-    "eps": 1e-5,
-    "momentum": 0.1,
-    "gamma_init": 0.1,
-    "forget_bias": 1.0,
-    "input_stats": "step",
-    "learn_init_state": False,
-    "h0_noise": 0.0,
-}
+    "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False,
+    "eps": 1e-5, "momentum": 0.1, "gamma_init": 0.1, "forget_bias": 1.0, "input_stats": "step",
+    "learn_init_state": False, "h0_noise": 0.0,
+}  # fmt: skip

@@ -31,7 +31,7 @@ class RunningStatistics(nn.Module):
         """Replace the running statistics by their means over ``batches``, as the paper evaluates.
 
         The batches are run with the statistics of each batch, but without dropout and noise. Steps
-        that no two sequences reach keep what they had.
+        that no two sequences reach keep what they had, which also normalises them meanwhile.
 
         Args:
             batches: inputs as of forward, or pairs (input, lengths).
@@ -44,8 +44,8 @@ class RunningStatistics(nn.Module):
             What forward raises; the running statistics then are what they were.
         """
         kept = [buffer.clone() for buffer in self._statistics()]
-        self.reset_running_stats()
         try:
+            self._count_anew()
             for batch in batches:
                 packed = isinstance(batch, (Tensor, PackedSequence))
                 input, lengths = (batch, None) if packed else batch
@@ -62,6 +62,16 @@ class RunningStatistics(nn.Module):
                 buffer.copy_(before)
             raise
         return self
+
+    def _count_anew(self) -> None:
+        """Let a step's next batch replace what the step has, which serves until then."""
+        for name, buffer in zip(self._statistic_names, self._statistics()):
+            if buffer.is_floating_point():
+                default = 1.0 if "_var_" in name else 0.0
+                # A weight of 1 for the new value does not remove a NaN.
+                buffer.nan_to_num_(default, default, default)
+            else:
+                buffer.zero_()
 
     def _put_back(self, kept: list[Tensor]) -> None:
         buffers = self._statistics()
