@@ -158,6 +158,16 @@ def test_bits_do_not_depend_on_threads(set_threads, batch: bool, directions: int
                 assert_same_bits(f"{name} of {case}", other[name], value)
 
 
+def test_lengths_out_of_range() -> None:
+    """The operators do not look at lengths: they act as the nearest that there is."""
+    p = BNProblem(BNCase(T=3, N=4, H=7, directions=2, reset=True))
+    p.plain.lengths = torch.tensor([1, 3, 2, 3])
+    expected = solve_ops(p)
+    p.plain.lengths = torch.tensor([0, 4, 2, 1 << 40])
+    for name, value in solve_ops(p).items():
+        assert_same_bits(f"{name} of {p.case}", value, expected[name])
+
+
 def test_strided_inputs() -> None:
     """Views of the same values give the same bits."""
     case = BNCase(T=5, N=4, I=7, H=17, directions=2, lengths=True)

@@ -314,6 +314,19 @@ def test_lengths_of_every_kind(cell: str, how: str) -> None:
     verify(p)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_out_of_range(cell: str) -> None:
+    """The operators do not look at lengths, which compiled code hands over unseen: they act as the
+    nearest that there is, and nothing outside is touched."""
+    p = Problem(Case(cell, T=3, N=4, H=7, directions=2, reset=True))
+    p.lengths = torch.tensor([1, 3, 2, 3])
+    expected = solve_ops(p) | {f"inference {k}": v for k, v in forward(p).items()}
+    p.lengths = torch.tensor([0, 4, 2, 1 << 40])
+    got = solve_ops(p) | {f"inference {k}": v for k, v in forward(p).items()}
+    for name, value in got.items():
+        assert_same_bits(f"{name} of {p.case}", value, expected[name])
+
+
 @pytest.mark.parametrize("how", ["never", "always", "first", "last"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets_of_every_kind(cell: str, how: str) -> None:

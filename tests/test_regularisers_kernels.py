@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 
 from fastrnn.noise import Noise
-from tests.problems import CELLS, Case, Problem
+from tests.problems import CELLS, Case, Problem, solve_ops
 from tests.test_kernels import DTYPES, LAYOUTS, drawn_sizes, verify
+from tests.tolerances import assert_same_bits
 
 MODES = {"lstm": ("update", "cell", "state"), "gru": ("update", "state"), "rnn": ("state",)}
 
@@ -66,3 +68,18 @@ def grid() -> list[Case]:
 @pytest.mark.parametrize("case", grid(), ids=str)
 def test_layer(case: Case) -> None:
     verify(Problem(case))
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["step", "sequence"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_step_on_threads(cell: str, sequence: bool, set_threads: Callable[[int], None]) -> None:
+    """Threads divide the columns of one step's gradients where no vector's mask bits are divided,
+    and each draws those of all rows."""
+    noise = Noise(1, True, "state", sequence, 0.4, 0.2)
+    p = Problem(Case(cell, T=1, N=10, I=40, H=130, noise=noise))
+    set_threads(1)
+    expected = solve_ops(p)
+    for threads in (2, 3):
+        set_threads(threads)
+        for name, value in solve_ops(p).items():
+            assert_same_bits(f"{name} of {p.case}, {threads} threads", value, expected[name])

@@ -251,6 +251,15 @@ def test_lengths_of_every_kind(how: str) -> None:
     verify(p)
 
 
+def test_lengths_out_of_range() -> None:
+    """The operators do not look at lengths: they act as the nearest that there is."""
+    p = Problem(Case(T=3, N=4, H=7, directions=2, reset=True, s_mask="tied"))
+    p.lengths = torch.tensor([1, 3, 2, 3])
+    expected = solve_ops(p)
+    p.lengths = torch.tensor([0, 4, 2, 1 << 40])
+    assert_equal_results(p.case, solve_ops(p), expected, "lengths out of range")
+
+
 @pytest.mark.parametrize("how", ["never", "always", "first", "last"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_resets_of_every_kind(mask: str, how: str) -> None:

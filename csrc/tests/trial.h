@@ -53,7 +53,6 @@ class Array {
   void* data() { return count_ ? data_ : nullptr; }
   size_t size() const { return count_; }
   size_t bytes() const { return count_ * width(type_); }
-  void clear() { std::memset(data_, 0, bytes()); }
   double operator[](size_t i) const {
     if (type_ == Type::f64) return get<double>(i);
     if (type_ == Type::f32) return get<float>(i);
@@ -222,7 +221,7 @@ struct Trial {
     for (int64_t t = 0; t < o.T; ++t)
       for (int64_t n = 0; n < o.N; ++n)
         for (int64_t i = 0; i < o.I; ++i)
-          if (t < lengths[n] || o.rows == Rows::lengths)
+          if (t < lengths[n])  // what is past the end stays NaN
             x.set(row(t, n) * x_width + i, layer.x[(t * o.N + n) * o.I + i]);
     dy = grid(io, O, &naive::Layer::dy);
     dcells = grid(real, o.H, &naive::Layer::dcells);
@@ -239,12 +238,6 @@ struct Trial {
     y = Array(io, row_count * O * D);
     cells = Array(real, row_count * o.H * D);
     dx = Array(io, row_count * o.I);
-    // Frozen rows are the caller's to clear.
-    if (o.rows == Rows::lengths) {
-      y.clear();
-      cells.clear();
-      dx.clear();
-    }
     h_n = Array(io, D * o.N * O);
     c_n = Array(io, D * o.N * o.H);
     dh0 = Array(io, D * o.N * O);
@@ -286,7 +279,6 @@ struct Trial {
 
   Array grid(Type type, int64_t width, Doubles naive::Layer::* member) {
     Array out(type, row_count * width * o.directions);
-    if (o.rows == Rows::lengths) out.clear();
     for (int64_t d = 0; d < o.directions; ++d)
       for (int64_t t = 0; t < o.T; ++t)
         for (int64_t n = 0; n < o.N; ++n)
