@@ -76,7 +76,7 @@ def test_one_step_on_threads(cell: str, sequence: bool, set_threads: Callable[[i
     """Threads divide the columns of one step's gradients where no vector's mask bits are divided,
     and each draws those of all rows."""
     noise = Noise(1, True, "state", sequence, 0.4, 0.2)
-    p = Problem(Case(cell, T=1, N=10, I=40, H=130, noise=noise))
+    p = Problem(Case(cell, T=1, N=10, I=40, H=250, noise=noise))
     set_threads(1)
     expected = solve_ops(p)
     for threads in (2, 3):
