@@ -27,11 +27,6 @@ NAMES = ["LSTM", "GRU", "RNN"]
 CELLS = ["LSTMCell", "GRUCell", "RNNCell"]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 def flat(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]

@@ -88,6 +88,7 @@ def work(rank: int, folder: str, wrapper: str) -> None:
         whole = {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in _state(model).items()}
         trained[cell] = {k: v.detach().clone() for k, v in whole.items()}
     torch.save(trained, f"{folder}/{rank}.pt")
+    del wrapped  # whose reducer would end the group with the GIL held
     distributed.barrier()
     distributed.destroy_process_group()
 
