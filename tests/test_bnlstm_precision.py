@@ -62,3 +62,18 @@ def test_autocast_reaches_into_no_backend(backend: str, half: torch.dtype) -> No
     for name, truth in tensors_after("reference", torch.float64, autocast=False).items():
         if truth.is_floating_point():
             assert_close_by_rule(name, got[name], truth, same[name])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_second_derivatives_inside_autocast(training: bool) -> None:
+    """In float32, wherever the second backward is called."""
+    module = make().train(training)
+    inputs = [torch.randn(T, N, I, requires_grad=True), *module.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = module(inputs[0])[0].float().square().sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        loss = sum(t.square().sum() for t in first)
+        inside = torch.autograd.grad(loss, inputs, retain_graph=True)
+    outside = torch.autograd.grad(loss, inputs)
+    for i, (a, b) in enumerate(zip(inside, outside, strict=True)):
+        assert_same_bits(f"input {i}", a, b)

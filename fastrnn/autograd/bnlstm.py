@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from fastrnn import ops
 from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, hooked, unpacked
-from fastrnn.backends import reference_bnlstm
+from fastrnn.backends import reference, reference_bnlstm
 
 __all__ = ["BNLSTMLayer", "BNLSTMLayerBackward"]
 
@@ -153,7 +153,7 @@ class BNLSTMLayerBackward(Function):
         saved = unpacked(ctx)
         used, (batch_sizes, lengths, reset) = saved[7:10], saved[10:13]
         eps, (batch_stats, sequence, batch_first, _) = ctx.eps, ctx.options
-        with torch.enable_grad():
+        with torch.enable_grad(), reference.without_autocast(saved[4]):
             # Aliases of the true inputs: a third derivative flows on through them.
             aliases = [
                 None if t is None else _alias(t, create_graph) for t in (*saved[:7], *saved[13:])
