@@ -308,7 +308,7 @@ class BNLSTM(RunningStatistics):
         if not self.learn_init_state:
             return None
         if batch_sizes is not None:
-            size = int(batch_sizes[0])
+            size: int = batch_sizes[0].item()  # type: ignore[assignment]
         else:
             size = input.size(0 if batch_first else 1)
         return tuple(
