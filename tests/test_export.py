@@ -162,6 +162,8 @@ def arguments(case: Case, steps: int, size: int) -> tuple[tuple[Tensor, ...], An
 @pytest.mark.parametrize("name", CASES)
 def test_export_with_dynamic_sizes(name: str, strict: bool) -> None:
     """Steps and sequences of other numbers than those exported with, in evaluation."""
+    if OLD and "packed" in name and (strict or name.startswith("bnlstm")):
+        pytest.skip("torch 2.6 traces no PackedSequence, and no learned state of unknown size")
     case = CASES[name]
     model = Caller(case).eval()
     args, shapes = arguments(case, 5, 3)
@@ -219,6 +221,8 @@ def test_export_in_training_mode(name: str, strict: bool) -> None:
 )
 def test_one_graph_for_every_size(name: str, mode: str) -> None:
     """Forward and backward without a break; other steps and sequences compile nothing anew."""
+    if OLD and "packed" in name:
+        pytest.skip("the dynamo of torch 2.6 makes no PackedSequence")
     case = CASES[name]
     model = Caller(case).train(mode == "train")
     eager = copy.deepcopy(model)
