@@ -215,7 +215,8 @@ def test_export_in_training_mode(name: str, strict: bool) -> None:
 @pytest.mark.parametrize(
     "name, mode",
     [
-        *((name, "train") for name in CASES),
+        # Training BNLSTM takes long to trace: the rest of it is in test_bnlstm_compile.py.
+        *((n, "train") for n in CASES if "bn" not in n or "packed" in n),
         *((n, "eval") for n in CASES if "zone" in n or "bn" in n),
     ],
 )
