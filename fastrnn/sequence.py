@@ -12,9 +12,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.compiler import is_compiling
 
-__all__ = ["Batch", "check_batch_sizes", "check_lengths", "check_reset", "describe", "flip_layout"]
+__all__ = [
+    "Batch",
+    "check_batch_sizes",
+    "check_lengths",
+    "check_reset",
+    "describe",
+    "flip_layout",
+    "sized_by",
+]
 
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
@@ -98,8 +107,8 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
         )
     if batch_sizes.size(0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    size = int(batch_sizes[0])
-    if is_compiling():
+    size: int = batch_sizes[0].item()  # type: ignore[assignment] # int() fixes it in an export
+    if is_compiling() or _fake(batch_sizes):
         return size
     last = int(batch_sizes[-1])
     total = int(batch_sizes.sum())
@@ -116,6 +125,14 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
     if last < 1:
         raise ValueError(f"batch_sizes: the last is {last}, expected at least 1 at every step")
     return size
+
+
+def sized_by(batch: Batch, state: Tensor | None) -> Batch:
+    """The batch with as many sequences as a given state where a traced call of packed data does not
+    know the first of their batch sizes; the operators compare the two when they run."""
+    if state is None or batch.batch_sizes is None or not is_compiling() or state.dim() != 3:
+        return batch
+    return batch._replace(size=state.size(1))
 
 
 def check_lengths(
@@ -161,10 +178,14 @@ def check_lengths(
     return checked
 
 
+def _fake(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor and is_fake(tensor)
+
+
 def _hidden(tensor: Tensor) -> bool:
-    """Whether its values cannot be looked at: in a transform of torch.func, and while a CUDA graph
-    is being recorded."""
-    if torch._C._are_functorch_transforms_active():
+    """Whether its values cannot be looked at: those of a fake tensor, in a transform of torch.func,
+    and while a CUDA graph is being recorded."""
+    if torch._C._are_functorch_transforms_active() or _fake(tensor):
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 

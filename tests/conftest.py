@@ -38,6 +38,14 @@ def _poisoned_allocations() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(request: pytest.FixtureRequest) -> None:
+    """What earlier tests compiled counts against dynamo's limit of recompilations: it keeps by code
+    object, and all modules share that of one `forward`."""
+    if request.node.get_closest_marker("compile"):
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads for one test; the old count is put back afterwards."""

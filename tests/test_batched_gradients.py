@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastrnn
 from tests.tolerances import assert_close_by_rule
@@ -54,3 +54,26 @@ def test_a_jacobian() -> None:
         for vectorize in (False, True)
     )
     torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", [*MODULES, "lstm cell"])
+def test_vmap_of_autograd_grad(name: str, create_graph: bool) -> None:
+    """torch.func.vmap around torch.autograd.grad of an output that was computed before."""
+    module = fastrnn.LSTMCell(3, 4).double() if "cell" in name else MODULES[name]().double()
+    x = torch.randn(*[5] * ("cell" not in name), 4, 3, dtype=torch.float64, requires_grad=True)
+    for turn in range(3):
+        torch.manual_seed(turn)
+        y = module(x)[0]
+        inputs = [x, *module.parameters()]
+        vectors = torch.randn(6, *y.shape, dtype=torch.float64)
+
+        def gradients(v: Tensor, y: Tensor = y, inputs: Any = inputs) -> Any:
+            return torch.autograd.grad(y, inputs, v, retain_graph=True, create_graph=create_graph)
+
+        many = torch.func.vmap(gradients)(vectors)
+        single = [torch.autograd.grad(y, inputs, v, retain_graph=True) for v in vectors]
+        for i, got in enumerate(many):
+            expected = torch.stack([each[i] for each in single])
+            assert_close_by_rule(f"input {i}", got, expected, expected)
+        assert many[0].requires_grad == create_graph

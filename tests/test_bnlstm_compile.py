@@ -23,11 +23,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 def assert_same_buffers(a: nn.Module, b: nn.Module) -> None:
     for (name, x), y in zip(a.named_buffers(), b.buffers(), strict=True):
         assert_same_bits(name, x, y)

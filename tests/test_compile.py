@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: one graph, any length, no recompilation."""
+"""torch.compile: one graph, any length, no recompilation. test_export.py has every option."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from tests.tolerances import assert_close_by_rule
-from tests.versions import exporting
 
 pytestmark = [
     pytest.mark.compile,
@@ -24,12 +23,6 @@ pytestmark = [
 ]
 
 NAMES = ["LSTM", "GRU", "RNN"]
-CELLS = ["LSTMCell", "GRUCell", "RNNCell"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -90,25 +83,6 @@ def test_inference(name: str) -> None:
             assert_equal_to_eager(got, flat(module(x)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_options(name: str) -> None:
-    options = {"recompute": True, "batch_first": True, "num_layers": 2, "dropout": 0.5}
-    module = getattr(fastrnn, name)(3, 4, **options)
-    module.dropout = 0.0
-    lengths = torch.tensor([5, 2])
-    reset = torch.rand(2, 5) < 0.3
-    cells = {"return_cells": True} if name == "LSTM" else {}
-
-    def call(x: Tensor) -> Any:
-        return module(x, lengths=lengths, reset=reset, **cells)
-
-    x = torch.randn(2, 5, 3, requires_grad=True)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    assert_equal_to_eager(
-        values_and_gradients(compiled, x, module), values_and_gradients(call, x, module)
-    )
-
-
 @pytest.mark.parametrize("given", ["tensor", "list"])
 def test_lengths_and_reset_fix_no_size(given: str) -> None:
     module = fastrnn.GRU(3, 4, bidirectional=True)
@@ -123,16 +97,6 @@ def test_lengths_and_reset_fix_no_size(given: str) -> None:
             got = values_and_gradients(functools.partial(compiled, **options), x, module)
         expected = values_and_gradients(functools.partial(module, **options), x, module)
         assert_equal_to_eager(got, expected)
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_cells(name: str) -> None:
-    module = getattr(fastrnn, name)(3, 4)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, requires_grad=True)
-    assert_equal_to_eager(
-        values_and_gradients(compiled, x, module), values_and_gradients(module, x, module)
-    )
 
 
 @pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
@@ -187,23 +151,6 @@ def test_backend_chosen_around_a_compiled_call() -> None:
         assert_close_by_rule("reference", got, expected.double(), expected)
         compiled(x)
     assert ["fastrnn" in code for code in operators] == [True, False]
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
-@pytest.mark.parametrize("name", NAMES)
-def test_export(name: str, strict: bool) -> None:
-    module = getattr(fastrnn, name)(3, 4, 2, bidirectional=True).eval()
-    x = torch.randn(5, 2, 3)
-    steps = torch.export.Dim("steps", min=2, max=1000)
-    shapes = {"input": {0: steps}}
-    with exporting(strict):
-        program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=strict)
-    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert sum("fastrnn" in t for t in targets) == 2, targets
-    for length in (5, 11):
-        x = torch.randn(length, 2, 3)
-        with torch.no_grad():
-            assert_equal_to_eager(flat(program.module()(x)), flat(module(x)))
 
 
 @pytest.mark.parametrize("sizes", [[4, 5], [4, 400], [3, 4], [3, 3]], ids=str)

@@ -300,7 +300,6 @@ def test_functional_call_and_vmap(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind: str) -> None:
     """One graph for every length, forward and backward; export as one program."""
-    torch._dynamo.reset()
     module = build(kind, num_layers=2)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import ops
+from fastrnn.noise import Noise
 from tests.problems import (
     CELLS,
     Case,
@@ -31,6 +32,11 @@ CASES = [
     *(Case(cell, N=1, T=1, bias=False, recompute=True) for cell in CELLS),
     Case("lstm", proj=3, directions=2),
     Case("lstm", proj=3, layout="batch", recompute=True),
+    Case("lstm", torch.bfloat16, upstream=("cells",)),  # float32, the others are not
+    *(Case(cell, noise=Noise(1, True, zoneout_h=0.2)) for cell in CELLS),
+    Case("lstm", directions=2, noise=Noise(0, False, "cell", drop=0.3, zoneout_c=0.2)),
+    Case("gru", layout="batch", noise=Noise(2, True, "update", sequence=True, drop=0.3)),
+    Case("rnn_relu", layout="packed", noise=Noise(0, False, zoneout_h=0.2)),
 ]
 IDS = [str(case) for case in CASES]
 
@@ -39,12 +45,18 @@ def forward_args(p: Problem) -> tuple:
     c = p.case
     return (
         p.x, p.h0, p.c0, p.weights, None, p.batch_sizes, p.op_lengths, p.reset, c.cell,
-        c.layout == "batch", c.is_lstm, "",
+        c.layout == "batch", c.is_lstm, "", *p.noise,
     )  # fmt: skip
 
 
 # opcheck takes seconds a case: each cell once, every layout and optional argument among them.
-@pytest.mark.parametrize("case", [*CASES[0:15:6], *CASES[15:19], CASES[25]], ids=str)
+DRAWN = Case(
+    "lstm", proj=3, recompute=True, noise=Noise(1, True, "update", drop=0.3, zoneout_h=0.2)
+)
+
+
+# opcheck takes seconds a case: each cell once, every layout and optional argument among them.
+@pytest.mark.parametrize("case", [*CASES[0:15:6], *CASES[15:19], CASES[25], DRAWN], ids=str)
 def test_opcheck(case: Case) -> None:
     p = Problem(case)
     # NaN in the padding would make opcheck's own comparison of two equal runs fail.
@@ -55,8 +67,15 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(ops.layer_forward, forward_args(p), test_utils=everything)
     utils = described if case.lengths else everything
     torch.library.opcheck(ops.layer_forward_train, train_args(p), test_utils=utils)
-    torch.library.opcheck(ops.layer_backward, backward_args(p), test_utils=everything)
+    back = (*backward_args(p), *p.noise)
+    torch.library.opcheck(ops.layer_backward, back, test_utils=everything)
     torch.library.opcheck(ops.pack_weights, (p.weights, case.cell, ""), test_utils=described)
+
+
+def test_opcheck_of_masks() -> None:
+    for shape in ((4, 3, 5), (1, 3, 70), (0, 0, 0)):
+        arguments = (torch.tensor([5]), 3, 0.3, *shape)
+        torch.library.opcheck(torch.ops.fastrnn.random_mask.default, arguments)
 
 
 def assert_described(fake: Tensor, real: Tensor, name: str) -> None:
@@ -73,7 +92,7 @@ def test_fakes_describe_the_outputs(case: Case, needs: tuple[bool, bool, bool]) 
     p = Problem(case)
     real = [ops.layer_forward(*forward_args(p)), ops.layer_forward_train(*train_args(p))]
     arguments = backward_args(p)
-    arguments = (*arguments[:-4], *needs, "")
+    arguments = (*arguments[:-4], *needs, "", *p.noise)
     *states, weights = ops.layer_backward(*arguments)
     real.append((*states, *weights))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -147,3 +166,28 @@ def test_whoever_looks_on_sees_the_operators(kind: str, records: bool) -> None:
         assert name.replace("::", ".") in graph.code
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert module(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
+
+
+@pytest.mark.parametrize("records", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RHN", "BNLSTM"])
+def test_lengths_without_values(kind: str, records: bool) -> None:
+    """Those of fake tensors: shapes go through a model, and make_fx traces it."""
+    options = {"max_length": 5} if kind == "BNLSTM" else {}
+    module = getattr(fastrnn, kind)(3, 4, **options)
+    lengths, reset = torch.tensor([5, 2]), torch.zeros(5, 2, dtype=torch.bool)
+
+    def call(x: Tensor, lengths: Tensor) -> Tensor:
+        return module(x, lengths=lengths, reset=reset)[0]
+
+    with torch.set_grad_enabled(records):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            given = [mode.from_tensor(lengths), [5, 2]]
+            for each in given:
+                y = call(mode.from_tensor(torch.randn(5, 2, 3)), each)
+                assert y.shape == (5, 2, 4)
+            if records:
+                y.sum().backward()
+                module.zero_grad()
+        x = torch.randn(5, 2, 3)
+        graph = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, lengths)
+        assert "fastrnn" in graph.code

@@ -20,11 +20,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 def run(call: Any, module: torch.nn.Module, x: Tensor, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     x = x.detach().requires_grad_()

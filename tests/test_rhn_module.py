@@ -453,7 +453,6 @@ def assert_equal_to_eager(got: list[Tensor], eager: list[Tensor]) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("couple_carry", [True, False])
 def test_compiled_training_for_every_length(couple_carry: bool, backend: str) -> None:
-    torch._dynamo.reset()
     module = make(num_layers=2, bidirectional=True, couple_carry=couple_carry)
     compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
     for i, steps in enumerate((5, 9)):
@@ -466,7 +465,6 @@ def test_compiled_training_for_every_length(couple_carry: bool, backend: str) ->
 @pytest.mark.compile
 @pytest.mark.parametrize("tied", [True, False])
 def test_compiled_masks_and_options(tied: bool) -> None:
-    torch._dynamo.reset()
     module = make(
         num_layers=2, batch_first=True, recompute=True, variational_input=0.5,
         variational_state=0.5, tie_gate_masks=tied,

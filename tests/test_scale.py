@@ -12,6 +12,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 import fastrnn
 from tests.tolerances import assert_close_by_rule, assert_same_bits
+from tests.versions import OLD
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
@@ -88,6 +89,7 @@ def work(rank: int, folder: str, wrapper: str) -> None:
         whole = {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in _state(model).items()}
         trained[cell] = {k: v.detach().clone() for k, v in whole.items()}
     torch.save(trained, f"{folder}/{rank}.pt")
+    del wrapped  # whose reducer would end the group with the GIL held
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -99,6 +101,8 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_are_one(wrapper: str, tmp_path: Path) -> None:
     if wrapper == "fsdp2":
+        if OLD:
+            pytest.skip("FSDP2 of torch 2.6 does not run on a CPU")
         pytest.importorskip("torch.distributed.fsdp")
     multiprocessing.spawn(work, (str(tmp_path), wrapper), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
@@ -22,6 +23,8 @@ from fastrnn.backends.cpu_prepared import LayerCall
 __all__ = ["Layer", "LayerBackward", "PreparedLayer", "distinct"]
 
 _Grad = Tensor | None
+# torch before 2.7 does not say whether there are hooks on saved tensors.
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class Layer(Function):
@@ -55,7 +58,8 @@ class Layer(Function):
             seed, noise,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        saved = (x, h0, c0, y, cells, gates, batch_sizes, lengths, reset, seed, *weights)
+        kept = (cells, gates) if is_compiling() else (_present(cells), _present(gates))
+        saved = (x, h0, c0, y, *kept, batch_sizes, lengths, reset, seed, *weights)
         ctx.save_for_backward(*saved)
         ctx.expected = hooked(saved)
         ctx.options = (cell, batch_first, plan, noise)
@@ -85,10 +89,10 @@ class Layer(Function):
         else:
             direct = ops.unobserved(dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset, *weights)
             run = ops.CPU["layer_backward"] if direct else ops.layer_backward
+            kept = (cells, gates) if direct else (_given(cells, x), _given(gates, x))
             dx, dh0, dc0, dweights = run(
-                dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights,
-                batch_sizes, lengths, reset, cell, batch_first, need_dx, need_dstate, need_dw,
-                plan, seed, noise,
+                dy, dh_n, dc_n, dcells, x, y, h0, c0, *kept, weights, batch_sizes, lengths, reset,
+                cell, batch_first, need_dx, need_dstate, need_dw, plan, seed, noise,
             )  # fmt: skip
         if not need_dw:
             dweights = [None] * len(weights)
@@ -166,9 +170,22 @@ class PreparedLayer(Function):
         )
 
 
-def _plain(tensor: Tensor | None, like: Tensor) -> Tensor:
+def _given(tensor: Tensor | None, like: Tensor) -> Tensor:
     """What an operator takes where the direct call has None."""
-    return like.new_empty(0) if tensor is None else tensor.detach()
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _present(tensor: Tensor | None) -> Tensor | None:
+    """The way back: None for an operator's output that does not apply, which has one dimension.
+
+    A checkpoint compares what a call saves with what its repetition saves, and a profiler or a mode
+    that sees operators may be there in one of the two.
+    """
+    return None if tensor is None or tensor.dim() == 1 else tensor
+
+
+def _plain(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return _given(tensor, like).detach()
 
 
 class LayerBackward(Function):
@@ -234,7 +251,7 @@ class LayerBackward(Function):
 
 def hooked(saved: Sequence[_Grad]) -> list[Any] | None:
     """Dtype, shape and device of what is saved where hooks on saved tensors may change it."""
-    if is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if is_compiling() or (_top_hooks is not None and _top_hooks(True) is None):
         return None
     return [None if t is None else (t.dtype, t.shape, t.device) for t in saved]
 
@@ -255,9 +272,12 @@ def unpacked(ctx: Any) -> Any:
 
 
 def batched(*gradients: _Grad) -> bool:
-    """Whether torch.autograd.grad(is_grads_batched=True) is at work: each of these is many."""
+    """Whether each of these is many: torch.autograd.grad(is_grads_batched=True) is at work, or is
+    called inside of torch.func.vmap."""
+    kinds = torch._C._functorch
     return not is_compiling() and any(
-        g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients
+        g is not None and (kinds.is_legacy_batchedtensor(g) or kinds.is_batchedtensor(g))
+        for g in gradients
     )
 
 
@@ -277,7 +297,8 @@ def _alias(tensor: Tensor, keep_graph: bool) -> Tensor:
         return tensor
     if keep_graph and tensor.requires_grad:
         return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_()
+    with enable_inplace_requires_grad(True):  # inside of torch.func.vmap too
+        return tensor.detach().requires_grad_()
 
 
 def _gradients(

@@ -14,7 +14,7 @@ from fastrnn.autograd import BNLSTMLayer, distinct
 from fastrnn.backends import reference_bnlstm
 from fastrnn.functional.checks import check_settings, check_state
 from fastrnn.functional.stack import WeightCache, _pair, forward_only, is_exporting
-from fastrnn.sequence import Batch, describe
+from fastrnn.sequence import Batch, describe, sized_by
 
 __all__ = ["bnlstm"]
 
@@ -82,6 +82,7 @@ def bnlstm(
     if input_stats not in ("step", "sequence"):
         raise ValueError(f"input_stats: got {input_stats!r}, expected 'step' or 'sequence'")
     h0, c0 = (None, None) if hx is None else _pair(hx)
+    batch = sized_by(batch, h0)
     directions = 2 if bidirectional else 1
     autocast = dispatch.autocast_dtype(input)
     hidden = _check(input, flat_weights, flat_statistics, bias, num_layers, directions,

@@ -15,7 +15,7 @@ from fastrnn.autograd.rhn import RhnLayer
 from fastrnn.backends import reference
 from fastrnn.functional.checks import check_state
 from fastrnn.functional.stack import WeightCache, forward_only
-from fastrnn.sequence import Batch, describe, flip_layout
+from fastrnn.sequence import Batch, describe, flip_layout, sized_by
 
 __all__ = ["rhn"]
 
@@ -79,6 +79,7 @@ def rhn(
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
     )
+    batch = sized_by(batch, hx)
     half = dispatch.autocast_dtype(input)
     if half is not None:
         input, flat_weights = input.to(half), [w.to(half) for w in flat_weights]

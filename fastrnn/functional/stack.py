@@ -20,7 +20,7 @@ from fastrnn.backends import reference, torch_nn
 from fastrnn.functional.checks import check_layer_norm, check_state, check_weights
 from fastrnn.kinds import KINDS
 from fastrnn.regularisers import NONE, Regularisers, draw_seed, drop_weights, regularisers_of
-from fastrnn.sequence import Batch, describe, flip_layout
+from fastrnn.sequence import Batch, describe, flip_layout, sized_by
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -286,6 +286,7 @@ def _run(
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
     )
+    batch = sized_by(batch, h0)
     half = dispatch.autocast_dtype(input)
     if half is not None:
         state = input if h0 is None else h0

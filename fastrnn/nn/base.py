@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.nn.cache import PackedCache
+from fastrnn.nn.cache import PackedCache, bypassed
+from fastrnn.nn.leaf import as_leaf
 from fastrnn.regularisers import check, probability
 
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
@@ -226,7 +228,7 @@ class RecurrentBase(nn.RNNBase):
         return replica
 
     def _cache(self) -> PackedCache | None:
-        if torch.compiler.is_compiling():
+        if bypassed():
             return None
         if self._packed is None:
             self._packed = PackedCache()
@@ -308,6 +310,8 @@ class RecurrentBase(nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset, return_cells)
         if not isinstance(input, Tensor):
+            if isinstance(input, Proxy):
+                return as_leaf(self, input, hx, lengths, reset, return_cells or None)
             raise TypeError(
                 f"{self._name()}: input should be a Tensor or a PackedSequence, "
                 f"got {type(input).__name__}"
@@ -346,8 +350,10 @@ class RecurrentBase(nn.RNNBase):
         parts = None if hx is None else self._split(hx)
         if parts is not None:
             self._check_rank(parts, 3)
-            # Before the permutation, which would pick rows out of a state of too many.
-            self.check_forward_args(data, self._join(parts), batch_sizes)
+            # Before the permutation, which would pick rows out of a state of too many. How many
+            # there are a traced call does not know.
+            if not torch.compiler.is_compiling():
+                self.check_forward_args(data, self._join(parts), batch_sizes)
         if parts is not None and sorted_indices is not None:
             parts = tuple(part.index_select(1, sorted_indices) for part in parts)
         output, parts, *cells = self._call(

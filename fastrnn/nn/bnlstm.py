@@ -338,7 +338,7 @@ class BNLSTM(RunningStatistics):
                 "c_0 to learn; construct it with learn_init_state=True"
             )
         if batch_sizes is not None:
-            size = int(batch_sizes[0])
+            size: int = batch_sizes[0].item()  # type: ignore[assignment]
         else:
             size = input.size(0 if batch_first else 1)
         return tuple(

@@ -25,7 +25,8 @@ class _Entry(NamedTuple):
 
 
 def bypassed() -> bool:
-    """True where a kept tensor must not be read or made: a tracer or a transform is looking on."""
+    """True where a kept tensor must not be read or made: a tracer or a transform is looking on, or
+    a checkpoint that repeats a call operator by operator."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export

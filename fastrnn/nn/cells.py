@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fastrnn import functional
-from fastrnn.nn.cache import PackedCache
+from fastrnn.nn.cache import PackedCache, bypassed
+from fastrnn.nn.leaf import as_leaf
 from fastrnn.nn.stepper import Layout, NativeCall
 
 
@@ -47,7 +49,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         return replica
 
     def _cache(self) -> PackedCache | None:
-        if torch.compiler.is_compiling():
+        if bypassed():
             return None
         if self._packed is None:
             self._packed = PackedCache()
@@ -143,6 +145,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        if type(input) is not Tensor and isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         states = () if hx is None else tuple((f"hx[{i}]", h) for i, h in enumerate(hx))
         self._check_dims("LSTMCell", input, states)
         batched = input.dim() == 2
@@ -199,6 +203,8 @@ class GRUCell(_Cell, nn.GRUCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         batched = input.dim() == 2
         input, hx = self._single_state("GRUCell", input, hx)
         if not torch.is_grad_enabled():
@@ -238,6 +244,8 @@ class RNNCell(_Cell, nn.RNNCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         batched = input.dim() == 2
         input, hx = self._single_state("RNNCell", input, hx)
         if self.nonlinearity not in ("tanh", "relu"):

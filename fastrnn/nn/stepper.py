@@ -143,15 +143,14 @@ class _Call:
 
     def _served(self, x: Any, h: Any, c: Any) -> bool:
         """Whether these are tensors as described, and nothing is at work that would change, or
-        wants to see, what the general way does."""
+        wants to see, what the general way does. Of tracers and modes the module has thought, before
+        it made this call: what is made here is not for them to see."""
         return not (
             type(x) is not Tensor
             or x.shape != self._x_shape
             or x.dtype is not self._dtype
             or not (x.is_contiguous() and x.is_cpu)
             or x.is_neg()  # a lazy minus sign, which is torch's to carry out
-            or torch._C._len_torch_dispatch_stack()  # FakeTensorMode, make_fx, export
-            or torch._C._get_tracing_state() is not None
             or torch._C._autograd._profiler_enabled()  # which shows operators
             or torch._C._is_any_autocast_enabled()
         ) and (
