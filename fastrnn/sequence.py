@@ -66,9 +66,15 @@ def describe(
         reset: bool in the data's layout, (T, N) or (N, T).
 
     Raises:
-        RuntimeError: the sequence length is 0, or the number of dimensions is wrong (as torch.nn).
+        RuntimeError: the sequence length is 0, or the number of dimensions is wrong (as torch.nn),
+            or the data are not strided.
         TypeError, ValueError: ``batch_sizes``, ``lengths`` or ``reset`` do not fit the data.
     """
+    if data.layout is not torch.strided:
+        raise RuntimeError(
+            f"input: got a tensor of layout {data.layout}, expected torch.strided; "
+            "pass input.to_dense()"
+        )
     if batch_sizes is not None:
         if lengths is not None:
             raise ValueError(

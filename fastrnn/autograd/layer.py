@@ -312,7 +312,8 @@ def _gradients(
     pairs = [
         (out, grad)
         for out, grad in zip(outputs, upstream, strict=False)
-        if out is not None and grad is not None and out.requires_grad and grad.numel()
+        # An operator gives an empty tensor in the place of a gradient nobody asked for.
+        if out is not None and grad is not None and out.requires_grad and grad.shape == out.shape
     ]
     wanted = [t for t in inputs if t is not None]
     if not pairs or not wanted:

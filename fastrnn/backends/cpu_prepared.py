@@ -68,18 +68,19 @@ class LayerCall:
         self._cell, self._directions, self._norms = cell, directions, kind.norms
         # Of h only the sizes are read: the caller's own would stay alive, with all that led to it.
         self._dtype, self._shape, self._state = x.dtype, (steps, size), h.new_empty(h.shape)
-        self._y = x.new_empty((*x.shape[:-1], directions * out))
+        lead = x.shape[:-1]  # tensors of our own: nothing else of the caller's lives on in them
+        self._y = torch.empty((*lead, directions * out), dtype=x.dtype, device=cpu._CPU)
         self._cells = self._gates = None
         strides = [*cpu._strides(x, False, batch_first), *cpu._strides(self._y, False, batch_first)]
         if c is not None:
-            self._cells = x.new_empty((*x.shape[:-1], directions * hidden), dtype=wide)
+            self._cells = torch.empty((*lead, directions * hidden), dtype=wide, device=cpu._CPU)
             strides += cpu._strides(self._cells, False, batch_first)
         else:
             strides += (0, 0)
         self._strides = tuple(strides)
         if kind.tape:
             shape = (directions, steps * size, kind.tape * hidden)
-            self._gates = x.new_empty(shape, dtype=wide)
+            self._gates = torch.empty(shape, dtype=wide, device=cpu._CPU)
         self._setting = _Setting(0, "", (), {}, [])
 
     def takes(self, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, gates: _Grad) -> bool:

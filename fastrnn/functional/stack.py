@@ -373,7 +373,7 @@ def _run_layers(
     last = num_layers - 1
     # torch.nn draws dropout masks in (T, N, ..) order whatever the layout: walk the layers that
     # feed a dropout as views in that order, so that one seed gives one result.
-    turned = batch.batch_first and dropout > 0 and last > 0
+    turned = batch.batch_first and dropout != 0 and last > 0
     layout = flip_layout(batch) if turned else batch
     if turned:
         x = x.transpose(0, 1)
@@ -415,8 +415,8 @@ def _run_layers(
             return x, h, c, cells
         h_n.append(h)
         c_n.append(c)
-        if dropout > 0 and k < last:
-            x = torch.nn.functional.dropout(x, dropout, True)
+        if dropout != 0 and k < last:
+            x = torch.dropout(x, dropout, True)
     return x, torch.cat(h_n), torch.cat(c_n) if KINDS[cell].has_cell else None, cells
 
 

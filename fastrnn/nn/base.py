@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.nn.cache import PackedCache, bypassed
-from fastrnn.nn.leaf import as_leaf
+from fastrnn.nn.traced import Proxy, as_leaf
 from fastrnn.regularisers import check, probability
 
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
@@ -90,12 +89,13 @@ class RecurrentBase(nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draw new values: torch.nn's, and gains of 1 and biases of 0 for layer norm."""
         bound = self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
+        norms = {name for name in self._flat_weights_names if name.startswith("ln_")}
         for name, parameter in self.named_parameters():
-            own = next((part for part in name.split(".") if part.startswith("ln_")), None)
-            if own is None:
-                nn.init.uniform_(parameter, -bound, bound)
+            own = norms.intersection(name.split("."))  # parts: it may be parametrised
+            if own:
+                _initial_norm(own.pop(), parameter.detach())
             else:
-                _initial_norm(own, parameter.detach())
+                nn.init.uniform_(parameter, -bound, bound)
 
     def _rate(self, index: int) -> float:
         return float(self._rates[index]) if self._rates else 0.0
@@ -232,6 +232,8 @@ class RecurrentBase(nn.RNNBase):
             return None
         if self._packed is None:
             self._packed = PackedCache()
+        elif torch.is_grad_enabled():
+            self._packed.forget_trained()
         return self._packed
 
     def _name(self) -> str:
@@ -309,9 +311,12 @@ class RecurrentBase(nn.RNNBase):
         self._check_return_cells(return_cells)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset, return_cells)
+        if not isinstance(input, Tensor) and isinstance(input, Proxy):
+            cells = None if return_cells is False else return_cells
+            leaf = as_leaf(self, input, hx, lengths=lengths, reset=reset, return_cells=cells)
+            if leaf is not None:
+                return leaf
         if not isinstance(input, Tensor):
-            if isinstance(input, Proxy):
-                return as_leaf(self, input, hx, lengths, reset, return_cells or None)
             raise TypeError(
                 f"{self._name()}: input should be a Tensor or a PackedSequence, "
                 f"got {type(input).__name__}"

@@ -53,7 +53,9 @@ class PackedCache:
     version counter as when it was packed, so an optimiser step, `load_state_dict` or a replaced
     parameter is noticed. A write through `.data` moves no counter: a few words of each weight are
     compared, which shows a write to the whole tensor (a moving average, say); after a write to a
-    few elements call `flatten_parameters()`. Of weights that are not contiguous nothing is kept.
+    few elements call `flatten_parameters()`. A step of a fused optimiser moves no counter either,
+    so a call with gradients drops the entries of trained weights. Of weights that are not
+    contiguous nothing is kept.
 
     Copying or pickling a cache gives an empty one. Entries are immutable and replaced whole, so
     concurrent callers at worst pack the same weights twice.
@@ -83,6 +85,16 @@ class PackedCache:
         self.training: Any = None
         self.seen_training: Any = None
 
+    def forget_trained(self) -> None:
+        """Drop what was packed of weights that a recorded call trains: torch's fused optimisers
+        move no version counter, and may change few elements."""
+        for entry in self._entries.values():
+            for ref in entry.refs:
+                weight = ref()
+                if weight is not None and weight.requires_grad:
+                    self._entries = {}
+                    return
+
     def find(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
         """The kept packed weights of `layer`, or None if there are none or they are stale."""
         entry = self._entries.get(layer)
@@ -92,6 +104,8 @@ class PackedCache:
             return None
         for weight, ref, (address, version) in zip(weights, entry.refs, entry.stamps):
             if ref() is not weight or weight.data_ptr() != address or weight._version != version:
+                return None
+            if not weight.is_contiguous():  # `weight.data = weight.data.t()`
                 return None
         # After the loop: it has shown that the sampled addresses still belong to the weights.
         if cpu.read_words(entry.samples) != entry.values:

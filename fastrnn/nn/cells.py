@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from fastrnn import functional
 from fastrnn.nn.cache import PackedCache, bypassed
-from fastrnn.nn.leaf import as_leaf
 from fastrnn.nn.stepper import Layout, NativeCall
+from fastrnn.nn.traced import Proxy, as_leaf
 
 
 class _Cell(nn.modules.rnn.RNNCellBase):
@@ -53,7 +52,18 @@ class _Cell(nn.modules.rnn.RNNCellBase):
             return None
         if self._packed is None:
             self._packed = PackedCache()
+        elif torch.is_grad_enabled():
+            self._packed.forget_trained()
         return self._packed
+
+    def _traced(self, input: Proxy, hx: Any) -> Any:
+        leaf = as_leaf(self, input, hx)
+        if leaf is None:
+            raise TypeError(
+                f"{type(self).__name__}: input should be a Tensor, got {type(input).__name__}; "
+                "torch.fx can trace a module that holds this one, not its own arithmetic"
+            )
+        return leaf
 
     def _check_dims(self, name: str, input: Tensor, hidden: tuple[tuple[str, Tensor], ...]) -> None:
         if input.dim() not in (1, 2):
@@ -145,8 +155,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        if type(input) is not Tensor and isinstance(input, Proxy):
-            return as_leaf(self, input, hx)
+        if not isinstance(input, Tensor) and isinstance(input, Proxy):
+            return self._traced(input, hx)
         states = () if hx is None else tuple((f"hx[{i}]", h) for i, h in enumerate(hx))
         self._check_dims("LSTMCell", input, states)
         batched = input.dim() == 2
@@ -203,8 +213,8 @@ class GRUCell(_Cell, nn.GRUCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if type(input) is not Tensor and isinstance(input, Proxy):
-            return as_leaf(self, input, hx)
+        if not isinstance(input, Tensor) and isinstance(input, Proxy):
+            return self._traced(input, hx)
         batched = input.dim() == 2
         input, hx = self._single_state("GRUCell", input, hx)
         if not torch.is_grad_enabled():
@@ -244,8 +254,8 @@ class RNNCell(_Cell, nn.RNNCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if type(input) is not Tensor and isinstance(input, Proxy):
-            return as_leaf(self, input, hx)
+        if not isinstance(input, Tensor) and isinstance(input, Proxy):
+            return self._traced(input, hx)
         batched = input.dim() == 2
         input, hx = self._single_state("RNNCell", input, hx)
         if self.nonlinearity not in ("tanh", "relu"):

@@ -165,7 +165,7 @@ class Steppable(RecurrentBase):
 
     def _draws(self) -> bool:
         """Whether a call draws random numbers, or their expectations take part in it."""
-        return (self.training and self.dropout > 0) or bool(self._active_regularisers())
+        return (self.training and self.dropout != 0) or bool(self._active_regularisers())
 
     def _parts(self, hx: Any) -> tuple[Any, Any] | None:
         """h and c (None but for an LSTM); both None for the default; None if hx is neither."""
@@ -175,11 +175,13 @@ class Steppable(RecurrentBase):
             return None, None
         if self.mode != "LSTM":
             return hx, None
-        return hx if type(hx) is tuple and len(hx) == 2 else None
+        return hx if type(hx) is tuple and len(hx) == 2 and hx[0] is not None else None
 
     def _takes(self, x: Any, h: Any, c: Any, ranks: tuple[int, ...]) -> bool:
         """Whether these are CPU tensors of the right sizes."""
         if type(x) is not Tensor or not x.is_cpu or x.dim() not in ranks or not x.numel():
+            return False
+        if x.layout is not torch.strided:
             return False
         if x.size(-1) != self.input_size or not self.hidden_size:
             return False

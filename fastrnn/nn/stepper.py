@@ -186,6 +186,8 @@ class NativeCall(_Call):
         if bf16 is None:
             return None
         if bf16 is not self._bf16:
+            if not cpu.supports(self._dtype):  # the general way says what is wrong with it
+                return None
             backend, self._plan = dispatch.choose(
                 self.cell, x, self._batch, self.sizes, False, False, False
             )

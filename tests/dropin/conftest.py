@@ -15,6 +15,7 @@ collect_ignore = (
         "test_dropin_beyond.py",
         "test_dropin_dispatch.py",
         "test_dropin_options.py",
+        "test_dropin_repeated.py",
         "test_dropin_step.py",
         "test_dropin_surgery.py",
         "test_dropin_transforms.py",

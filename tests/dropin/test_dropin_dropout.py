@@ -11,6 +11,7 @@ from dropin_cases import (
     assert_same_bits,
     compare,
     outcome,
+    raised,
     random_packed,
     random_state,
     results,
@@ -119,6 +120,20 @@ def test_changed_at_run_time(any_kind: Kind) -> None:
         ours.dropout = theirs.dropout = p
         compare(ours, theirs, seeded_outcome, x)
         assert ours.extra_repr() == theirs.extra_repr()
+
+
+def test_out_of_range_at_run_time(kind: Kind) -> None:
+    ours, theirs = twins(kind, 5, 7, num_layers=2)
+    x = torch.randn(6, 3, 5)
+    for p in (1.5, -0.5, float("nan")):
+        ours.dropout = theirs.dropout = p
+        expected = raised(theirs, x)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert [raised(ours, x) for _ in range(3)] == [expected] * 3
+        compare(ours.eval(), theirs.eval(), results, x)
+        for module in (ours, theirs):
+            module.train()
 
 
 def test_switched_between_train_and_eval(any_kind: Kind) -> None:

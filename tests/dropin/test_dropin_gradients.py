@@ -240,6 +240,14 @@ def test_double_backward_float64(any_kind: Kind) -> None:
     compare(ours, theirs, gradient_penalty, torch.randn(4, 3, 5), random_state(ours, 3))
 
 
+def test_double_backward_of_an_empty_batch(any_kind: Kind) -> None:
+    """Zeros, not None."""
+    ours, theirs = twins(any_kind, 5, 7, num_layers=2, dtype=torch.float64)
+    found = [gradient_penalty(m, torch.randn(4, 0, 5), random_state(m, 0)) for m in (ours, theirs)]
+    assert_same_bits(*({k: v.abs() for k, v in each.items()} for each in found))
+    assert len(found[0]) > len(list(ours.parameters()))
+
+
 def test_anomaly_mode(any_kind: Kind) -> None:
     ours, theirs = stacked(any_kind)
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():

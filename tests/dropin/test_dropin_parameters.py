@@ -87,6 +87,17 @@ def test_reset_parameters_draws_like_torch(any_kind: Kind, options: dict) -> Non
     assert_same_bits(ours.state_dict(), theirs.state_dict())
 
 
+def test_reset_parameters_of_a_subclass_with_a_child(any_kind: Kind) -> None:
+    """Whatever the child is called: only the layer's own norms are not drawn."""
+    built = []
+    for module in twins(any_kind, 5, 7):
+        module.ln_head = nn.Linear(7, 3)
+        torch.manual_seed(6)
+        module.reset_parameters()
+        built.append(module.state_dict())
+    assert_same_bits(*built)
+
+
 def test_flatten_parameters_is_safe_anywhere(any_kind: Kind) -> None:
     ours, _ = twins(any_kind, 5, 7, num_layers=2)
     x = torch.randn(3, 2, 5)
