@@ -68,7 +68,8 @@ def peak_growth(case: Case, name: str, threads: int) -> int:
     libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
     torch.set_num_threads(threads)
     tiny = replace(case, T=2, N=min(2, case.N), H=32, I=0, proj=0)
-    for each in {name, "torch"}:  # a module of ours may hand the step over to torch's kernel
+    # A module of ours may hand the step over to torch's kernel.
+    for each in dict.fromkeys((name, "torch")):
         build(tiny, each).call()
     contestant = build(case, name)
     libc.malloc_trim(0)

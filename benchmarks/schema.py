@@ -66,7 +66,7 @@ CSV_COLUMNS = (
 @dataclass
 class Record:
     """One timed case. checks and timings by contestant; backends: what explain() said of ours;
-    details: what a campaign adds."""
+    details: the ceilings of a bounded case, and what a campaign adds."""
 
     case: Case
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -49,7 +49,6 @@ def forward_args(p: Problem) -> tuple:
     )  # fmt: skip
 
 
-# opcheck takes seconds a case: each cell once, every layout and optional argument among them.
 DRAWN = Case(
     "lstm", proj=3, recompute=True, noise=Noise(1, True, "update", drop=0.3, zoneout_h=0.2)
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.nn.cache import PackedCache, bypassed
+from fastrnn.nn.cache import PackedCache, current_cache
 from fastrnn.nn.traced import Proxy, as_leaf
 from fastrnn.regularisers import check, probability
 
@@ -228,13 +228,7 @@ class RecurrentBase(nn.RNNBase):
         return replica
 
     def _cache(self) -> PackedCache | None:
-        if bypassed():
-            return None
-        if self._packed is None:
-            self._packed = PackedCache()
-        elif torch.is_grad_enabled():
-            self._packed.forget_trained()
-        return self._packed
+        return current_cache(self)
 
     def _name(self) -> str:
         return self.mode.split("_")[0]

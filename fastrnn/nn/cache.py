@@ -144,3 +144,16 @@ class PackedCache:
         refs = tuple(weakref.ref(weight) for weight in weights)
         self._entries[layer] = _Entry(cell, plan, refs, stamps, samples, values, packed)
         return packed
+
+
+def current_cache(module: Any) -> PackedCache | None:
+    """The cache that a module keeps as ``_packed``, made at the first call, for the call that is
+    about to run; None where there must be none."""
+    if bypassed():
+        return None
+    cache: PackedCache | None = module._packed
+    if cache is None:
+        cache = module._packed = PackedCache()
+    elif torch.is_grad_enabled():
+        cache.forget_trained()
+    return cache

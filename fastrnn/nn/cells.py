@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
-from fastrnn.nn.cache import PackedCache, bypassed
+from fastrnn.nn.cache import PackedCache, current_cache
 from fastrnn.nn.stepper import Layout, NativeCall
 from fastrnn.nn.traced import Proxy, as_leaf
 
@@ -48,13 +48,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         return replica
 
     def _cache(self) -> PackedCache | None:
-        if bypassed():
-            return None
-        if self._packed is None:
-            self._packed = PackedCache()
-        elif torch.is_grad_enabled():
-            self._packed.forget_trained()
-        return self._packed
+        return current_cache(self)
 
     def _traced(self, input: Proxy, hx: Any) -> Any:
         leaf = as_leaf(self, input, hx)
