@@ -1,5 +1,13 @@
 """Types of the native CPU module, csrc/bindings/cpu.cc: sizes, addresses, rates."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Address = Tensor | int | None
+
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...
@@ -23,6 +31,51 @@ def random(
     keep: int,
 ) -> None: ...
 def read_words(addresses: bytes) -> bytes: ...
+def describe_forward(problem: tuple[int, ...], tensors: tuple[float, ...]) -> object: ...
+def describe_backward(problem: tuple[int, ...], tensors: tuple[float, ...]) -> object: ...
+def run_forward(
+    description: object,
+    x: _Address,
+    y: _Address,
+    cells: _Address,
+    h0: _Address,
+    c0: _Address,
+    h_n: _Address,
+    c_n: _Address,
+    gates: _Address,
+    weights: Sequence[Tensor] | None,
+    /,
+) -> None: ...
+def run_backward(
+    description: object,
+    x: _Address,
+    y: _Address,
+    cells: _Address,
+    dx: _Address,
+    dy: _Address,
+    dcells: _Address,
+    h0: _Address,
+    c0: _Address,
+    dh_n: _Address,
+    dc_n: _Address,
+    dh0: _Address,
+    dc0: _Address,
+    gates: _Address,
+    weights: Sequence[Tensor],
+    dweights: Sequence[Tensor] | None,
+    /,
+) -> None: ...
+def alike(
+    tensor: object, types: tuple[type, ...], shape: tuple[int, ...], dtype: torch.dtype, /
+) -> bool: ...
+def unchanged(
+    weights: Sequence[Tensor],
+    refs: tuple[Any, ...],
+    stamps: tuple[tuple[int, int], ...],
+    samples: bytes,
+    values: bytes,
+    /,
+) -> bool: ...
 def measure_peak_flops(threads: int, seconds: float = 0.5) -> float: ...
 def measure_bandwidth(threads: int, bytes_per_thread: int, seconds: float = 0.5) -> float: ...
 def plan(problem: tuple[int, ...]) -> tuple[int, str]: ...

@@ -167,3 +167,27 @@ def test_batch_sizes_of_other_data_are_an_error(kind: str, sizes: list[int]) -> 
         assert good.shape == (7, 4)
         with pytest.raises(Exception, match="batch_sizes"):
             call(torch.randn(7, 3), torch.tensor(sizes))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 tells no export")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_dynamo_does_not_look_into_a_plain_call(cell: str) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def targets(module: torch.nn.Module) -> list[str]:
+        graphs.clear()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(module, fullgraph=True, backend=keep)(torch.randn(4, 2, 5))
+        (graph,) = graphs
+        return [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+
+    make = getattr(fastrnn, cell)
+    assert not any("fastrnn.layer" in each for each in targets(make(5, 7)))
+    with fastrnn.use_backend("cpu"):  # which dynamo has to see
+        assert any("fastrnn.layer" in each for each in targets(make(5, 7)))
+    assert any("fastrnn.layer" in each for each in targets(make(5, 7, zoneout=0.1)))

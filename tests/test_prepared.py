@@ -271,28 +271,42 @@ def test_a_parameter_or_state_elsewhere_is_an_error() -> None:
         make("gru")(torch.randn(4, 2, 5), h)
 
 
-def test_scratch_belongs_to_the_thread_count_it_was_measured_for(set_threads: Any) -> None:
+def test_calls_prepared_for_different_numbers_of_threads(set_threads: Any) -> None:
     module = fastrnn.GRU(32, 64).eval()
     x = torch.randn(16, 16, 32)
-    found = []
+    found, results = [], []
     with torch.no_grad():
         for count in (1, 2):
             set_threads(count)
             for _ in range(3):
-                module(x)
+                results.append(module(x)[0])
             found.append(module._packed.sequence._prepared)
-    small, large = sorted(found, key=lambda each: each.workspace)
-    assert small.workspace < large.workspace
-    # One thread still runs the old call when another has prepared the new one.
-    call, kept = module._packed.sequence, [t for t, *_ in small.scratch]
-    assert kept
-    large.scratch.clear()
-    expected = module(x)[0]
-    call._run(large, x, call._h_like, None)
-    (used,) = [t for t, *_ in large.scratch]
-    assert used.numel() >= large.workspace
-    assert [t for t, *_ in small.scratch] == kept
-    assert expected.isfinite().all()
+        assert [each.threads for each in found] == [1, 2]
+        call = module._packed.sequence
+        # One thread still runs the old call when another has prepared the new one.
+        results += [call._run(each, x, call._h_like, None)[0] for each in (*found, *found)]
+    assert all(torch.equal(each, results[0]) for each in results)
+
+
+def test_the_library_refuses_what_does_not_describe_a_call() -> None:
+    library, x = cpu_prepared.library(), torch.zeros(1, 1, 4)
+    with pytest.raises(ValueError, match="invalid PyCapsule"):
+        library.run_forward("no description", *[None] * 9)
+    with pytest.raises(TypeError, match="got 2 arguments, expected 10"):
+        library.run_forward("no description", x)
+    described = library.describe_forward((0, 0, 0, 0, 1, 1, 1, 1, 4, 4, 4, 0), (0,) * 25)
+    with pytest.raises(ValueError, match="incorrect name"):
+        library.run_backward(described, *[None] * 15)
+    with pytest.raises(AttributeError, match="data_ptr"):
+        library.run_forward(described, "no tensor", *[None] * 8)
+    assert library.alike(x, (torch.Tensor,), x.shape, x.dtype)
+    assert not library.alike(x, (torch.nn.Parameter,), x.shape, x.dtype)
+    assert not library.alike(x, (torch.Tensor,), (1, 4), x.dtype)
+    assert not library.alike(x, (torch.Tensor,), x.shape, torch.float64)
+    assert not library.alike(x.expand(2, 1, 4), (torch.Tensor,), (2, 1, 4), x.dtype)
+    assert not library.alike(torch._neg_view(x), (torch.Tensor,), x.shape, x.dtype)
+    assert not library.alike(x.to("meta"), (torch.Tensor,), x.shape, x.dtype)
+    assert not library.alike(None, (torch.Tensor,), x.shape, x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -25,6 +25,7 @@ try:
 except ImportError as error:  # a source tree without a build: every other backend still works
     _import_error = error
 
+LOADED = _import_error is None
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _F32_BF16 = 3
 _Fields = tuple[float, ...]
@@ -444,6 +445,18 @@ def random_mask(seed: Tensor, stream: int, p: float, steps: int, rows: int, unit
 def read_words(addresses: bytes) -> bytes:
     """The 8-byte words at these addresses (native uint64), which must be readable."""
     return bytes(_cpu.read_words(addresses))
+
+
+def unchanged(
+    weights: Sequence[Tensor],
+    refs: tuple[Any, ...],
+    stamps: tuple[tuple[int, int], ...],
+    samples: bytes,
+    values: bytes,
+) -> bool:
+    """Whether each weight is what its reference refers to, contiguous, of this address and version,
+    and ``read_words(samples)`` is ``values``."""
+    return bool(_cpu.unchanged(weights, refs, stamps, samples, values))
 
 
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:

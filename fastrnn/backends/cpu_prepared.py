@@ -1,8 +1,9 @@
-"""One layer with gradients, of one shape: the CPU kernels' fields that only the shape decides.
+"""One layer of one shape: the CPU kernels' fields that only the shape decides.
 
-The results are those of ``layer_forward_train`` and ``layer_backward`` in ``fastrnn.backends.cpu``,
-which describe the fields and allocate the same tensors, for dense sequences without masks. The
-functions of these names here take small such calls and pass on every other.
+The results are those of ``layer_forward``, ``layer_forward_train`` and ``layer_backward`` in
+``fastrnn.backends.cpu``, which describe the fields and allocate the same tensors, for dense
+sequences without masks. The functions of these names here take small such calls and pass on every
+other.
 """
 
 from __future__ import annotations
@@ -17,9 +18,16 @@ from fastrnn.backends import cpu
 from fastrnn.backends.cpu_plan import read_plan
 from fastrnn.kinds import KINDS
 
-__all__ = ["CALLS", "KEPT_WORKSPACE", "SMALL", "LayerCall", "layer_backward", "layer_forward_train"]
+__all__ = [
+    "CALLS",
+    "SMALL",
+    "LayerCall",
+    "layer_backward",
+    "layer_forward",
+    "layer_forward_train",
+    "library",
+]
 
-KEPT_WORKSPACE = 1 << 20  # bytes; a larger one is allocated anew for each call
 # The operators keep so many calls, each with outputs of at most so many elements: beyond that
 # Python's share of a training step is not seen. A call holds tensors like its outputs.
 CALLS = 32
@@ -27,14 +35,19 @@ SMALL = 1 << 14
 _Grad = Tensor | None
 
 
+def library() -> Any:
+    """The native module; absent from a tree without a build, where no call comes this far."""
+    return cpu._cpu  # type: ignore[attr-defined]
+
+
 class _Setting(NamedTuple):
-    """What the number of threads and the instruction set decide; replaced whole."""
+    """What the number of threads and the instruction set decide: the library's descriptions of the
+    two calls. Replaced whole."""
 
     threads: int
     isa: str
-    problem: tuple[int, ...]
-    bytes: dict[Any, int]
-    scratch: list[Tensor]
+    forward: Any
+    backward: Any
 
 
 class _Forward(NamedTuple):
@@ -81,7 +94,7 @@ class LayerCall:
         if kind.tape:
             shape = (directions, steps * size, kind.tape * hidden)
             self._gates = torch.empty(shape, dtype=wide, device=cpu._CPU)
-        self._setting = _Setting(0, "", (), {}, [])
+        self._setting = _Setting(0, "", None, None)
 
     def takes(self, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, gates: _Grad) -> bool:
         """Whether ``backward`` serves them: the tape was kept, and the dtypes are the forward's."""
@@ -95,51 +108,38 @@ class LayerCall:
 
     def _current(self, weights: Sequence[Tensor]) -> _Setting:
         setting = self._setting
-        threads, isa = torch.get_num_threads(), cpu.isa()
+        threads, isa = torch.get_num_threads(), library().isa()
         if threads != setting.threads or isa != setting.isa:
             problem = cpu._problem(
                 self._cell, self._dtype, read_plan(""), weights, self._shape, self._state
             )
-            self._setting = setting = _Setting(threads, isa, problem, {}, [])
+            addresses = (0,) * (self._directions * (9 if self._norms else 5))
+            self._setting = setting = _Setting(
+                threads,
+                isa,
+                library().describe_forward(problem, (*self._strides, *(0,) * 14, *addresses)),
+                library().describe_backward(problem, (*self._strides, *(0,) * 19, *addresses)),
+            )
         return setting
 
-    def _run(self, setting: _Setting, key: Any, ask: Any, call: Any, fields: Any) -> None:
-        """Call the library with a workspace, taken off a list and put back: concurrent callers
-        never share one."""
-        _, _, problem, known, pool = setting
-        size = known.get(key)
-        if size is None:
-            size = known[key] = ask(problem, fields) + 64
-        try:
-            workspace = pool.pop()
-        except IndexError:
-            workspace = None
-        if workspace is None or workspace.numel() < size:
-            workspace = torch.empty(size, dtype=torch.uint8, device=self._y.device)
-        call(problem, fields, (workspace.data_ptr() + 63) // 64 * 64)
-        if size <= KEPT_WORKSPACE:
-            pool.append(workspace)
-
     def forward(
-        self, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        records: bool = True,
     ) -> _Forward:
+        """Without cells and gates unless it ``records``, for a backward."""
         setting = self._current(weights)
         y, h_n = torch.empty_like(self._y), torch.empty_like(h0)
-        c_n = cells = gates = None
-        c0_at = c_n_at = cells_at = gates_at = 0
-        if c0 is not None and self._cells is not None:
-            c_n, cells = torch.empty_like(c0), torch.empty_like(self._cells)
-            c0_at, c_n_at, cells_at = c0.data_ptr(), c_n.data_ptr(), cells.data_ptr()
-        if self._gates is not None:
+        c_n = None if c0 is None else torch.empty_like(c0)
+        cells = gates = None
+        if records and self._cells is not None:
+            cells = torch.empty_like(self._cells)
+        if records and self._gates is not None:
             gates = torch.empty_like(self._gates)
-            gates_at = gates.data_ptr()
-        fields = (
-            *self._strides, x.data_ptr(), y.data_ptr(), cells_at, h0.data_ptr(), c0_at,
-            h_n.data_ptr(), c_n_at, 0, gates_at, 0, 0, 0, 0, 0,
-            *cpu._addresses(weights, self._directions, self._norms),
-        )  # fmt: skip
-        library = cpu._cpu  # type: ignore[attr-defined]
-        self._run(setting, "forward", library.forward_workspace, library.forward, fields)
+        library().run_forward(setting.forward, x, y, cells, h0, c0, h_n, c_n, gates, weights)
         return _Forward(y, h_n, c_n, cells, gates)
 
     def backward(
@@ -171,16 +171,10 @@ class LayerCall:
         dh0 = torch.empty_like(h0) if need_dstate else None
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dweights = [torch.empty_like(w) for w in weights] if need_dw else []
-        at = [0 if t is None else t.data_ptr() for t in (
-            x, y, cells, dx, dy, dcells, h0, c0, dh_n, dc_n, dh0, dc0, gates,
-        )]  # fmt: skip
-        fields = (
-            *self._strides, *at, need_dw, 0, 0, 0, 0, 0,
-            *cpu._addresses(weights, self._directions, self._norms),
-            *(cpu._addresses(dweights, self._directions, self._norms) if need_dw else ()),
+        library().run_backward(
+            setting.backward, x, y, cells, dx, dy, dcells, h0, c0, dh_n, dc_n, dh0, dc0, gates,
+            weights, dweights if need_dw else None,
         )  # fmt: skip
-        library = cpu._cpu  # type: ignore[attr-defined]
-        self._run(setting, needs, library.backward_workspace, library.backward, fields)
         return dx, dh0, dc0, dweights
 
 
@@ -211,16 +205,42 @@ def _prepared(
     return call
 
 
+def _dense_call(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_first: bool,
+) -> LayerCall | None:
+    """As ``_prepared``; None where something is not contiguous."""
+    if not (x.is_contiguous() and h0.is_contiguous() and (c0 is None or c0.is_contiguous())):
+        return None
+    for w in weights:
+        if not w.is_contiguous():
+            return None
+    return _prepared(cell, x, h0, c0, weights, batch_first)
+
+
+def layer_forward(*args: Any) -> Any:
+    """As ``cpu.layer_forward``."""
+    # The options: return_cells, plan, seed, noise.
+    x, h0, c0, weights, packed, batch_sizes, lengths, reset, cell, batch_first, *options = args
+    if packed is batch_sizes is lengths is reset is None and not any(options):
+        call = _dense_call(cell, x, h0, c0, weights, batch_first)
+        if call is not None:
+            return call.forward(x, h0, c0, weights, False)[:4]
+    return cpu.layer_forward(*args)
+
+
 def layer_forward_train(*args: Any) -> Any:
     """As ``cpu.layer_forward_train``."""
     x, h0, c0, weights, batch_sizes, lengths, reset, cell, batch_first, *options = args
     # recompute, plan, seed, noise
     if batch_sizes is lengths is reset is None and not any(options):
-        dense = x.is_contiguous() and h0.is_contiguous() and (c0 is None or c0.is_contiguous())
-        if dense and all(w.is_contiguous() for w in weights):
-            call = _prepared(cell, x, h0, c0, weights, batch_first)
-            if call is not None:
-                return call.forward(x, h0, c0, weights)
+        call = _dense_call(cell, x, h0, c0, weights, batch_first)
+        if call is not None:
+            return call.forward(x, h0, c0, weights)
     return cpu.layer_forward_train(*args)
 
 

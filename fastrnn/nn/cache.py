@@ -100,17 +100,11 @@ class PackedCache:
         entry = self._entries.get(layer)
         if entry is None or entry.plan != plan or entry.cell != cell:
             return None
-        if len(weights) != len(entry.refs):
-            return None
-        for weight, ref, (address, version) in zip(weights, entry.refs, entry.stamps):
-            if ref() is not weight or weight.data_ptr() != address or weight._version != version:
-                return None
-            if not weight.is_contiguous():  # `weight.data = weight.data.t()`
-                return None
-        # After the loop: it has shown that the sampled addresses still belong to the weights.
-        if cpu.read_words(entry.samples) != entry.values:
-            return None
-        return entry.packed
+        # In the library, since it is most of what a small call does: each weight the same object at
+        # the same address, of the same version and contiguous (`weight.data = weight.data.t()` is
+        # not), and then the sampled words, whose addresses belong to the weights still.
+        same = cpu.unchanged(weights, entry.refs, entry.stamps, entry.samples, entry.values)
+        return entry.packed if same else None
 
     def packed(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
         """Packed weights of `layer` for a call without gradients, or None: use the plain ones.
@@ -148,8 +142,8 @@ class PackedCache:
 
 def current_cache(module: Any) -> PackedCache | None:
     """The cache that a module keeps as ``_packed``, made at the first call, for the call that is
-    about to run; None where there must be none."""
-    if bypassed():
+    about to run; None where there must be none, or no library to read it."""
+    if bypassed() or not cpu.LOADED:
         return None
     cache: PackedCache | None = module._packed
     if cache is None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrnn import functional
 from fastrnn.functional.checks import check_layer_norm
 from fastrnn.nn.base import Parts
 from fastrnn.nn.step import Steppable
@@ -160,13 +159,13 @@ class LSTM(Steppable):
         pass
 
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
-        output, h_n, c_n, *cells = functional.lstm(
+        output, h_n, c_n, *cells = self._function("lstm", options)(
             input,
             None if parts is None else (parts[0], parts[1]),
             self._present_weights(),
             bias=self.bias,
             num_layers=self.num_layers,
-            dropout=self.dropout,
+            dropout=self.dropout if self._drops() else 0,
             training=self.training,
             bidirectional=self.bidirectional,
             proj_size=self.proj_size,
@@ -318,13 +317,13 @@ class GRU(Steppable):
 
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         options.pop("return_cells", None)
-        output, h_n = functional.gru(
+        output, h_n = self._function("gru", options)(
             input,
             None if parts is None else parts[0],
             self._present_weights(),
             bias=self.bias,
             num_layers=self.num_layers,
-            dropout=self.dropout,
+            dropout=self.dropout if self._drops() else 0,
             training=self.training,
             bidirectional=self.bidirectional,
             reset_after=self.reset_after,
@@ -454,13 +453,13 @@ class RNN(Steppable):
 
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         options.pop("return_cells", None)
-        output, h_n = functional.rnn(
+        output, h_n = self._function("rnn", options)(
             input,
             None if parts is None else parts[0],
             self._present_weights(),
             bias=self.bias,
             num_layers=self.num_layers,
-            dropout=self.dropout,
+            dropout=self.dropout if self._drops() else 0,
             training=self.training,
             bidirectional=self.bidirectional,
             nonlinearity="tanh" if self.mode == "RNN_TANH" else "relu",

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrnn.nn.base import RecurrentBase
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.stepper import Layout, NativeCall, TrainingCall
+from fastrnn.nn.traced import in_one_piece
 
 
 class Steppable(RecurrentBase):
@@ -20,6 +21,14 @@ class Steppable(RecurrentBase):
     def _cell(self) -> str:
         """The name the operators know the cell by."""
         return self.mode.lower() + ("_layer_norm" if self.layer_norm else "")
+
+    def _function(self, name: str, options: dict[str, Any]) -> Any:
+        """The function of `fastrnn.functional` for a call with these options."""
+        bare = True
+        for option, value in options.items():
+            if option != "batch_first" and value is not None and value is not False:
+                bare = False
+        return in_one_piece(name, bare and not self._draws())
 
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Process one time step: the same as the whole sequence, one call per element of it.
@@ -165,7 +174,11 @@ class Steppable(RecurrentBase):
 
     def _draws(self) -> bool:
         """Whether a call draws random numbers, or their expectations take part in it."""
-        return (self.training and self.dropout != 0) or bool(self._active_regularisers())
+        return self._drops() or bool(self._active_regularisers())
+
+    def _drops(self) -> bool:
+        """Whether a call drops outputs between layers."""
+        return self.training and self.dropout != 0
 
     def _parts(self, hx: Any) -> tuple[Any, Any] | None:
         """h and c (None but for an LSTM); both None for the default; None if hx is neither."""

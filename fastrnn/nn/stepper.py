@@ -17,7 +17,7 @@ from fastrnn import dispatch
 from fastrnn.autograd import PreparedLayer
 from fastrnn.backends import cpu
 from fastrnn.backends.cpu_plan import read_plan
-from fastrnn.backends.cpu_prepared import KEPT_WORKSPACE, LayerCall
+from fastrnn.backends.cpu_prepared import LayerCall, library
 from fastrnn.functional.checks import check_weights
 from fastrnn.kinds import KINDS
 from fastrnn.nn.cache import PackedCache
@@ -25,12 +25,7 @@ from fastrnn.sequence import Batch
 
 _Fields = tuple[int, ...]
 _SMALL = 1 << 16  # values of an output; above it a call with gradients gains nothing
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _library() -> Any:
-    """The native module; absent from a tree without a build, where no call comes this far."""
-    return cpu._cpu  # type: ignore[attr-defined]
+_TENSOR, _PLAIN = (Tensor,), (Tensor, torch.nn.Parameter)
 
 
 class Layout(NamedTuple):
@@ -60,9 +55,10 @@ class Layout(NamedTuple):
 
 
 class _Prepared:
-    """The fields of the native calls, valid for these packed weights and this number of threads."""
+    """The library's descriptions of the layers, valid for these packed weights and this number of
+    threads."""
 
-    __slots__ = ("_kept", "layers", "packed", "scratch", "threads", "workspace")
+    __slots__ = ("_kept", "layers", "packed", "threads")
 
     def __init__(
         self,
@@ -76,33 +72,20 @@ class _Prepared:
     ) -> None:
         steps, batch, over_t, over_n, *_ = layout
         self.packed, self.threads = packed, torch.get_num_threads()
-        self.workspace = 0
-        self.scratch: list[tuple[Tensor, int, int]] = []  # of this size; replaced with it
-        self.layers: list[tuple[_Fields, _Fields, _Fields]] = []
-        self._kept: list[Tensor] = []  # what the addresses below point into
+        self.layers: list[Any] = []
+        self._kept: list[Tensor] = []  # what the addresses in them point into
         for own, kept in zip(weights, packed):
             dense = [w if w.is_contiguous() else w.contiguous() for w in own]
             self._kept += dense
             features, out = dense[0].size(1), directions * dense[1].size(1)
             state = x.new_empty((directions, batch, dense[1].size(1)))
             problem = cpu._problem(cell, x.dtype, read_plan(plan), dense, (steps, batch), state)
-            head = (
-                over_t * features, over_n * features, over_t * out, over_n * out, 0, 0,
-            )  # fmt: skip
-            tail = (
-                kept.data_ptr(),
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
+            fields = (
+                over_t * features, over_n * features, over_t * out, over_n * out, *(0,) * 9,
+                kept.data_ptr(), *(0,) * 6,
                 *cpu._addresses(dense, directions, KINDS[cell].norms),
-            )
-            some = state.data_ptr()
-            fields = (*head, some, some, 0, some, some, some, some, *tail)
-            self.workspace = max(self.workspace, _library().forward_workspace(problem, fields))
-            self.layers.append((problem, head, tail))
+            )  # fmt: skip
+            self.layers.append(library().describe_forward(problem, fields))
 
 
 class _Call:
@@ -131,12 +114,11 @@ class _Call:
         self._x_shape = x.shape
         rows, out = layout.batch, proj or hidden
         self._y_like = x.new_empty((*x.shape[:-1], directions * out))
-        # After one step, a layer's output is its state.
-        self._one_row = layout.steps == 1 and directions == 1
         lead = (layers * directions,) if stacked else ()
         if layout.batched:
             lead = (*lead, rows)
         self._h_like = x.new_zeros((*lead, out))
+        self._h_shape = self._h_like.shape
         self._c_like = x.new_zeros((*lead, hidden)) if KINDS[cell].has_cell else None
         item = x.element_size() * directions * rows
         self._h_bytes, self._c_bytes = out * item, hidden * item
@@ -145,19 +127,21 @@ class _Call:
         """Whether these are tensors as described, and nothing is at work that would change, or
         wants to see, what the general way does. Of tracers and modes the module has thought, before
         it made this call: what is made here is not for them to see."""
-        return not (
-            type(x) is not Tensor
-            or x.shape != self._x_shape
-            or x.dtype is not self._dtype
-            or not (x.is_contiguous() and x.is_cpu)
-            or x.is_neg()  # a lazy minus sign, which is torch's to carry out
-            or torch._C._autograd._profiler_enabled()  # which shows operators
-            or torch._C._is_any_autocast_enabled()
-        ) and (
-            h is None
-            or (
-                _fits(h, self._h_like)
-                and (c is self._c_like if self._c_like is None else _fits(c, self._c_like))
+        alike, dtype = library().alike, self._dtype
+        return (
+            alike(x, _TENSOR, self._x_shape, dtype)
+            and not torch._C._autograd._profiler_enabled()  # which shows operators
+            and not torch._C._is_any_autocast_enabled()
+            and (
+                h is None
+                or (
+                    alike(h, _TENSOR, self._h_shape, dtype)
+                    and (
+                        c is None
+                        if self._c_like is None
+                        else alike(c, _TENSOR, self._c_like.shape, dtype)
+                    )
+                )
             )
         )
 
@@ -225,50 +209,23 @@ class NativeCall(_Call):
         )
         return prepared
 
-    def _new_scratch(self, prepared: _Prepared) -> tuple[Tensor, int, int]:
-        """A workspace, its aligned address, and that of a row of outputs nobody reads."""
-        space = -(-prepared.workspace // 64) * 64
-        tensor = torch.empty(
-            64 + space + self._h_bytes, dtype=torch.uint8, device=self._h_like.device
-        )
-        start = (tensor.data_ptr() + 63) // 64 * 64
-        return tensor, start, start + space
-
     def _run(
         self, prepared: _Prepared, x: Tensor, h: Tensor, c: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        run, (first, *others) = library().run_forward, prepared.layers
         y, h_n = torch.empty_like(self._y_like), torch.empty_like(self._h_like)
-        x_at, h_at, h_n_at, y_at = x.data_ptr(), h.data_ptr(), h_n.data_ptr(), y.data_ptr()
-        if c is None:
-            c_n, c_at, c_n_at = h_n, 0, 0
-        else:
-            c_n = torch.empty_like(c)
-            c_at, c_n_at = c.data_ptr(), c_n.data_ptr()
-        # Taken off a list and put back, so that concurrent callers never share one.
-        pool = prepared.scratch
-        try:
-            scratch = pool.pop()
-        except IndexError:
-            scratch = self._new_scratch(prepared)
-        _, workspace, unread = scratch
-        forward = _library().forward
-        last = len(prepared.layers) - 1
-        between: list[Tensor] = []
-        for k, (problem, head, tail) in enumerate(prepared.layers):
-            out = y_at
-            if k < last:
-                if self._one_row:
-                    out = unread
-                else:
-                    between.append(torch.empty_like(self._y_like))
-                    out = between[-1].data_ptr()
-            forward(problem, (*head, x_at, out, 0, h_at, c_at, h_n_at, c_n_at, *tail), workspace)
-            x_at = h_n_at if self._one_row else out
-            h_at, h_n_at = h_at + self._h_bytes, h_n_at + self._h_bytes
-            c_at, c_n_at = c_at + self._c_bytes, c_n_at + self._c_bytes
-        if prepared.workspace <= KEPT_WORKSPACE:
-            pool.append(scratch)
-        return y, h_n, c_n
+        c_n = None if c is None else torch.empty_like(c)
+        run(first, x, y, None, h, c, h_n, c_n, None, None)
+        if others:
+            states = [t for t in (h, c, h_n, c_n) if t is not None]
+            sizes = [self._h_bytes, self._c_bytes] * 2 if c is not None else [self._h_bytes] * 2
+            at = [t.data_ptr() for t in states]
+            for layer in others:
+                x, y = y, torch.empty_like(self._y_like)
+                at = [address + size for address, size in zip(at, sizes)]
+                h_at, c_at, h_n_at, c_n_at = at if c is not None else (at[0], None, at[1], None)
+                run(layer, x, y, None, h_at, c_at, h_n_at, c_n_at, None, None)
+        return y, h_n, h_n if c_n is None else c_n
 
 
 class TrainingCall(_Call):
@@ -293,14 +250,9 @@ class TrainingCall(_Call):
             return None
         if h is None:
             h, c = self._h_like, self._c_like
-        dtype, records = self._dtype, x.requires_grad or h.requires_grad
+        records = x.requires_grad or h.requires_grad
         for w in weights:
-            if (
-                type(w) not in _PLAIN
-                or w.dtype is not dtype
-                or not (w.is_contiguous() and w.is_cpu)
-                or w.is_neg()
-            ):
+            if type(w) not in _PLAIN or not library().alike(w, _PLAIN, w.shape, self._dtype):
                 return None
             records = records or w.requires_grad
         if not (records or (c is not None and c.requires_grad)):
@@ -326,14 +278,3 @@ class TrainingCall(_Call):
         self._shapes = [w.shape for w in weights]
         h, c = self._h_like, self._c_like
         return LayerCall(self.cell, x, h, c, weights, self.layout.batch_first)
-
-
-def _fits(state: Any, like: Tensor) -> bool:
-    return (
-        type(state) is Tensor
-        and state.shape == like.shape
-        and state.dtype is like.dtype
-        and state.is_contiguous()
-        and state.is_cpu
-        and not state.is_neg()
-    )

@@ -1,13 +1,18 @@
-"""Calls that torch.fx traces symbolically: its tracer takes only modules of torch.nn for leaves."""
+"""Calls under a tracer: torch.fx's, which takes only modules of torch.nn for leaves, and dynamo."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
-__all__ = ["Proxy", "as_leaf"]
+from fastrnn import dispatch, functional
+from fastrnn.functional.stack import is_exporting
+
+__all__ = ["Proxy", "as_leaf", "in_one_piece"]
 
 
 def as_leaf(module: nn.Module, input: Proxy, hx: Any, **options: Any) -> Proxy | None:
@@ -22,3 +27,28 @@ def as_leaf(module: nn.Module, input: Proxy, hx: Any, **options: Any) -> Proxy |
         "call_module", path, (input,) if hx is None else (input, hx), given
     )
     return node
+
+
+def _piece(name: str) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(functional, name)(*args, **kwargs)
+
+    return torch.compiler.allow_in_graph(call)
+
+
+_PIECES = {name: _piece(name) for name in ("lstm", "gru", "rnn")}
+_tells_export = hasattr(torch.compiler, "is_exporting")  # not before torch 2.7
+
+
+def in_one_piece(name: str, plain: bool) -> Any:
+    """``functional``'s function of this name; where torch.compile traces and the call is ``plain``
+    (none of its options draws, or is a number but an integer), one that dynamo does not look into.
+
+    Dynamo guards every function and constant that it meets; looking at them before each call takes
+    longer than a small layer. What a plain call does depends on its arguments, on what dynamo
+    guards in any case, and on ``use_backend``, which is asked here.
+    """
+    compiles = plain and is_compiling() and _tells_export and not is_exporting()
+    if compiles and not dispatch._in_force:
+        return _PIECES[name]
+    return getattr(functional, name)

@@ -17,12 +17,14 @@ their word. An output that does not apply is an empty (0,) tensor. Autograd live
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch.compiler import is_compiling
 
 from fastrnn.kinds import KINDS
@@ -55,6 +57,8 @@ _SCHEMAS = {
 }
 
 _HALF = (torch.bfloat16, torch.float16)
+_LIBRARY = torch.library.Library("fastrnn", "FRAGMENT")
+_OPERATORS: dict[tuple[str, str], Callable[..., Any]] = {}  # by dispatch key and name
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -169,29 +173,39 @@ def _fake_pack_weights(weights: list[Tensor], cell: str, plan: str) -> Tensor:
     return weights[0].new_empty((elements,), dtype=torch.uint8)
 
 
-def _by_plan(modules: Mapping[str, str], name: str, schema: str) -> Callable[..., Any]:
+def _finder(modules: Mapping[str, str], name: str) -> Callable[[str], Callable[..., Any]]:
     """The function ``name`` of a backend's module, imported at the first call: import stays light.
 
     The dispatcher takes tensors to a backend by their device, on which several can run: Triton's
     interpreter and the emulated CUDA library have their tensors on the CPU. So ``modules`` has one
     by the first word of the plan, "" for every other plan.
     """
-    at = _places(schema).get("plan")
-    bound: dict[str, Callable[..., Any]] = {}
+
+    @functools.lru_cache(64)
+    def find(plan: str) -> Callable[..., Any]:
+        module = modules.get(plan.partition(",")[0]) or modules[""]
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+
+    return find
+
+
+def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The caller's: these tensors have the dtypes that it led to."""
+    first = next(a for a in args if a is not None)
+    like = first if isinstance(first, Tensor) else first[0]
+    with torch.autocast(like.device.type, enabled=False):
+        return function(*args)
+
+
+def _by_plan(modules: Mapping[str, str], name: str, schema: str) -> Callable[..., Any]:
+    """The function ``name`` of the backend that the argument ``plan`` asks for."""
+    at, find = _places(schema).get("plan"), _finder(modules, name)
 
     def call(*args: Any) -> Any:
-        plan = "" if at is None else args[at]
-        word = plan.partition(",")[0] if plan else ""
-        function = bound.get(word)
-        if function is None:
-            module = modules.get(word) or modules[""]
-            function = bound[word] = getattr(importlib.import_module(module), name)
+        function = find("" if at is None else args[at])
         if torch._C._is_any_autocast_enabled():
-            # The caller's: these tensors have the dtypes that it led to.
-            first = next(a for a in args if a is not None)
-            like = first if isinstance(first, Tensor) else first[0]
-            with torch.autocast(like.device.type, enabled=False):
-                return function(*args)
+            return _without_autocast(function, args)
         return function(*args)
 
     call.__name__ = name
@@ -204,11 +218,14 @@ def _places(schema: str) -> dict[str, int]:
     return {name: i for i, name in enumerate(names)}
 
 
-def _operator(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
-    """A backend's function as an operator, which traced calls reach: batch sizes are checked, whose
-    values nobody has seen then, and there is an empty tensor for each None that is returned."""
-    at = _places(schema)
-    sizes = at.get("batch_sizes")
+def _operator(modules: Mapping[str, str], name: str, schema: str) -> Callable[..., Any]:
+    """The same as an operator, which traced calls reach: batch sizes are checked, whose values
+    nobody has seen then, and there is an empty tensor for each None that is returned.
+
+    One frame of Python, since compiled code pays for each about twice what others do.
+    """
+    at, find = _places(schema), _finder(modules, name)
+    sizes, planned = at.get("batch_sizes"), at.get("plan")
 
     def call(*args: Any) -> Any:
         if sizes is not None and args[sizes] is not None:
@@ -218,7 +235,11 @@ def _operator(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
                     f"batch_sizes: the first is {first}, expected {args[at['h0']].size(1)}, the "
                     "sequences of the states"
                 )
-        results = function(*args)
+        function = find("" if planned is None else args[planned])
+        if torch._C._is_any_autocast_enabled():
+            results = _without_autocast(function, args)
+        else:
+            results = function(*args)
         if isinstance(results, Tensor):
             return results
         for result in results:
@@ -229,12 +250,14 @@ def _operator(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
         like = args[at["x"]]  # a first gradient may be that of the cells, which are wider
         # Cells and tape, the fourth and fifth result of a forward, are wider than 16 bits.
         wide = state_dtype(like.dtype)
-        return tuple(
-            torch.empty(0, dtype=wide if i > 2 else like.dtype, device=like.device)
-            if r is None
-            else r
+        return tuple([
+            r
+            if r is not None
+            else like.new_empty(0)
+            if i < 3 or wide is like.dtype
+            else like.new_empty(0, dtype=wide)
             for i, r in enumerate(results)
-        )
+        ])  # fmt: skip
 
     return call
 
@@ -254,14 +277,19 @@ def register(
     """
     modules = {"": module, "triton": interpreted, "cuda": cuda}
     functions = {name: _by_plan(modules, name, schema) for name, schema in schemas.items()}
-    for name, function in functions.items():
-        torch.library.impl(f"fastrnn::{name}", device, _operator(function, schemas[name]))
+    for name, schema in schemas.items():
+        operator = _OPERATORS[device, name] = _operator(modules, name, schema)
+        torch.library.impl(f"fastrnn::{name}", device, operator)
     return functions
 
 
 def forward_only(name: str) -> None:
     """Give an operator a derivative that raises: exported programs hold forwards alone, and
-    without any derivative torch would leave gradients out in silence."""
+    without any derivative torch would leave gradients out in silence.
+
+    On the CPU a call that nobody follows goes from here straight to the kernel: the way through
+    torch's wrapper and its dispatcher takes longer than a small layer.
+    """
 
     def backward(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(
@@ -270,6 +298,24 @@ def forward_only(name: str) -> None:
         )
 
     torch.library.register_autograd(f"fastrnn::{name}", backward)
+    operator: Any = getattr(torch.ops.fastrnn, name).default
+    general = make_autograd_impl(operator, Info(backward, None))
+    direct = _OPERATORS["CPU", name]
+    plain: set[int] = set()  # keys of dispatch that say that nobody looks on
+
+    def on_cpu(keyset: Any, *args: Any) -> Any:
+        keys = keyset.raw_repr()
+        if keys in plain and not torch.is_grad_enabled():
+            return direct(*args)
+        flat = [t for a in args for t in (a if isinstance(a, list) else (a,))]
+        tensors = [t for t in flat if isinstance(t, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return general(keyset, *args)
+        if unobserved(*tensors):
+            plain.add(keys)
+        return general(keyset, *args)
+
+    _LIBRARY.impl(name, on_cpu, "AutogradCPU", with_keyset=True)
 
 
 for _name, _schema in _SCHEMAS.items():
@@ -283,8 +329,7 @@ _FORWARD = {"layer_forward": _SCHEMAS["layer_forward"]}
 _TRAINING = {name: _SCHEMAS[name] for name in ("layer_forward_train", "layer_backward")}
 
 CPU = register("CPU", _NATIVE, _PACK)
-CPU |= register("CPU", _NATIVE, _FORWARD, _TRITON, _CUDA)
-CPU |= register("CPU", "fastrnn.backends.cpu_prepared", _TRAINING, _TRITON, _CUDA)
+CPU |= register("CPU", "fastrnn.backends.cpu_prepared", _FORWARD | _TRAINING, _TRITON, _CUDA)
 register("CUDA", _TRITON, _FORWARD | _TRAINING, cuda=_CUDA)
 torch.library.register_fake("fastrnn::layer_forward", _fake_layer_forward)
 forward_only("layer_forward")
