@@ -213,9 +213,8 @@ def targets(results: Results) -> str:
     for outcome in (each for each in outcomes if each.value is not None):
         sign = "<=" if outcome.at_most else ">="
         value = "-" if outcome.value is None else f"{outcome.value:.2f}"
-        body.append(
-            [outcome.status, outcome.text, f"{sign} {outcome.goal:.2f}", value, outcome.where]
-        )
+        where = "; ".join(each for each in (outcome.where, outcome.note) if each)
+        body.append([outcome.status, outcome.text, f"{sign} {outcome.goal:.2f}", value, where])
     met = sum(outcome.status == "pass" for outcome in outcomes)
     measured = sum(outcome.value is not None for outcome in outcomes)
     title = f"Targets: {met} of {measured} met" + (
