@@ -61,10 +61,8 @@ class Problem:
         self.x = normal(case.T, case.N, case.input_size)
         self.dy = normal(case.T, case.N, width)
         self.dh = normal(case.directions, case.N, case.output_size)
-        # Lengths spread evenly over T/4..T, shuffled: about 5/8 of the padded work is real.
-        spread = torch.linspace(max(1, case.T // 4), case.T, case.N).round().long()
         order = torch.randperm(case.N, generator=generator, device=device)
-        self.lengths = spread[order.cpu()]
+        self.lengths = torch.tensor(case.lengths)[order.cpu()]
 
     def load(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         module.load_state_dict(self.weights)
@@ -234,14 +232,18 @@ def _step(problem: Problem, name: str, dtype: torch.dtype) -> Contestant:
         kind = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}[case.cell]
         module: Any = problem.load(make_module(case, kind), dtype)
         layered = (h[None], h[None]) if case.cell == "lstm" else h[None]
-        run = lambda: module.step(x, layered)[1]  # noqa: E731
+        run = lambda: module.step(x, layered)  # noqa: E731
 
     def outputs() -> Outputs:
-        state = run()
+        if name in ("torch-cell", "torch"):
+            state = run()
+            y = state[0] if isinstance(state, tuple) else state
+        else:
+            y, state = run()
         parts = state if isinstance(state, tuple) else (state,)
         return {
             key: value.reshape(case.N, case.H)
-            for key, value in zip(("h_n", "c_n"), parts, strict=False)
+            for key, value in zip(("y", "h_n", "c_n"), (y, *parts), strict=False)
         }
 
     return Contestant(name, run, outputs, torch.no_grad)

@@ -241,6 +241,7 @@ def red(records: list[Record]) -> str:
 def _marks(record: Record) -> str:
     marks = ["torch's kernel"] if record.handed_over else []
     marks += ["disturbed"] if record.disturbed else []
+    marks += ["roofline disturbed"] if record.share_disturbed and not record.disturbed else []
     marks += ["bits differ"] if record.bits_equal is False else []
     ratio = vs_best(record)
     return ", ".join([*marks, *(["slower"] if ratio is not None and ratio < 1.0 else [])])

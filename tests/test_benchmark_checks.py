@@ -1,0 +1,85 @@
+"""What a benchmark's check and its counts see: repeated calls, ragged batches, shaken ceilings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+from benchmarks import driver, peers, plot, report, roofline, timing, verify
+from benchmarks.cases import Case
+from benchmarks.schema import Record, Results
+from benchmarks.timing import Timing, Turn
+from tests.campaigns import AT
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_a_call_that_is_wrong_from_the_second_time_on_is_red(mode: str) -> None:
+    """A call of a shape seen before takes a way of its own, and that one is timed."""
+    case = Case("lstm", mode, 5, 3, 7)
+    problem = peers.Problem(case)
+    truth, peer = verify.truth(case, problem), verify.peer_outputs(case, problem, "fastrnn")
+    contestant = peers.build(case, "torch", problem)
+    sound, calls = contestant.outputs, []
+
+    def outputs() -> peers.Outputs:
+        calls.append(1)
+        found = {name: value.detach().clone() for name, value in sound().items()}
+        found["y"][-1] += 1e-3 * (len(calls) > 1)
+        return found
+
+    contestant.outputs = outputs
+    result = verify.check(contestant, truth, peer)
+    assert not result.ok
+    assert "error of y" in result.message
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_output_of_a_step_is_verified(cell: str) -> None:
+    case = Case(cell, "step", 1, 1, 8, "step", contestants=("fastrnn", "torch-cell"))
+    problem = peers.Problem(case)
+    truth = verify.truth(case, problem)
+    assert {"y", "h_n"} <= set(truth)
+    ours = peers.build(case, "fastrnn", problem)
+    assert verify.check(ours, truth, verify.peer_outputs(case, problem, "fastrnn")).ok
+    assert set(ours.outputs()) == set(truth)
+
+
+def test_padding_is_no_work() -> None:
+    dense = Case("gru", "training", 100, 32, 64)
+    for ragged in ("lengths", "packed"):
+        case = replace(dense, ragged=ragged)
+        lengths = sorted(peers.Problem(case).lengths.tolist())
+        assert lengths == sorted(case.lengths)
+        assert (lengths[0], lengths[-1]) == (25, 100)
+        assert case.flops == pytest.approx(dense.flops * sum(lengths) / 3200)
+    assert replace(dense, ragged="packed", N=1, T=3).lengths == [1]
+    assert dense.lengths == [100] * 32
+
+
+def test_a_shaken_ceiling_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Shaken:
+        def turn(self) -> Turn:
+            return Turn([1e-9], 1.0, True)
+
+    calm = lambda self: Turn([1e-3], 0.0, False)  # noqa: E731
+    monkeypatch.setattr(timing.LocalRunner, "turn", calm)
+    monkeypatch.setattr(roofline.Roofline, "probes", lambda *_: {roofline.PEAK: Shaken()})
+    settings = replace(driver.quick_settings(1), budget=0.0, min_rounds=1)
+    ceiling = roofline.Roofline(1, 1e11, "a test", {4096: 1e10})
+    record = driver.run_case(Case("gru", "forward", 5, 3, 7), settings, ceiling, driver.Workers(1))
+    assert not record.error
+    assert not record.disturbed
+    assert record.share_disturbed
+    assert Record.from_dict(record.to_dict()).share_disturbed
+    assert report._marks(record) == "roofline disturbed"
+    quiet = replace(record, details={}, case=replace(record.case, N=4))
+    assert not quiet.share_disturbed
+    drawn = plot.draw_all(Results(AT, {}, None, [record, quiet]), tmp_path)
+    hollow = ["fill: #ffffff; stroke: #d95f02" in path.read_text() for path in drawn]
+    assert hollow == [False, True]
+    quiet.timings = {"fastrnn": Timing(1.0, 1.0, 1.0, 3, disturbed=True)}
+    assert quiet.share_disturbed
