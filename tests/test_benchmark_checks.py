@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-from benchmarks import driver, peers, plot, report, roofline, timing, verify
+from benchmarks import driver, models, peers, plot, report, roofline, schema, timing, verify
 from benchmarks.cases import Case
 from benchmarks.schema import Record, Results
 from benchmarks.timing import Timing, Turn
 from tests.campaigns import AT
+
+DOCS = plot.IMAGES.parent
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
@@ -83,3 +90,53 @@ def test_a_shaken_ceiling_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert hollow == [False, True]
     quiet.timings = {"fastrnn": Timing(1.0, 1.0, 1.0, 3, disturbed=True)}
     assert quiet.share_disturbed
+
+
+def test_a_model_that_is_wrong_in_inference_alone_is_red() -> None:
+    class Odd(nn.GRU):
+        calls = 0
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, h = super().forward(x)
+            self.calls += not torch.is_grad_enabled()
+            return (y + 1e-3 if self.calls > 1 else y), h
+
+    def spoil(model: nn.Module) -> nn.Module:
+        model.__class__ = Odd
+        return model
+
+    def build(small: bool) -> tuple[nn.Module, models.Call]:
+        x = torch.randn(4, 2, 3)
+
+        def call(model: nn.Module) -> Sequence[Tensor]:
+            return [model(x.to(next(model.parameters()).dtype))[0]]
+
+        return nn.GRU(3, 5), call
+
+    sound = models.Model("a", "torch", "", build)
+    assert models.verify(sound, True) == ""
+    assert models.verify(replace(sound, swap=spoil), True).startswith("inference output 0 is off")
+
+
+def test_the_committed_figures_are_of_the_committed_results() -> None:
+    words = plot.caption(schema.Results.load(schema.newest()))
+    for name in ("speedup.svg", "roofline.svg"):
+        assert f"<!-- {words} -->" in (plot.IMAGES / name).read_text(), "python -m benchmarks.plot"
+
+
+def test_the_table_of_models_is_that_of_the_results() -> None:
+    measured = {}
+    for path in schema.RESULTS.glob("*/models*.json"):
+        for row in json.loads(path.read_text())["models"]:
+            measured[row["model"], row["mode"]] = row["timings"]
+    text = (DOCS / "benchmarks.md").read_text()
+    rows = re.findall(r"^\|(.*)\|.*\| (.*) \| (\d+) ms \| (\d+) ms \| ([\d.]+) \|$", text, re.M)
+    assert len(rows) == len(measured)
+    name = ""
+    for named, mode, theirs, ours, ratio in rows:
+        name = named.strip() or name
+        timings = measured[name, mode]
+        assert not any(each["disturbed"] for each in timings.values())
+        old, new = (1e3 * timings[key]["median"] for key in ("torch", "fastrnn"))
+        assert (float(theirs), float(ours)) == pytest.approx((old, new), abs=0.51), name
+        assert float(ratio) == pytest.approx(old / new, abs=0.0051), name
