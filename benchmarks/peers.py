@@ -117,10 +117,8 @@ def build(
 
         kind = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}[case.cell]
         extra = {"recompute": True} if name == "fastrnn-recompute" else {}
-        contestant = _layer(problem, name, kind, dtype, case.option == "compiled", **extra)
-        if name == "fastrnn-bf16":
-            contestant.context = bf16_switch
-        return contestant
+        inference = bf16_switch if name == "fastrnn-bf16" else torch.no_grad
+        return _layer(problem, name, kind, dtype, case.option == "compiled", inference, **extra)
     raise ValueError(
         f"contestant {name!r} is unknown; "
         "expected fastrnn[-bf16|-recompute|@isa], torch[-bf16|-cell] or onnx"
@@ -133,6 +131,7 @@ def _layer(
     kind: type[nn.Module],
     dtype: torch.dtype,
     compiled: bool = False,
+    inference: Callable[[], AbstractContextManager[Any]] = torch.no_grad,
     **extra: Any,
 ) -> Contestant:
     case = problem.case
@@ -151,10 +150,10 @@ def _layer(
         y, state = run()
         return _named(y, state)
 
-    contestant = Contestant(name, run, outputs, torch.no_grad)
+    contestant = Contestant(name, run, outputs, inference)
     if compiled:
         contestant.context = lambda: compiled_switch(training)
-    contestant.backend = _explain(name, module, x, torch.no_grad)
+    contestant.backend = _explain(name, module, x, inference)
     return contestant
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+import fastrnn
 from benchmarks import driver, models, peers, plot, report, roofline, schema, timing, verify
 from benchmarks.cases import Case
 from benchmarks.schema import Record, Results
@@ -53,6 +55,26 @@ def test_the_output_of_a_step_is_verified(cell: str) -> None:
     ours = peers.build(case, "fastrnn", problem)
     assert verify.check(ours, truth, verify.peer_outputs(case, problem, "fastrnn")).ok
     assert set(ours.outputs()) == set(truth)
+
+
+def test_the_backend_is_that_of_the_switch_under_which_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    switch, seen = getattr(torch.backends.mkldnn, "rnn", None), []
+    if not hasattr(switch, "fp32_precision"):
+        pytest.skip("this torch has no switch for bf16 weights of recurrent layers")
+
+    def explain(*_: object) -> SimpleNamespace:
+        seen.append((switch.fp32_precision, torch.is_grad_enabled()))
+        return SimpleNamespace(backend="cpu")
+
+    monkeypatch.setattr(fastrnn, "explain", explain)
+    before, case = switch.fp32_precision, Case("lstm", "forward", 2, 2, 7, "bf16")
+    for name in ("fastrnn", "fastrnn-bf16"):
+        contestant = peers.build(case, name)
+        with contestant.context():
+            assert seen.pop() == (switch.fp32_precision, False)
+    assert switch.fp32_precision == before
 
 
 def test_padding_is_no_work() -> None:
