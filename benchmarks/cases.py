@@ -77,19 +77,27 @@ class Case:
         return "/".join([self.cell, self.mode, size, *extras])
 
     @property
+    def lengths(self) -> list[int]:
+        """Steps of each sequence; of ragged ones spread evenly over T/4..T, about 5/8 of T N."""
+        if not self.ragged:
+            return [self.T] * self.N
+        least, gaps = max(1, self.T // 4), max(1, self.N - 1)
+        return [round(least + (self.T - least) * n / gaps) for n in range(self.N)]
+
+    @property
     def flops(self) -> float:
         """Operations of the matrix products, 2 per multiply-add; training is three times forward.
 
         Per direction and row: G H (I + L R) multiply-adds with G gates, L micro-steps and R
-        recurrent inputs, + H R for a projection.
+        recurrent inputs, + H R for a projection. Padding is no row; the products with the zero
+        state before the first step count.
         """
         inputs = self.input_size + self.depth * self.output_size
         per_row = GATES[self.cell] * self.H * inputs + self.H * self.proj
         return (
             2.0
             * per_row
-            * self.T
-            * self.N
+            * sum(self.lengths)
             * self.directions
             * (3 if self.mode == "training" else 1)
         )

@@ -152,10 +152,12 @@ def run_case(
             _run_local(record, settings, probes)
         if bounded:
             ceiling = ceiling.meanwhile(record.timings)
+            shaken = any(t.disturbed for n, t in record.timings.items() if n in probes)
             record.bound_seconds = ceiling.bound_seconds(case)
             record.timings = {n: t for n, t in record.timings.items() if n not in probes}
             if probes and record.timings:
                 record.details["ceiling"] = ceiling.of(probes)
+                record.details["ceiling_disturbed"] = shaken
     except Exception as error:
         record.error = "".join(traceback.format_exception_only(error)).strip()
     return record

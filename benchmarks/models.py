@@ -287,6 +287,15 @@ def outputs_and_gradients(model: nn.Module, call: Call) -> dict[str, Tensor]:
     return {**found, **{n: g for n, g in gradients.items() if g is not None}}
 
 
+def inference(model: nn.Module, call: Call) -> dict[str, Tensor]:
+    """Outputs of a second call without gradients: it may take a way of its own, which is timed."""
+    with torch.no_grad():
+        call(model)
+        torch.manual_seed(11)
+        outputs = [output for output in call(model) if output.is_floating_point()]
+    return {f"inference output {i}": output for i, output in enumerate(outputs)}
+
+
 def three(model: Model, small: bool) -> tuple[nn.Module, nn.Module, nn.Module, Call]:
     """The model in float64, with torch.nn's layers, and with ours; and its call."""
     torch.manual_seed(5)
@@ -298,9 +307,12 @@ def three(model: Model, small: bool) -> tuple[nn.Module, nn.Module, nn.Module, C
 
 
 def three_results(model: Model, small: bool, training: bool) -> list[dict[str, Tensor]]:
-    """What `outputs_and_gradients` gives of each of the `three`."""
+    """What `outputs_and_gradients` gives of each of the `three`, in evaluation `inference` too."""
     *models, call = three(model, small)
-    return [outputs_and_gradients(each.train(training), call) for each in models]
+    found = [outputs_and_gradients(each.train(training), call) for each in models]
+    if not training:
+        found = [{**f, **inference(m, call)} for f, m in zip(found, models, strict=True)]
+    return found
 
 
 def verify(model: Model, small: bool) -> str:

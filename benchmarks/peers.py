@@ -61,10 +61,8 @@ class Problem:
         self.x = normal(case.T, case.N, case.input_size)
         self.dy = normal(case.T, case.N, width)
         self.dh = normal(case.directions, case.N, case.output_size)
-        # Lengths spread evenly over T/4..T, shuffled: about 5/8 of the padded work is real.
-        spread = torch.linspace(max(1, case.T // 4), case.T, case.N).round().long()
         order = torch.randperm(case.N, generator=generator, device=device)
-        self.lengths = spread[order.cpu()]
+        self.lengths = torch.tensor(case.lengths)[order.cpu()]
 
     def load(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         module.load_state_dict(self.weights)
@@ -119,10 +117,8 @@ def build(
 
         kind = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}[case.cell]
         extra = {"recompute": True} if name == "fastrnn-recompute" else {}
-        contestant = _layer(problem, name, kind, dtype, case.option == "compiled", **extra)
-        if name == "fastrnn-bf16":
-            contestant.context = bf16_switch
-        return contestant
+        inference = bf16_switch if name == "fastrnn-bf16" else torch.no_grad
+        return _layer(problem, name, kind, dtype, case.option == "compiled", inference, **extra)
     raise ValueError(
         f"contestant {name!r} is unknown; "
         "expected fastrnn[-bf16|-recompute|@isa], torch[-bf16|-cell] or onnx"
@@ -135,6 +131,7 @@ def _layer(
     kind: type[nn.Module],
     dtype: torch.dtype,
     compiled: bool = False,
+    inference: Callable[[], AbstractContextManager[Any]] = torch.no_grad,
     **extra: Any,
 ) -> Contestant:
     case = problem.case
@@ -153,10 +150,10 @@ def _layer(
         y, state = run()
         return _named(y, state)
 
-    contestant = Contestant(name, run, outputs, torch.no_grad)
+    contestant = Contestant(name, run, outputs, inference)
     if compiled:
         contestant.context = lambda: compiled_switch(training)
-    contestant.backend = _explain(name, module, x, torch.no_grad)
+    contestant.backend = _explain(name, module, x, inference)
     return contestant
 
 
@@ -234,14 +231,18 @@ def _step(problem: Problem, name: str, dtype: torch.dtype) -> Contestant:
         kind = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}[case.cell]
         module: Any = problem.load(make_module(case, kind), dtype)
         layered = (h[None], h[None]) if case.cell == "lstm" else h[None]
-        run = lambda: module.step(x, layered)[1]  # noqa: E731
+        run = lambda: module.step(x, layered)  # noqa: E731
 
     def outputs() -> Outputs:
-        state = run()
+        if name in ("torch-cell", "torch"):
+            state = run()
+            y = state[0] if isinstance(state, tuple) else state
+        else:
+            y, state = run()
         parts = state if isinstance(state, tuple) else (state,)
         return {
             key: value.reshape(case.N, case.H)
-            for key, value in zip(("h_n", "c_n"), parts, strict=False)
+            for key, value in zip(("y", "h_n", "c_n"), (y, *parts), strict=False)
         }
 
     return Contestant(name, run, outputs, torch.no_grad)

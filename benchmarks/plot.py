@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,19 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         results,
         "speedup over torch.nn (log scale)",
         lambda record: record.speedup("torch"),
-        ("fastrnn", "torch"),
+        lambda record: any(
+            name in record.timings and record.timings[name].disturbed
+            for name in ("fastrnn", "torch")
+        ),
         log=True,
     )
     shares = _figure(
-        records, results, "share of the roofline", Record.share, ("fastrnn",), log=False
+        records,
+        results,
+        "share of the roofline",
+        Record.share,
+        lambda record: record.share_disturbed,
+        log=False,
     )
     return [save(speedups, folder / "speedup.svg"), save(shares, folder / "roofline.svg")]
 
@@ -51,12 +60,12 @@ def _figure(
     results: Results,
     label: str,
     metric: Any,
-    contestants: tuple[str, ...],
+    shaken: Callable[[Record], bool],
     *,
     log: bool,
 ) -> Any:
     """Two panels, forward and training: shapes along the axis (by work), one marker per cell,
-    hollow where the time of one of these contestants was disturbed."""
+    hollow where what it was made of was disturbed."""
     shapes = {
         (each.case.T, each.case.N, each.case.H): each.case.T * each.case.N * each.case.H**2
         for each in records
@@ -72,10 +81,7 @@ def _figure(
                 (
                     order[each.case.T, each.case.N, each.case.H] + offset,
                     value,
-                    any(
-                        name in each.timings and each.timings[name].disturbed
-                        for name in contestants
-                    ),
+                    shaken(each),
                 )
                 for each in records
                 if (each.case.cell, each.case.mode) == (cell, mode)

@@ -213,9 +213,8 @@ def targets(results: Results) -> str:
     for outcome in (each for each in outcomes if each.value is not None):
         sign = "<=" if outcome.at_most else ">="
         value = "-" if outcome.value is None else f"{outcome.value:.2f}"
-        body.append(
-            [outcome.status, outcome.text, f"{sign} {outcome.goal:.2f}", value, outcome.where]
-        )
+        where = "; ".join(each for each in (outcome.where, outcome.note) if each)
+        body.append([outcome.status, outcome.text, f"{sign} {outcome.goal:.2f}", value, where])
     met = sum(outcome.status == "pass" for outcome in outcomes)
     measured = sum(outcome.value is not None for outcome in outcomes)
     title = f"Targets: {met} of {measured} met" + (
@@ -242,6 +241,7 @@ def red(records: list[Record]) -> str:
 def _marks(record: Record) -> str:
     marks = ["torch's kernel"] if record.handed_over else []
     marks += ["disturbed"] if record.disturbed else []
+    marks += ["roofline disturbed"] if record.share_disturbed and not record.disturbed else []
     marks += ["bits differ"] if record.bits_equal is False else []
     ratio = vs_best(record)
     return ", ".join([*marks, *(["slower"] if ratio is not None and ratio < 1.0 else [])])

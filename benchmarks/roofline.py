@@ -15,7 +15,8 @@ projection):
 Bandwidth is the one measured for a working set of each thread's share of the weights, so it is L2,
 L3 or DRAM as it falls. For N >= 8 the flops bind and the bound is flops / peak; for N = 1 it is the
 weight stream. Activations, cell updates and the writing of gradients are left out, so 100% cannot
-quite be reached.
+quite be reached. The products with the zero state before the first step, and with its gradient,
+are counted, as all contestants multiply by that state: of T steps one, which at T = 1 is half.
 
 A run begins with both ceilings, each the best of a few tries. A case has its own: the probes that
 bind it take turns with the contestants, and their medians make its bound. A core whose other

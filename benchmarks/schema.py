@@ -90,6 +90,12 @@ class Record:
     def disturbed(self) -> bool:
         return any(each.disturbed for each in self.timings.values())
 
+    @property
+    def share_disturbed(self) -> bool:
+        """Our time, or the ceiling that the share is of."""
+        ours = self.timings.get("fastrnn")
+        return bool(self.details.get("ceiling_disturbed") or (ours and ours.disturbed))
+
     def speedup(self, peer: str, ours: str = "fastrnn") -> float | None:
         """Peer's median over ours; None without both, or on a red check."""
         if not self.ok or ours not in self.timings or peer not in self.timings:

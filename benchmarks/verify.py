@@ -58,12 +58,25 @@ def check(
 ) -> Check:
     """Compares one contestant with the truth. A missing tensor, a wrong shape or a NaN is red.
 
+    Twice: a first call may take another way than those after it, which are what is timed.
     dtype: the one under test, where the contestant's name does not say it; number_format: as in
     tests/tolerances.py.
     """
-    got = _run(contestant)
     if dtype is None:
         dtype = torch.bfloat16 if contestant.name.endswith("bf16") else torch.float32
+    first = _compare(contestant, expected, peer, dtype, number_format)
+    again = _compare(contestant, expected, peer, dtype, number_format) if first.ok else first
+    return max(first, again, key=lambda found: (not found.ok, found.worst))
+
+
+def _compare(
+    contestant: Contestant,
+    expected: Outputs,
+    peer: Outputs,
+    dtype: torch.dtype,
+    number_format: str,
+) -> Check:
+    got = _run(contestant)
     missing = sorted(set(expected) - set(got))
     if missing:
         return Check(False, float("inf"), missing[0], f"{contestant.name} gave no {missing[0]}")

@@ -453,8 +453,8 @@ def explain(
         return cast(Explanation, module._explain(input, hx, lengths, reset, return_cells))
     if not isinstance(module, (RNNBase, RNNCellBase)):
         raise TypeError(
-            f"module: got {type(module).__name__}, expected an LSTM, GRU, RNN or BNLSTM, or one of "
-            "their cells; for a whole model explain its recurrent modules one by one"
+            f"module: got {type(module).__name__}, expected an LSTM, GRU, RNN, RHN or BNLSTM, or "
+            "a cell; for a whole model explain its recurrent modules one by one"
         )
     if not hasattr(type(module), "_natively"):  # that of all our modules, and of no other
         return Explanation("torch", "torch.nn's own choice", _not_ours(module))
@@ -481,6 +481,7 @@ def explain(
             input = input.unsqueeze(where)
             if reset is not None and reset.dim() == 1:
                 reset = reset.unsqueeze(where)
+        module.check_input(input, batch_sizes)
     if cell == "gru" and not getattr(module, "reset_after", True):
         cell = "gru_reset_before"
     if getattr(module, "layer_norm", False):

@@ -121,7 +121,7 @@ def check(
     if isinstance(zoneout, (tuple, list)):
         if cell != "lstm":
             raise ValueError(
-                f"zoneout: got {zoneout!r}, expected one probability: a {name} has one state, "
+                f"zoneout: got {zoneout!r}, expected one probability: {name} has one state, "
                 "only an LSTM takes a pair (p_h, p_c)"
             )
         if len(zoneout) != 2:

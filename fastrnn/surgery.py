@@ -105,6 +105,11 @@ def _swap(
     action: str,
     refusal: Callable[[nn.Module], str | None],
 ) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fastrnn.{action}: model: got {type(model).__name__}, expected a torch.nn.Module; "
+            "of several call it for each"
+        )
     swapped: dict[nn.Module, nn.Module] = {}
     refused = []
     for name, module in model.named_modules():

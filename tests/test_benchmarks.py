@@ -335,8 +335,6 @@ def test_a_shape_handed_over_keeps_its_number_and_is_marked() -> None:
     assert record.case.id in listed
     assert "0.90" in listed
     assert "torch's kernel" in listed
-    goal = next(each for each in targets.evaluate(results) if each.text.startswith("every grid"))
-    assert (goal.value, goal.status) == (0.9, "MISS")
 
 
 @pytest.mark.parametrize("path", FULL, ids=lambda path: path.parent.name)

@@ -154,6 +154,27 @@ def test_bad_steps() -> None:
     module.eval().step(x)
 
 
+@pytest.mark.parametrize("name", ["gamma_init", "forget_bias"])
+def test_initial_values_are_finite_numbers(name: str) -> None:
+    for value in ("1", None, True):
+        with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*\), expected a number"):
+            make(**{name: value})
+    with pytest.raises(ValueError, match=f"{name}: got nan, expected a finite number"):
+        make(**{name: float("nan")})
+
+
+def test_what_is_recalibrated_on() -> None:
+    module = make()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for bad, what in ((X, "Tensor"), (3, "int")):
+        with pytest.raises(TypeError, match=f"batches: got {what}, expected an iterable of inputs"):
+            module.recalibrate(bad)
+    for bad in (3, (X,), "ab"):
+        with pytest.raises(TypeError, match="among them, expected an input or a pair"):
+            module.recalibrate([X, bad])
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
 def test_bad_functional_arguments() -> None:
     module = make()
     own, statistics = module._weights(), module._statistics()

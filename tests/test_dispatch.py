@@ -93,6 +93,19 @@ def test_strict_raises_and_names_the_reason(
     module(x, **options)
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "RHN"])
+def test_explaining_a_call_that_fails_fails(name: str) -> None:
+    module, x = getattr(fastrnn, name)(3, 4), torch.randn(5, 2, 3)
+    for bad, words in ((x.double(), "type"), (x[..., :2], "Expected 3")):
+        for shaped in (bad, bad[:, 0]):
+            with pytest.raises((ValueError, RuntimeError), match=words):
+                module(shaped)
+            with pytest.raises((ValueError, RuntimeError), match=words):
+                fastrnn.explain(module, shaped)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastrnn.explain(module, x.bfloat16()).backend == "cpu"
+
+
 @pytest.mark.parametrize(("backend", "name", "make", "options", "why"), LACKING, ids=LACKING_IDS)
 def test_not_strict_falls_through_and_records_it(
     backend: str, name: str, make: dict, options: dict, why: str

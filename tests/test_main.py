@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,11 @@ def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> No
         report.main(["--verbose"])
     assert end.value.code == 2
     assert "unrecognized arguments: --verbose" in capsys.readouterr().err
+
+
+def test_the_stub_names_what_the_library_has() -> None:
+    from fastrnn import _cpu
+
+    stub = Path(fastrnn.__file__).with_name("_cpu.pyi").read_text()
+    named = set(re.findall(r"^(?:def )?(\w+)[(:]", stub, re.MULTILINE))
+    assert named == {name for name in vars(_cpu) if not name.startswith("__")}

@@ -207,7 +207,7 @@ def test_call_errors_of_our_own(name: str) -> None:
     with pytest.raises(ValueError, match=r"reset.*PackedSequence"):
         module(packed, reset=torch.zeros(5, 2, dtype=torch.bool))
     if name != "LSTM":
-        with pytest.raises(ValueError, match=f"{name}: return_cells=True, but a {name} has no"):
+        with pytest.raises(ValueError, match=f"{name}: return_cells=True, but {name} has no"):
             module(x, return_cells=True)
     with pytest.raises(TypeError, match="positional argument"):
         module(x, None, [5, 5])

@@ -349,6 +349,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"variational_state": float("nan")}, ValueError, "variational_state: got nan"),
     ({"variational_state": "0.5"}, TypeError, "variational_state: got '0.5'"),
     ({"init_range": -1.0}, ValueError, "init_range: got -1.0"),
+    ({"init_range": float("inf")}, ValueError, "init_range: got inf, expected a finite"),
+    ({"transform_bias": float("nan")}, ValueError, "transform_bias: got nan"),
     ({"transform_bias": None}, TypeError, "transform_bias: got None"),
     ({"couple_carry": 1}, TypeError, "couple_carry should be of type bool"),
     ({"tie_gate_masks": "no"}, TypeError, "tie_gate_masks should be of type bool"),

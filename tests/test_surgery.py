@@ -152,6 +152,14 @@ def test_subclasses_are_left_alone_and_reported() -> None:
         assert fastrnn.replace(odd) is odd
 
 
+@pytest.mark.parametrize("action", ["replace", "restore"])
+def test_what_is_no_module_is_refused(action: str) -> None:
+    for bad, kind in (([nn.LSTM(2, 2)], "list"), (None, "NoneType"), (nn.LSTM, "type")):
+        message = rf"fastrnn\.{action}: model: got {kind}, expected a torch\.nn\.Module"
+        with pytest.raises(TypeError, match=message):
+            getattr(fastrnn, action)(bad)
+
+
 def test_nothing_to_do_is_silent() -> None:
     model = nn.Linear(2, 2)
     with warnings.catch_warnings():

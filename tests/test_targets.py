@@ -11,7 +11,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-from benchmarks import targets
+from benchmarks import report, targets
 from benchmarks.cases import Case
 from benchmarks.schema import Record, Results
 from benchmarks.timing import Timing
@@ -62,3 +62,24 @@ def test_a_target(
     assert found() == pytest.approx(value)
     records.insert(0, record(case, ok=False, **seconds))
     assert found() == pytest.approx(red, rel=0.01)
+
+
+def test_a_shape_handed_over_counts_as_one_among_all_shapes() -> None:
+    """It runs torch.nn's own kernel; what was measured of it stays in the report."""
+
+    def goal() -> targets.Outcome:
+        outcomes = targets.evaluate(Results({}, {}, None, records))
+        return next(each for each in outcomes if each.text.startswith("every grid shape"))
+
+    lstm, gru = (Case(cell, "forward", 9, 8, 7) for cell in ("lstm", "gru"))
+    handed = record(lstm, fastrnn=1.0, torch=0.9)
+    handed.backends["fastrnn"] = "torch"
+    records = [handed, record(gru, fastrnn=1.0, torch=0.97)]
+    assert (goal().value, goal().status, goal().where) == (0.97, "pass", gru.id)
+    note = f"torch's kernel runs in 1 and counts as 1.00, measured 0.90 at worst in {lstm.id}"
+    assert goal().note == note
+    assert f"{gru.id}; {note}" in report.targets(Results({}, {}, None, records))
+    records[1] = record(gru, fastrnn=1.0, torch=0.9)  # a kernel of ours
+    assert (goal().value, goal().status) == (0.9, "MISS")
+    handed.checks["fastrnn"]["ok"] = False
+    assert (goal().value, goal().where, goal().note) == (0.0, lstm.id, "")

@@ -17,8 +17,19 @@ from typing import Any
 
 from benchmarks.arguments import need, read
 from benchmarks.gpu import device
-from benchmarks.gpu.campaign import Campaign, ProcessRunner, Stage
-from benchmarks.gpu.stage import COMPLETE, PARTIAL, RED, RESTART, TESTS, Stop, load, save, say
+from benchmarks.gpu.campaign import Campaign, ProcessRunner, Stage, ended_by_signals
+from benchmarks.gpu.stage import (
+    COMPLETE,
+    PARTIAL,
+    RED,
+    RESTART,
+    TESTS,
+    Stop,
+    Wrong,
+    load,
+    save,
+    say,
+)
 from benchmarks.schema import RESULTS, slug
 
 BUDGET = 540.0  # seconds of a run: under ten minutes with the start and the end of everything
@@ -106,13 +117,18 @@ def main(arguments: list[str] | None = None) -> int:
     results = options.results or RESULTS / slug(device.name())
     if options.inside:
         return inside(options.inside, results, Stop(options.seconds), options.write)
-    environment = None if missing else device.describe()
+    # What only reads results leaves the machine that they are of in them.
+    environment = device.describe() if needed else None
     campaign = Campaign(
         chosen, results, ProcessRunner(results, ["--write"] if options.write else [])
     )
-    if options.force:
-        _forget(chosen, results)
-    done = campaign.run(options.budget, options.force, environment)
+    other = campaign.other_place(environment)
+    if other:
+        it.error(f"--results {results} is of {other}; name a folder for this one")
+    with ended_by_signals():
+        if options.force:
+            _forget(chosen, results)
+        done = campaign.run(options.budget, options.force, environment)
     say(f"results in {results}")
     return 0 if done else 1
 
@@ -180,7 +196,7 @@ def inside(name: str, results: Path, stop: Stop, write: bool = False) -> int:
         return PARTIAL
     except RuntimeError as error:
         say(f"{name}: {error}")
-        return RED if name == "probes" else 3
+        return RED if isinstance(error, Wrong) else 3
     return COMPLETE
 
 

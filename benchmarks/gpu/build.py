@@ -7,6 +7,7 @@ build/gpu-<python>, so a run that was cut off goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -35,15 +36,26 @@ def configure_command(arch: str, tree: Path = TREE) -> list[str]:
 
 
 def built(arch: str) -> bool:
-    """Whether this environment can import a CUDA module that was built here for this GPU."""
+    """Whether this environment can import a CUDA module that was built here for this GPU, from
+    the sources as they are."""
     stamp = TREE / "built.txt"
     modules = list((ROOT / "fastrnn").glob(f"_cuda.{sys.implementation.cache_tag}*.so"))
-    return bool(modules) and stamp.exists() and stamp.read_text().strip() == arch
+    return bool(modules) and stamp.exists() and stamp.read_text().strip() == made_of(arch)
+
+
+def made_of(arch: str) -> str:
+    """What a build depends on: the architecture, and a hash of the sources."""
+    found = hashlib.sha256()
+    for path in sorted([ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*")]):
+        if path.is_file():
+            found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return f"{arch} {found.hexdigest()}"
 
 
 def run(stop: Stop) -> None:
     """Builds with a job per core. Raises RuntimeError with the compiler's last words."""
     arch = device.architecture()
+    made = made_of(arch)  # before: a change that comes in between makes the build stale
     _run(configure_command(arch), stop)
     jobs = str(len(os.sched_getaffinity(0)))
     build = [_tool("cmake"), "--build", str(TREE), "--target"]
@@ -53,7 +65,7 @@ def run(stop: Stop) -> None:
         say(f"{seconds:6.1f} s  {name}")
     check = "from fastrnn import _cpu, _cuda; print(_cuda.version, _cuda.emulated)"
     _run([sys.executable, "-c", check], stop)
-    (TREE / "built.txt").write_text(arch + "\n")
+    (TREE / "built.txt").write_text(made + "\n")
 
 
 def seconds_per_file(log: Path) -> list[tuple[str, float]]:

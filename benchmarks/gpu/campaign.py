@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,23 @@ STATUS = {
     OVERRUN: "out of time",
 }
 DONE = ("complete", "red")
+# Times of several of these are not one table.
+PLACE = ("device", "sms", "cuda", "cudnn", "fastrnn", "torch", "triton")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A request to end ends the stage that is running too, as Ctrl-C does."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,16 @@ class Campaign:
 
     def status(self, name: str) -> str:
         return str(self.state["stages"].get(name, {}).get("status", "not run"))
+
+    def other_place(self, environment: dict[str, Any] | None) -> str:
+        """The device and versions of the results so far, where they are others; else empty."""
+        held = self.state.get("environment")
+        if held is None or environment is None:
+            return ""
+        differ = [name for name in PLACE if held.get(name) != environment.get(name)]
+        return ", ".join(
+            f"{name} {held.get(name)} (here {environment.get(name)})" for name in differ
+        )
 
     def to_do(self, stage: Stage, force: bool) -> bool:
         return force or stage.always or self.status(stage.name) not in DONE or not stage.valid()

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.gpu import device
 from benchmarks.gpu.clock import Clock, CudaClock
 from benchmarks.gpu.refit import probed_constants
-from benchmarks.gpu.stage import Stop, save, say
+from benchmarks.gpu.stage import Stop, Wrong, save, say
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "probes" / "main.cu"
@@ -28,8 +28,9 @@ def compile_command(nvcc: str, arch: str, target: Path) -> list[str]:
 
 
 def parse(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """The JSON objects among the lines of the probes' output."""
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    """The JSON objects among the lines of the probes' output. A last line may be cut off."""
+    whole = [line for line in lines if line.startswith("{") and line.rstrip().endswith("}")]
+    return [json.loads(line) for line in whole]
 
 
 def red(probes: list[dict[str, Any]]) -> list[str]:
@@ -37,19 +38,25 @@ def red(probes: list[dict[str, Any]]) -> list[str]:
 
 
 def run(results: Path, stop: Stop, nvcc: str) -> None:
-    """Writes probes.json. Raises RuntimeError if a wrapper or an exchange is wrong."""
+    """Writes probes.json.
+
+    Raises:
+        Wrong: a wrapper or an exchange is.
+        subprocess.TimeoutExpired: what was found until then is written.
+    """
     target = ROOT / "build" / "gpu" / "probes"
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         compile_command(nvcc, device.architecture(), target), check=True, timeout=stop.left()
     )
+    late = None
     try:
         done = subprocess.run(
             [str(target)], capture_output=True, text=True, check=False, timeout=stop.left() * 0.7
         )
         output, status = done.stdout, str(done.returncode)
     except subprocess.TimeoutExpired as error:
-        raw = error.stdout or ""
+        late, raw = error, error.stdout or ""
         output, status = raw.decode() if isinstance(raw, bytes) else raw, "a time-out"
     found: dict[str, Any] = {"environment": device.describe(), "status": status}
     found["probes"] = parse(output.splitlines())
@@ -69,8 +76,10 @@ def run(results: Path, stop: Stop, nvcc: str) -> None:
     for name, value in found["constants"].items():
         say(f"{name:16} {value:10.1f}")
     wrong = red(found["probes"])
-    if wrong or status != "0":
-        raise RuntimeError("\n".join(wrong) or f"the probes ended with {status}")
+    if wrong or (late is None and status != "0"):
+        raise Wrong("\n".join(wrong) or f"the probes ended with {status}")
+    if late is not None:
+        raise late
 
 
 def ceilings(clock: Clock, where: str, scale: int = 1) -> dict[str, Any]:

@@ -18,6 +18,10 @@ STICKY = ("CUDA error", "AcceleratorError", "illegal memory access")
 TESTS, MARK = "tests.json", "running.txt"
 
 
+class Wrong(RuntimeError):
+    """A stage is through, and what it tried gave a wrong result."""
+
+
 class Stop:
     """The deadline of a stage; a body asks between two parts of its work."""
 

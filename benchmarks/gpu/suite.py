@@ -91,6 +91,16 @@ def run(paths: list[Path], results: Path, stop: Stop) -> int:
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED,
                       pytest.ExitCode.NO_TESTS_COLLECTED, pytest.ExitCode.INTERRUPTED):  # fmt: skip
         return int(status) + 20
+    # pytest says the same of a file that cannot be collected as of our own stop.
+    cut = status == pytest.ExitCode.INTERRUPTED and not (recorder.broken or recorder.stopped)
+    # Both stages keep their outcomes in one file.
+    mine = {
+        name: each
+        for name, each in recorder.outcomes.items()
+        if (SANITIZER.name in name) == (SANITIZER in paths)
+    }
+    if cut or not (mine or recorder.stopped):
+        return int(status) + 20
     counts: dict[str, int] = {}
     for each in recorder.outcomes.values():
         counts[each["outcome"]] = counts.get(each["outcome"], 0) + 1
@@ -99,10 +109,5 @@ def run(paths: list[Path], results: Path, stop: Stop) -> int:
         return RESTART
     if recorder.stopped:
         return PARTIAL
-    # Both stages keep their outcomes in one file.
-    failed = [
-        name
-        for name, each in recorder.outcomes.items()
-        if each["outcome"] == "failed" and (SANITIZER.name in name) == (SANITIZER in paths)
-    ]
+    failed = any(each["outcome"] == "failed" for each in mine.values())
     return RED if failed else COMPLETE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from fastrnn.kinds import KINDS
 
-__all__ = ["check_layer_norm", "check_settings", "check_state", "check_weights"]
+__all__ = ["check_layer_norm", "check_number", "check_settings", "check_state", "check_weights"]
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError or ValueError for what is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
 
 
 def check_settings(dropout: object, eps: object, momentum: object, h0_noise: object) -> None:

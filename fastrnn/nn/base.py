@@ -270,7 +270,7 @@ class RecurrentBase(nn.RNNBase):
     def _check_return_cells(self, return_cells: bool) -> None:
         if return_cells:
             raise ValueError(
-                f"{self._name()}: return_cells=True, but a {self._name()} has no cell state; "
+                f"{self._name()}: return_cells=True, but {self._name()} has no cell state; "
                 "the hidden states of all steps are the output itself"
             )
 

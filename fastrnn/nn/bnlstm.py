@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import dispatch, functional
 from fastrnn.backends import PLANS
 from fastrnn.functional.bnlstm import _problem
-from fastrnn.functional.checks import check_settings
+from fastrnn.functional.checks import check_number, check_settings
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
@@ -147,6 +147,8 @@ class BNLSTM(RunningStatistics):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         check_settings(dropout, eps, momentum, h0_noise)
+        check_number("gamma_init", gamma_init)
+        check_number("forget_bias", forget_bias)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout acts between layers, so non-zero dropout expects num_layers greater than "
@@ -456,7 +458,7 @@ class BNLSTM(RunningStatistics):
             input, batch_first=self.batch_first, batch_sizes=batch_sizes, lengths=lengths,
             reset=reset,
         )  # fmt: skip
-        states = [] if hx is None else list(hx)
+        states = [] if hx is None else self._split(hx)
         tensors = [input, *states, *self.parameters()]
         records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         dtype = dispatch.autocast_dtype(input) or input.dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
+from fastrnn.functional.checks import check_number
 from fastrnn.functional.rhn import check_probability
 from fastrnn.nn.base import Parts
 from fastrnn.nn.step import Steppable
@@ -115,8 +115,8 @@ class RHN(Steppable):
         check_probability("dropout", dropout)
         check_probability("variational_input", variational_input)
         check_probability("variational_state", variational_state)
-        _check_number("transform_bias", transform_bias)
-        _check_number("init_range", init_range)
+        check_number("transform_bias", transform_bias)
+        check_number("init_range", init_range)
         if init_range < 0:
             raise ValueError(f"init_range: got {init_range}, expected 0 or more")
         if dropout > 0 and num_layers == 1:
@@ -247,8 +247,3 @@ def _check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a number")

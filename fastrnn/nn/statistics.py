@@ -40,15 +40,26 @@ class RunningStatistics(nn.Module):
             self.
 
         Raises:
+            TypeError: batches is one input, or holds what is neither an input nor such a pair.
             ValueError: no batch, or none in which two sequences reach a step.
             What forward raises; the running statistics then are what they were.
         """
+        if isinstance(batches, (Tensor, PackedSequence)) or not isinstance(batches, Iterable):
+            raise TypeError(
+                f"recalibrate: batches: got {type(batches).__name__}, expected an iterable of "
+                "inputs or of pairs (input, lengths); put a single one into a list"
+            )
         kept = [buffer.clone() for buffer in self._statistics()]
         try:
             self._count_anew()
             for batch in batches:
-                packed = isinstance(batch, (Tensor, PackedSequence))
-                input, lengths = (batch, None) if packed else batch
+                alone = isinstance(batch, (Tensor, PackedSequence))
+                if not alone and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                    raise TypeError(
+                        f"recalibrate: batches: got {type(batch).__name__} among them, expected "
+                        "an input or a pair (input, lengths)"
+                    )
+                input, lengths = (batch, None) if alone else batch
                 with self._recalibrating():
                     self(input, lengths=lengths)
             if not int(self._statistics()[STATISTICS - 1].sum()):

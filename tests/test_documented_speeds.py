@@ -1,0 +1,127 @@
+"""Ratios that README and docs/not-faster.md quote in words are those of the committed results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cases import Case
+from benchmarks.schema import RESULTS, Record, Results
+from benchmarks.targets import vs_loop, vs_onnx, vs_plain, vs_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+XEON, EPYC = "intel-xeon-family-6-model-167", "amd-epyc-family-25-model-1"
+BOTH = ("README.md", "docs/not-faster.md")
+PAGE = BOTH[1:]
+
+
+def held(machine: str, name: str = "full") -> dict[str, Record]:
+    records = Results.load(RESULTS / machine / f"{name}.json").records
+    return {record.case.id: record for record in records}
+
+
+def quoted(words: str, documents: tuple[str, ...] = BOTH) -> None:
+    for name in documents:
+        text = re.sub(r"\s+", " ", (ROOT / name).read_text().replace("*", ""))
+        assert words in text, f"{name} lacks: {words}"
+
+
+def rate(case: Case) -> str:
+    return f"{case.T} steps of {case.N} rows, H = {case.H}"
+
+
+def test_batch_norm_against_loops() -> None:
+    found = held(XEON)
+
+    def loop(shape: str, disturbed: bool = False) -> str:
+        record = found[f"bnlstm/training/{shape}/loops"]
+        assert record.disturbed == disturbed, "not to be quoted, or only as disturbed"
+        return f"{record.speedup('loop'):.1f}"
+
+    quoted(
+        f"{loop('T100-N128-H256')} times the eager loop with 128 rows at H = 256, "
+        f"{loop('T50-N32-H100')} with 32 rows at H = 100"
+    )
+    quoted(
+        f"({loop('T50-N64-H512', True)} times with 64 rows at H = 512; "
+        f"{loop('T100-N32-H256', True)} and {loop('T784-N64-H100', True)})"
+    )
+    rows = held(EPYC, "bnlstm")
+    assert not any(record.disturbed for record in rows.values())
+    ratios = {key: ratio for key, record in rows.items() if (ratio := vs_loop(record))}
+    least = min(ratios, key=ratios.__getitem__)
+    assert least == "bnlstm/training/T100-N128-H256/loops"
+    middle = rows["bnlstm/training/T100-N32-H256/loops"]
+    costs = [vs_plain(record) or 0 for record in rows.values()]
+    quoted(
+        f"{ratios[least]:.1f} (128 rows at H = 256) to {max(ratios.values()):.1f} times the "
+        f"fastest loop, {vs_loop(middle):.1f} with 32 rows at H = 256. It costs "
+        f"{min(costs):.2f} to {max(costs):.2f} times our plain LSTM; one as fast as that would "
+        f"reach {(vs_loop(middle) or 0) * (vs_plain(middle) or 0):.1f} in the last of these",
+        PAGE,
+    )
+
+
+def test_large_layers() -> None:
+    large = [
+        (ratio, record.case)
+        for record in held(XEON).values()
+        if record.case.group == "grid" and record.case.H == 1024 and record.case.N >= 32
+        if (ratio := vs_torch(record)) is not None and not record.disturbed
+    ]
+    (least, slow), (most, _) = min(large, key=lambda r: r[0]), max(large, key=lambda r: r[0])
+    assert (slow.cell, slow.mode, slow.T, slow.N) == ("gru", "training", 25, 128)
+    quoted(f"from {1 - least:.0%} behind torch.nn (GRU training, 25 steps of 128 rows) to "
+           f"{most - 1:.0%} ahead")  # fmt: skip
+
+
+def test_lstm_with_avx2() -> None:
+    grid = [r for r in held(EPYC).values() if r.case.group == "grid" and r.case.cell == "lstm"]
+    clean = [r for r in grid if r.case.N >= 8 and not r.disturbed]
+    inference = [(vs_onnx(r) or 0, r.case) for r in clean if r.case.mode == "forward"]
+    (low, at_low), (high, at_high) = (f(inference, key=lambda r: r[0]) for f in (min, max))
+    quoted(f"{low:.2f} ({rate(at_low)}) to {high:.2f} times ({rate(at_high)}) the speed", PAGE)
+    ratios = sorted((vs_torch(r) or 0, r.case.id) for r in clean if r.case.mode == "training")
+    assert ratios[0][1] == "lstm/training/T25-N128-H1024"
+    quoted(f"Training is {ratios[1][0]:.2f} to {ratios[-1][0]:.1f} times as fast", PAGE)
+    quoted(f"25 steps of 128 rows at H = 1024 ({ratios[0][0]:.2f})", PAGE)
+    by_id = {r.case.id: r for r in clean}
+    small, wide = (by_id[f"lstm/forward/{s}"] for s in ("T100-N17-H200", "T35-N20-H650"))
+    quoted(
+        f"{vs_onnx(small):.2f} and {vs_onnx(wide):.2f} of ONNX Runtime's speed in LSTM inference "
+        f"of 17 and 20 rows at H = 200 and 650, and {ratios[0][0]:.2f} of torch.nn's in training",
+        BOTH[:1],
+    )
+
+
+def test_bfloat16_weights_with_avx2() -> None:
+    gains = {
+        (r.case.N, r.case.H): 1 / (r.speedup("fastrnn-bf16") or 1)
+        for r in held(EPYC).values()
+        if r.case.group == "bf16"
+    }
+    many = [gain for (rows, _), gain in gains.items() if rows >= 8]
+    quoted(
+        f"{gains[1, 512]:.1f} and {gains[1, 1024]:.1f} times our float32 with one row at H = 512 "
+        f"and 1024, where the bytes count, {gains[4, 1024]:.1f} times with four rows at H = 1024; "
+        f"from eight rows on hardly faster than float32 ({min(many):.2f} to {max(many):.2f})",
+        PAGE,
+    )
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_one_tiny_call(mode: str) -> None:
+    rows = held(EPYC, "overhead").values()
+    assert not any(record.disturbed for record in rows)
+    mine = [(vs_torch(r) or 0, r.case) for r in rows if r.case.mode == mode]
+    eager = [ratio for ratio, case in mine if not case.option]
+    compiled = sorted((1 / ratio, case.cell.upper()) for ratio, case in mine if case.option)
+    (low, first), (high, last) = compiled[0], compiled[-1]
+    if mode == "forward":
+        quoted(f"{low:.1f} ({first}) to {high:.1f} ({last}) times as fast in inference", PAGE)
+        quoted(f"ours is {min(eager):.0f} to {max(eager):.1f}", PAGE)
+    else:
+        quoted(f"{low:.1f} ({first}) to {high:.1f} times with gradients", PAGE)
+        quoted(f"and {min(eager):.1f} to {max(eager):.1f} times as fast.", PAGE)
