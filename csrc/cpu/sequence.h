@@ -4,17 +4,28 @@
 #include "layer.h"
 #include "pack.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
 // Carves typed, 64-byte aligned pieces out of one buffer; with base null it only adds up sizes.
+// Under AddressSanitizer pieces are apart, and what is between them must not be touched.
 struct Arena {
   char* base = nullptr;
   size_t used = 0;
   template <class T>
   T* take(size_t n) {
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    const size_t end = used + n * sizeof(T);
+    used = align64(end) + 64;
+    if (base) __asan_poison_memory_region(base + end, used - end);
+#else
     used += align64(n * sizeof(T));
+#endif
     return p;
   }
 };

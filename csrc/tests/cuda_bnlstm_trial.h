@@ -2,10 +2,12 @@
 // starts, as they do, at the normalised input term, and the comparison.
 #pragma once
 #include "../cuda/core/bnlstm.h"
-#include "cuda_bnlstm_reference.h"
 #include "cuda_trial.h"
+#include "naive_bnlstm.h"
 
 namespace trial {
+
+using BnReference = naive::BnLstm;
 
 struct BnOptions : Options {
   bool batch = true;

@@ -26,18 +26,18 @@ struct Layer {
   fastrnn::Noise noise;
   bool linear = false, reverse = false, projected = false;
   bool normed =
-      false;  // layer norm of the recurrent term and of the cell; of the input term it is the caller's
+      false;  // layer norm of the recurrent term and of the cell; of the input term where it has gains
   int64_t T = 0, N = 0, I = 0, H = 0, O = 0;
   std::vector<int64_t> lengths;
   std::vector<uint8_t> reset;  // (T, N), or empty
   Doubles w_ih, w_hh, b_ih, b_hh, w_hr;
-  Doubles ln_hh, ln_c, ln_bias_c;
+  Doubles ln_ih, ln_hh, ln_c, ln_bias_c;
   Doubles x, h0, c0;
   Doubles y, cells, h_n, c_n;      // forward's results
   Doubles dy, dcells, dh_n, dc_n;  // what arrives
   Doubles dx, dh0, dc0;            // backward's results
   Doubles dw_ih, dw_hh, db_ih, db_hh, dw_hr;
-  Doubles dln_hh, dln_c, dln_bias_c;
+  Doubles dln_ih, dln_hh, dln_c, dln_bias_c;
 
   // The factor of what is kept or dropped, by its definition in docs/maths.md.
   double random(fastrnn::Mask kind, double p, double kept, int64_t t, int64_t n, int64_t u) const {
@@ -74,6 +74,7 @@ struct Layer {
     db_ih.assign(gates * H, 0);
     db_hh.assign(gates * H, 0);
     dw_hr.assign(projected ? O * H : 0, 0);
+    dln_ih.assign(ln_ih.size(), 0);
     dln_hh.assign(normed ? gates * H : 0, 0);
     dln_c.assign(normed && cell == Cell::lstm ? H : 0, 0);
     dln_bias_c = dln_c;
@@ -88,8 +89,8 @@ struct Layer {
     Doubles a, un,
         m;  // activated gates (G, H); GRU's recurrent part of n; LSTM's output before projection
     Doubles tanh_c;
-    Doubles a_hat, c_hat;  // normalised recurrent term and cell, and 1 / their deviations
-    double a_scale, c_scale;
+    Doubles a_hat, c_hat, x_hat;  // normalised recurrent term, cell and input term, and 1 / their deviations
+    double a_scale, c_scale, x_scale;
   };
 
   // v becomes its normalised self; returns 1 / deviation.
@@ -131,6 +132,32 @@ struct Layer {
     return scaled;
   }
 
+  // W_ih x, or its normalised form times the gains, with the bias: all gates of a step.
+  Doubles input_parts(Step& s, int64_t at) const {
+    Doubles part(gate_count(cell) * H, 0.0);
+    for (size_t r = 0; r < part.size(); ++r)
+      for (int64_t i = 0; i < I; ++i) part[r] += w_ih[r * I + i] * x[at * I + i];
+    if (!ln_ih.empty()) {
+      s.x_hat = part;
+      s.x_scale = normalise(s.x_hat);
+      for (size_t r = 0; r < part.size(); ++r) part[r] = ln_ih[r] * s.x_hat[r];
+    }
+    for (size_t r = 0; r < part.size() && !b_ih.empty(); ++r) part[r] += b_ih[r];
+    return part;
+  }
+  // Gradients of the raw input term from those of the part above, whose bias's gradient they are.
+  Doubles input_parts_back(const Step& s, const Doubles& d) {
+    if (ln_ih.empty()) return d;
+    Doubles scaled = d;
+    for (size_t r = 0; r < d.size(); ++r) {
+      dln_ih[r] += d[r] * s.x_hat[r];
+      scaled[r] *= ln_ih[r];
+    }
+    scaled = normalise_back(scaled, s.x_hat, s.x_scale);
+    for (size_t r = 0; r < d.size(); ++r) db_ih[r] += d[r] - scaled[r];  // accumulate() adds the latter
+    return scaled;
+  }
+
   double sigmoid(double v) const { return linear ? 0.5 + 0.25 * v : 1 / (1 + std::exp(-v)); }
   double sigmoid_slope(double s) const { return linear ? 0.25 : s * (1 - s); }
   double tanh_(double v) const { return linear ? v : std::tanh(v); }
@@ -138,12 +165,6 @@ struct Layer {
   double hidden(double v) const { return cell == Cell::rnn_tanh || linear ? tanh_(v) : v > 0 ? v : 0; }
   double hidden_slope(double s) const {
     return cell == Cell::rnn_tanh || linear ? tanh_slope(s) : s > 0 ? 1 : 0;
-  }
-
-  double input_part(int64_t gate_row, int64_t at) const {
-    double sum = b_ih.empty() ? 0 : b_ih[gate_row];
-    for (int64_t i = 0; i < I; ++i) sum += w_ih[gate_row * I + i] * x[at * I + i];
-    return sum;
   }
 
   double state_part(int64_t gate_row, const Doubles& h) const {
@@ -171,7 +192,7 @@ struct Layer {
 
   Step step(int64_t t, int64_t n, Doubles& h, Doubles& c) {
     const int64_t at = t * N + n;
-    Step s{t, !reset.empty() && reset[at] != 0, {}, {}, {}, {}, {}, {}, {}, {}, 1, 1};
+    Step s{t, !reset.empty() && reset[at] != 0, {}, {}, {}, {}, {}, {}, {}, {}, {}, 1, 1, 1};
     if (s.cleared) {
       h.assign(O, 0);
       c.assign(H, 0);
@@ -197,9 +218,9 @@ struct Layer {
     s.a.resize(4 * H);
     s.m.resize(H);
     s.tanh_c.resize(H);
-    const Doubles parts = recurrent_parts(s, masked(s.h, s.t, at % N));
+    const Doubles inputs = input_parts(s, at), parts = recurrent_parts(s, masked(s.h, s.t, at % N));
     for (int64_t r = 0; r < 4 * H; ++r) {
-      const double v = input_part(r, at) + parts[r];
+      const double v = inputs[r] + parts[r];
       s.a[r] = r / H == 2 ? tanh_(v) : sigmoid(v);
     }
     for (int64_t j = 0; j < H; ++j) {
@@ -229,14 +250,14 @@ struct Layer {
     s.a.resize(3 * H);
     s.un.resize(H);
     Doubles read = masked(s.h, s.t, at % N);
-    const Doubles parts = recurrent_parts(s, read);
-    for (int64_t r = 0; r < 2 * H; ++r) s.a[r] = sigmoid(input_part(r, at) + parts[r]);
+    const Doubles inputs = input_parts(s, at), parts = recurrent_parts(s, read);
+    for (int64_t r = 0; r < 2 * H; ++r) s.a[r] = sigmoid(inputs[r] + parts[r]);
     if (cell == Cell::gru_reset_before)
       for (int64_t j = 0; j < H; ++j) read[j] *= s.a[j];
     for (int64_t j = 0; j < H; ++j) {
       s.un[j] = cell == Cell::gru ? parts[2 * H + j] : state_part(2 * H + j, read);
       const double gate = cell == Cell::gru ? s.a[j] : 1;
-      s.a[2 * H + j] = tanh_(input_part(2 * H + j, at) + gate * s.un[j]);
+      s.a[2 * H + j] = tanh_(inputs[2 * H + j] + gate * s.un[j]);
     }
     for (int64_t j = 0; j < H; ++j) {
       const double n = s.a[2 * H + j] * drop(fastrnn::Drop::update, s.t, at % N, j);
@@ -245,8 +266,8 @@ struct Layer {
   }
 
   void rnn(Step& s, int64_t at, Doubles& h) {
-    const Doubles read = masked(s.h, s.t, at % N);
-    for (int64_t j = 0; j < H; ++j) h[j] = hidden(input_part(j, at) + state_part(j, read));
+    const Doubles inputs = input_parts(s, at), read = masked(s.h, s.t, at % N);
+    for (int64_t j = 0; j < H; ++j) h[j] = hidden(inputs[j] + state_part(j, read));
     s.a = h;
   }
 
@@ -329,8 +350,8 @@ struct Layer {
       dc[j] = d * f;
     }
     dh.assign(O, 0);
-    const Doubles da_h = normed ? recurrent_parts_back(s, da) : da;
-    accumulate(0, 4 * H, da.data(), da_h.data(), at, masked(s.h, s.t, at % N), dh);
+    const Doubles da_x = input_parts_back(s, da), da_h = normed ? recurrent_parts_back(s, da) : da;
+    accumulate(0, 4 * H, da_x.data(), da_h.data(), at, masked(s.h, s.t, at % N), dh);
     dh = masked(dh, s.t, at % N);
   }
 
@@ -357,8 +378,8 @@ struct Layer {
     if (normed) {
       Doubles d(da.begin(), da.begin() + 2 * H);
       d.insert(d.end(), dn_h.begin(), dn_h.end());
-      const Doubles da_h = recurrent_parts_back(s, d);
-      accumulate(0, 3 * H, da.data(), da_h.data(), at, operand, sum);
+      const Doubles da_x = input_parts_back(s, da), da_h = recurrent_parts_back(s, d);
+      accumulate(0, 3 * H, da_x.data(), da_h.data(), at, operand, sum);
     } else {
       accumulate(0, 2 * H, da.data(), da.data(), at, operand, sum);
     }

@@ -16,54 +16,8 @@ using namespace trial;
 
 constexpr std::array<Cell, 5> kCells{Cell::lstm, Cell::gru, Cell::gru_reset_before, Cell::rnn_tanh,
                                      Cell::rnn_relu};
-// Held to the reference by the Python tests; here for their bits, their buffers and their threads.
+// Compared in double: where few values make a spread small by chance, a norm enlarges what float has rounded.
 constexpr std::array<Cell, 2> kNormed{Cell::lstm_layer_norm, Cell::gru_layer_norm};
-
-void check_training(const Options& o, unsigned seed) {
-  Trial trial(o, seed);
-  trial.forward(false, nullptr);
-  trial.compare_forward();
-  trial.clear_results();
-  trial.run_training();
-  trial.compare_forward();
-  trial.compare_backward();
-}
-
-template <size_t Count>
-Options draw(Random& random, Type type, const std::array<Cell, Count>& cells) {
-  Options o;
-  o.type = type;
-  o.cell = cells[random.between(0, cells.size() - 1)];
-  o.rows = static_cast<Rows>(random.between(0, 4));
-  o.partition = static_cast<Partition>(random.between(0, 2));
-  o.T = random.between(1, 9);
-  o.N = random.between(1, 19);
-  o.I = random.between(1, 37);
-  o.H = random.between(1, 70);
-  if (is_lstm(o.cell) && o.H > 1 && random.between(0, 2) == 0) o.P = random.between(1, o.H - 1);
-  o.directions = static_cast<int>(random.between(1, 2));
-  o.threads = static_cast<int>(random.between(1, 4));
-  o.bias = random.between(0, 3) > 0;
-  o.reset = random.coin();
-  // The straight-line activations exist in the types that have a reference to compare with.
-  o.linear = (type == Type::f32 || type == Type::f64) && random.between(0, 3) == 0;
-  // Rounding to bfloat16 moves values across relu's corner, where the two slopes cannot be compared.
-  if (o.cell == Cell::rnn_relu && type == Type::bf16) o.cell = Cell::rnn_tanh;
-  o.prepacked = random.coin();
-  o.cells = random.coin();
-  o.recompute = random.between(0, 2) == 0;
-  return o;
-}
-
-// Runs body with each instruction set of this machine.
-template <class F>
-void each_isa(F body) {
-  for (const char* const* isa = available_isas(); *isa; ++isa) {
-    CHECK(select_isa(*isa));
-    body();
-  }
-  CHECK(select_isa(available_isas()[0]));
-}
 
 }  // namespace
 
@@ -121,6 +75,10 @@ TEST(layer_norm_random_options) {
       inference.forward(false, nullptr);
       first.run_training();
       again.run_training();
+      if (o.type == Type::f64) {
+        first.compare_forward();
+        first.compare_backward();
+      }
       CHECK(first.same_bits(again));
       CHECK(inference.y.same_bits(first.y) && inference.h_n.same_bits(first.h_n));
     }

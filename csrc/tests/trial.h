@@ -2,189 +2,36 @@
 // write, and the comparison.
 #pragma once
 
-#include <algorithm>
-#include <array>
-#include <cstdlib>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
-
-#include "../cpu/layer.h"
-#include "check.h"
-#include "naive.h"
+#include "trial_base.h"
 
 namespace trial {
 
-using namespace fastrnn;
-using naive::Doubles;
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-inline float widen(Bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline Bf16 round_to_bf16(double v) {
-  const float f = static_cast<float>(v);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-
-// An array of one of the tensor types, given and read as double. The payload ends where the
-// allocation ends, so the address sanitizer sees an overrun; tensors start off any vector boundary,
-// as a slice would.
-class Array {
- public:
-  Array() = default;
-  Array(Type type, size_t count) : type_(type), count_(count), raw_(width(type) + bytes()) {
-    data_ = raw_.get() + width(type);
-    std::memset(data_, 0xff, bytes());
-  }
-  Array(Type type, const Doubles& values) : Array(type, values.size()) {
-    for (size_t i = 0; i < values.size(); ++i) set(i, values[i]);
-  }
-
-  void* data() { return count_ ? data_ : nullptr; }
-  size_t size() const { return count_; }
-  size_t bytes() const { return count_ * width(type_); }
-  double operator[](size_t i) const {
-    if (type_ == Type::f64) return get<double>(i);
-    if (type_ == Type::f32) return get<float>(i);
-    return widen(get<Bf16>(i));
-  }
-  void set(size_t i, double v) {
-    if (type_ == Type::f64)
-      put(i, v);
-    else if (type_ == Type::f32)
-      put(i, static_cast<float>(v));
-    else
-      put(i, round_to_bf16(v));
-  }
-  bool same_bits(const Array& other) const {
-    return bytes() == other.bytes() && (!count_ || std::memcmp(data_, other.data_, bytes()) == 0);
-  }
-
- private:
-  static size_t width(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-  template <class T>
-  T get(size_t i) const {
-    T v;
-    std::memcpy(&v, data_ + i * sizeof(T), sizeof(T));
-    return v;
-  }
-  template <class T>
-  void put(size_t i, T v) {
-    std::memcpy(data_ + i * sizeof(T), &v, sizeof(T));
-  }
-
-  struct Block {
-    std::unique_ptr<char, void (*)(void*)> memory{nullptr, std::free};
-    Block() = default;
-    explicit Block(size_t n) {
-      void* p = nullptr;
-      if (posix_memalign(&p, 64, n)) std::abort();
-      memory.reset(static_cast<char*>(p));
-    }
-    char* get() const { return memory.get(); }
-  };
-
-  Type type_ = Type::f32;
-  size_t count_ = 0;
-  Block raw_;
-  char* data_ = nullptr;
-};
-
-// Scratch, packed weights and tape: 64-byte aligned, exact size, full of NaN.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) {
-    void* p = nullptr;
-    if (bytes && posix_memalign(&p, 64, bytes)) std::abort();
-    if (bytes) std::memset(p, 0xff, bytes);
-    memory_.reset(p);
-  }
-  void* data() const { return memory_.get(); }
-
- private:
-  std::unique_ptr<void, void (*)(void*)> memory_{nullptr, std::free};
-};
-
-enum class Rows { dense, batch_first, padded, lengths, packed };
-
-struct Options {
-  Cell cell = Cell::lstm;
-  Type type = Type::f32;
-  Rows rows = Rows::dense;
-  Partition partition = Partition::automatic;
-  int64_t T = 5, N = 3, I = 7, H = 9, P = 0;
-  int directions = 1, threads = 1;
-  bool bias = true, reset = false, linear = false, prepacked = false, cells = true, recompute = false;
-
-  std::string text() const {
-    std::ostringstream out;
-    out << kernels().isa << " cell " << int(cell) << " type " << int(type) << " rows " << int(rows)
-        << " partition " << int(partition) << " T" << T << " N" << N << " I" << I << " H" << H << " P" << P
-        << " D" << directions << " threads " << threads << (bias ? " bias" : "") << (reset ? " reset" : "")
-        << (linear ? " linear" : "") << (prepacked ? " prepacked" : "") << (cells ? " cells" : "")
-        << (recompute ? " recompute" : "");
-    return out.str();
-  }
-};
-
-inline Type tensor_type(Type type) { return type == Type::f32_bf16 ? Type::f32 : type; }
-inline Type compute_type(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
-
-// One rule for every comparison: a multiple of the type's step, relative to the largest value of
-// the tensor.
-inline double tolerance(Type type) { return type == Type::f64 ? 1e-12 : type == Type::f32 ? 2e-5 : 3e-2; }
-
-class Random {
- public:
-  explicit Random(unsigned seed) : engine_(seed) {}
-  int64_t between(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(engine_); }
-  bool coin() { return between(0, 1) == 1; }
-  // Values that the tensor type holds exactly, so that both sides start from the same numbers.
-  Doubles values(Type type, size_t count, double scale) {
-    std::uniform_real_distribution<double> draw(-scale, scale);
-    Doubles out(count);
-    for (double& v : out) {
-      v = draw(engine_);
-      if (type == Type::f32) v = static_cast<float>(v);
-      if (type == Type::bf16 || type == Type::f32_bf16) v = widen(round_to_bf16(v));
-    }
-    return out;
-  }
-
- private:
-  std::mt19937 engine_;
-};
-
 // One problem with its inputs, the naive answer, and the buffers the kernels write.
-struct Trial {
+struct Trial : Layout {
   Options o;
   int64_t O, G;
-  std::vector<int64_t> lengths, batch_sizes, first_row;
-  std::vector<uint8_t> reset;
+  const uint64_t mask_seed = 0x9e3779b97f4a7c15u;
   std::vector<naive::Layer> want;
   Array x, y, cells, dy, dcells, dx, h0, c0, h_n, c_n, dh_n, dc_n, dh0, dc0;
   std::array<std::array<Array, 9>, 2> weights, grads;  // in the order of Weights
-  int64_t stride_t = 0, stride_n = 0, x_width = 0, row_count = 0;
+  int64_t x_width;
 
-  Trial(const Options& options, unsigned seed)
-      : o(options), O(o.P ? o.P : o.H), G(naive::gate_count(naive_cell())) {
-    Random random(seed);
-    make_rows(random);
+  Trial(const Options& options, unsigned seed) : Trial(options, Random(seed)) {}
+  Trial(const Trial&) = delete;  // options hold the address of the seed
+  Trial(const Options& options, Random random)
+      : Layout(options, random),
+        o(options),
+        O(o.P ? o.P : o.H),
+        G(naive::gate_count(naive_cell())),
+        x_width(rows == Rows::padded ? o.I + 3 : o.I) {
+    o.noise.seed = &mask_seed;
     const Type io = tensor_type(o.type), real = compute_type(o.type);
     const int64_t D = o.directions;
     naive::Layer layer;
     layer.cell = naive_cell();
     layer.linear = o.linear;
+    layer.noise = o.noise;
+    layer.normed = normalises(o.cell);
     layer.projected = o.P > 0;
     layer.T = o.T;
     layer.N = o.N;
@@ -209,20 +56,17 @@ struct Trial {
       layer.dc_n = random.values(o.type, o.N * o.H, 1);
       layer.dcells =
           o.cells && is_lstm() ? random.values(o.type, o.T * o.N * o.H, 1) : Doubles(o.T * o.N * o.H, 0.0);
-      if (!normalises(o.cell)) layer.run();  // the scalar layer has no norms
-      const Doubles* source[] = {&layer.w_ih, &layer.w_hh, &layer.b_ih, &layer.b_hh, &layer.w_hr};
-      for (int i = 0; i < 5; ++i) weights[d][i] = Array(io, *source[i]);
       const int64_t norms[] = {G * o.H, G * o.H, is_lstm() * o.H, is_lstm() * o.H};
-      for (int i = 0; i < 4 && normalises(o.cell); ++i)
-        weights[d][5 + i] = Array(io, random.values(o.type, norms[i], 1));
+      Doubles* gains[] = {&layer.ln_ih, &layer.ln_hh, &layer.ln_c, &layer.ln_bias_c};
+      for (int i = 0; i < 4 && layer.normed; ++i) *gains[i] = random.values(o.type, norms[i], 1);
+      layer.run();
+      const Doubles* source[] = {&layer.w_ih,  &layer.w_hh,  &layer.b_ih, &layer.b_hh,     &layer.w_hr,
+                                 &layer.ln_ih, &layer.ln_hh, &layer.ln_c, &layer.ln_bias_c};
+      for (int i = 0; i < 9; ++i) weights[d][i] = Array(io, *source[i]);
       want.push_back(layer);
     }
     x = Array(io, row_count * x_width);
-    for (int64_t t = 0; t < o.T; ++t)
-      for (int64_t n = 0; n < o.N; ++n)
-        for (int64_t i = 0; i < o.I; ++i)
-          if (t < lengths[n])  // what is past the end stays NaN
-            x.set(row(t, n) * x_width + i, layer.x[(t * o.N + n) * o.I + i]);
+    scatter(x, x_width, 0, layer.x, o.I);
     dy = grid(io, O, &naive::Layer::dy);
     dcells = grid(real, o.H, &naive::Layer::dcells);
     h0 = states(io, &naive::Layer::h0);
@@ -246,44 +90,10 @@ struct Trial {
       for (int i = 0; i < 9; ++i) grads[d][i] = Array(io, weights[d][i].size());
   }
 
-  // Number of row (t, n) in the buffers.
-  int64_t row(int64_t t, int64_t n) const {
-    if (o.rows == Rows::packed) return first_row[t] + n;
-    return o.rows == Rows::batch_first ? n * o.T + t : t * o.N + n;
-  }
-
-  void make_rows(Random& random) {
-    lengths.assign(o.N, o.T);
-    if (o.rows == Rows::lengths || o.rows == Rows::packed)
-      for (auto& length : lengths) length = random.between(1, o.T);
-    if (o.rows == Rows::packed) {
-      std::sort(lengths.rbegin(), lengths.rend());
-      lengths[0] = o.T;
-      for (int64_t t = 0; t < o.T; ++t) {
-        first_row.push_back(row_count);
-        batch_sizes.push_back(0);
-        for (int64_t length : lengths) batch_sizes[t] += length > t;
-        row_count += batch_sizes[t];
-      }
-    } else {
-      row_count = o.T * o.N;
-    }
-    x_width = o.rows == Rows::padded ? o.I + 3 : o.I;
-    stride_t = o.rows == Rows::batch_first ? 1 : o.N;
-    stride_n = o.rows == Rows::batch_first ? o.T : 1;
-    if (o.reset && o.rows != Rows::packed) {
-      reset.resize(o.T * o.N);
-      for (auto& r : reset) r = random.between(0, 3) == 0;
-    }
-  }
-
   Array grid(Type type, int64_t width, Doubles naive::Layer::* member) {
     Array out(type, row_count * width * o.directions);
     for (int64_t d = 0; d < o.directions; ++d)
-      for (int64_t t = 0; t < o.T; ++t)
-        for (int64_t n = 0; n < o.N; ++n)
-          for (int64_t j = 0; j < width && t < lengths[n]; ++j)
-            out.set((row(t, n) * o.directions + d) * width + j, (want[d].*member)[(t * o.N + n) * width + j]);
+      scatter(out, width * o.directions, d * width, want[d].*member, width);
     return out;
   }
 
@@ -293,28 +103,10 @@ struct Trial {
     return Array(type, all);
   }
 
-  Grid at(Array& a, int64_t width) const { return {a.data(), stride_t * width, stride_n * width}; }
-
   void describe(Problem& p) const {
-    p.cell = o.cell;
-    p.type = o.type;
-    p.partition = o.partition;
-    p.linear = o.linear;
-    p.threads = o.threads;
-    p.directions = o.directions;
-    p.T = o.T;
-    p.N = o.N;
-    p.I = o.I;
-    p.H = o.H;
+    Layout::describe(p, o);
     p.O = O;
     p.projected = o.P > 0;
-    if (o.rows == Rows::packed) p.batch_sizes = batch_sizes.data();
-    if (o.rows == Rows::lengths) p.lengths = lengths.data();
-    if (!reset.empty()) {
-      p.reset = reset.data();
-      p.reset_stride_t = o.N;
-      p.reset_stride_n = 1;
-    }
   }
 
   Weights weights_of(int d) {
@@ -381,48 +173,23 @@ struct Trial {
   }
 
   void run_training() {
-    const size_t slots = o.recompute ? 0 : tape_slots(o.cell);
+    const bool mixed = (o.cell == Cell::rnn_tanh || o.cell == Cell::rnn_relu) && o.noise.mixes();
+    const size_t slots = o.recompute ? 0 : mixed ? 1 : tape_slots(o.cell);
     const size_t width = compute_type(o.type) == Type::f64 ? 8 : 4;
     const Scratch tape(o.directions * row_count * slots * o.H * width);
     forward(true, slots ? &tape : nullptr);
     backward(slots ? &tape : nullptr);
   }
 
-  void compare(const char* name, double got, double expected, double scale, bool& reported) const {
-    if (std::abs(got - expected) <= tolerance(o.type) * std::max(1.0, scale) || reported) return;
-    reported = true;
-    std::ostringstream out;
-    out << name << ": got " << got << ", expected " << expected << " (" << o.text() << ")";
-    check::fail(__FILE__, __LINE__, out.str());
-  }
-
-  static double largest(const Doubles& values) {
-    double m = 0;
-    for (double v : values) m = std::max(m, std::abs(v));
-    return m;
-  }
+  Verdict verdict() const { return {o.type, o.text()}; }
 
   void compare_grid(const char* name, const Array& got, int64_t width, Doubles naive::Layer::* member) const {
-    bool reported = false;
-    for (int64_t d = 0; d < o.directions; ++d) {
-      const Doubles& expected = want[d].*member;
-      for (int64_t t = 0; t < o.T; ++t)
-        for (int64_t n = 0; n < o.N; ++n) {
-          if (o.rows == Rows::packed && t >= lengths[n]) continue;
-          for (int64_t j = 0; j < width; ++j)
-            compare(name, got[(row(t, n) * o.directions + d) * width + j],
-                    expected[(t * o.N + n) * width + j], largest(expected), reported);
-        }
-    }
+    for (int64_t d = 0; d < o.directions; ++d)
+      expect(verdict(), name, want[d].*member, width, got, width * o.directions, d * width);
   }
 
   void compare_states(const char* name, const Array& got, Doubles naive::Layer::* member) const {
-    bool reported = false;
-    for (int64_t d = 0; d < o.directions; ++d) {
-      const Doubles& expected = want[d].*member;
-      for (size_t i = 0; i < expected.size(); ++i)
-        compare(name, got[d * expected.size() + i], expected[i], largest(expected), reported);
-    }
+    for (int64_t d = 0; d < o.directions; ++d) verdict().expect(name, want[d].*member, got, d);
   }
 
   void compare_forward() const {
@@ -438,22 +205,17 @@ struct Trial {
     Doubles sum = want[0].dx;
     if (o.directions == 2)
       for (size_t i = 0; i < sum.size(); ++i) sum[i] += want[1].dx[i];
-    bool reported = false;
-    for (int64_t t = 0; t < o.T; ++t)
-      for (int64_t n = 0; n < o.N; ++n)
-        for (int64_t i = 0; i < o.I && (o.rows != Rows::packed || t < lengths[n]); ++i)
-          compare("dx", dx[row(t, n) * o.I + i], sum[(t * o.N + n) * o.I + i], largest(sum), reported);
+    expect(verdict(), "dx", sum, o.I, dx, o.I);
     compare_states("dh0", dh0, &naive::Layer::dh0);
     if (is_lstm()) compare_states("dc0", dc0, &naive::Layer::dc0);
-    const char* names[] = {"dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"};
+    const char* names[] = {"dw_ih",  "dw_hh",  "db_ih", "db_hh",     "dw_hr",
+                           "dln_ih", "dln_hh", "dln_c", "dln_bias_c"};
     for (int64_t d = 0; d < o.directions; ++d) {
-      const Doubles* expected[] = {&want[d].dw_ih, &want[d].dw_hh, &want[d].db_ih, &want[d].db_hh,
-                                   &want[d].dw_hr};
-      for (int i = 0; i < 5; ++i) {
-        reported = false;
-        for (size_t k = 0; k < grads[d][i].size(); ++k)
-          compare(names[i], grads[d][i][k], (*expected[i])[k], largest(*expected[i]), reported);
-      }
+      const auto& w = want[d];
+      const Doubles* expected[] = {&w.dw_ih,  &w.dw_hh,  &w.db_ih, &w.db_hh,     &w.dw_hr,
+                                   &w.dln_ih, &w.dln_hh, &w.dln_c, &w.dln_bias_c};
+      for (int i = 0; i < 9; ++i)
+        if (grads[d][i].size()) verdict().expect(names[i], *expected[i], grads[d][i]);
     }
   }
 
@@ -466,5 +228,42 @@ struct Trial {
     return same;
   }
 };
+
+// Inference and training against the scalar layer.
+inline void check_training(const Options& o, unsigned seed) {
+  Trial trial(o, seed);
+  trial.forward(false, nullptr);
+  trial.compare_forward();
+  trial.clear_results();
+  trial.run_training();
+  trial.compare_forward();
+  trial.compare_backward();
+}
+
+template <size_t Count>
+Options draw(Random& random, Type type, const std::array<Cell, Count>& cells) {
+  Options o;
+  o.type = type;
+  o.cell = cells[random.between(0, cells.size() - 1)];
+  o.rows = static_cast<Rows>(random.between(0, 4));
+  o.partition = static_cast<Partition>(random.between(0, 2));
+  o.T = random.between(1, 9);
+  o.N = random.between(1, 19);
+  o.I = random.between(1, 37);
+  o.H = random.between(1, 70);
+  if (is_lstm(o.cell) && o.H > 1 && random.between(0, 2) == 0) o.P = random.between(1, o.H - 1);
+  o.directions = static_cast<int>(random.between(1, 2));
+  o.threads = static_cast<int>(random.between(1, 4));
+  o.bias = random.between(0, 3) > 0;
+  o.reset = random.coin();
+  // The straight-line activations exist in the types that have a reference to compare with.
+  o.linear = (type == Type::f32 || type == Type::f64) && random.between(0, 3) == 0;
+  // Rounding to bfloat16 moves values across relu's corner, where the two slopes cannot be compared.
+  if (o.cell == Cell::rnn_relu && type == Type::bf16) o.cell = Cell::rnn_tanh;
+  o.prepacked = random.coin();
+  o.cells = random.coin();
+  o.recompute = random.between(0, 2) == 0;
+  return o;
+}
 
 }  // namespace trial

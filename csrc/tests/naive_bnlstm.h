@@ -1,14 +1,13 @@
-// Batch-normalised LSTM in scalar double, from the normalised input term on: one direction, step by step over the batch.
+// Batch-normalised LSTM in scalar double: one direction, step by step over the batch.
 #pragma once
 #include <algorithm>
 
 #include "naive.h"
 
-namespace trial {
+namespace naive {
 
-using naive::Doubles;
-
-struct BnReference {
+// From the normalised input term wx on.
+struct BnLstm {
   int T, N, H;
   bool reverse, batch;
   double eps;
@@ -36,7 +35,7 @@ struct BnReference {
     dgamma_c.assign(H, 0), dbeta_c.assign(H, 0);
     used[0].assign(size_t(2) * T * 4 * H, 0), used[1].assign(size_t(2) * T * H, 0);
     std::vector<Step> tape;
-    for (int s = 0; s < T && alive(s); s++) tape.push_back(step(s));
+    for (int s = 0; s < T; s++) tape.push_back(step(s));
     dh0 = dh_n, dc0 = dc_n;
     for (int s = static_cast<int>(tape.size()); s-- > 0;) step_back(s, tape[s]);
   }
@@ -149,4 +148,72 @@ struct BnReference {
   }
 };
 
-}  // namespace trial
+// With the norm of the input term before it: of each step's rows, or of all of them where `sequence`.
+struct BnLstmLayer : BnLstm {
+  int I;
+  bool sequence;
+  Doubles x, w_ih, gamma_x, bias;  // bias may be empty
+  Doubles mean_x, var_x;           // given, (rows, 4H)
+  Doubles used_x;
+  Doubles dx, dw_ih, dgamma_x, dbias;
+
+  void run_layer() {
+    const size_t TN = size_t(T) * N, G = size_t(4) * H;
+    const int parts = sequence ? 1 : T;
+    wx.assign(TN * G, 0), hat_.assign(TN * G, 0), used_x.assign(2 * parts * G, 0);
+    for (int part = 0; part < parts; part++)
+      for (size_t r = 0; r < G; r++) normalise_input(part, rows_of(part), r);
+    run();
+    dx.assign(TN * I, 0), dw_ih.assign(G * I, 0), dgamma_x.assign(G, 0), dbias.assign(G, 0);
+    for (int part = 0; part < parts; part++)
+      for (size_t r = 0; r < G; r++) input_back(part, rows_of(part), r);
+  }
+
+ private:
+  Doubles hat_;
+
+  std::vector<size_t> rows_of(int part) const {
+    std::vector<size_t> rows;
+    for (int s = sequence ? 0 : part; s < (sequence ? T : part + 1); s++)
+      for (int n = 0; n < N; n++)
+        if (lives(s, n)) rows.push_back(at(s, n));
+    return rows;
+  }
+  bool input_measured(size_t rows) const { return batch && (sequence ? N : rows) >= 2; }
+
+  void normalise_input(int part, const std::vector<size_t>& rows, size_t r) {
+    const size_t G = size_t(4) * H, given = std::min(part, given_rows - 1) * G + r;
+    double m = 0, square = 0;
+    for (size_t at : rows) {
+      for (int i = 0; i < I; i++) hat_[at * G + r] += w_ih[r * I + i] * x[at * I + i];
+      m += hat_[at * G + r] / rows.size();
+    }
+    for (size_t at : rows) square += std::pow(hat_[at * G + r] - m, 2) / rows.size();
+    if (!input_measured(rows.size())) m = mean_x[given], square = var_x[given];
+    used_x[part * G + r] = m, used_x[used_x.size() / 2 + part * G + r] = square;
+    for (size_t at : rows) {
+      hat_[at * G + r] = (hat_[at * G + r] - m) / std::sqrt(square + eps);
+      wx[at * G + r] = gamma_x[r] * hat_[at * G + r] + (bias.empty() ? 0 : bias[r]);
+    }
+  }
+
+  void input_back(int part, const std::vector<size_t>& rows, size_t r) {
+    const size_t G = size_t(4) * H;
+    double m = 0, m_hat = 0;
+    for (size_t at : rows) {
+      const double d = dz[at * G + r], hat = hat_[at * G + r];
+      dbias[r] += d, dgamma_x[r] += d * hat;
+      if (input_measured(rows.size())) m += d / rows.size(), m_hat += d * hat / rows.size();
+    }
+    const double scale = gamma_x[r] / std::sqrt(used_x[used_x.size() / 2 + part * G + r] + eps);
+    for (size_t at : rows) {
+      const double d = scale * (dz[at * G + r] - m - hat_[at * G + r] * m_hat);
+      for (int i = 0; i < I; i++) {
+        dx[at * I + i] += d * w_ih[r * I + i];
+        dw_ih[r * I + i] += d * x[at * I + i];
+      }
+    }
+  }
+};
+
+}  // namespace naive
