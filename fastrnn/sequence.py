@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = [
     "check_lengths",
     "check_reset",
     "describe",
+    "first_of",
     "flip_layout",
     "sized_by",
 ]
@@ -113,7 +114,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
         )
     if batch_sizes.size(0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    size: int = batch_sizes[0].item()  # type: ignore[assignment] # int() fixes it in an export
+    size = first_of(batch_sizes)
     if is_compiling() or _fake(batch_sizes):
         return size
     last = int(batch_sizes[-1])
@@ -131,6 +132,13 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
     if last < 1:
         raise ValueError(f"batch_sizes: the last is {last}, expected at least 1 at every step")
     return size
+
+
+def first_of(batch_sizes: Tensor) -> int:
+    """N; for torch.jit.trace a tensor, as it makes of sizes: a number would be fixed there."""
+    first: Any = batch_sizes[0]
+    # Not int(), which torch.export fixes.
+    return first if torch._C._get_tracing_state() is not None else first.item()
 
 
 def sized_by(batch: Batch, state: Tensor | None) -> Batch:
