@@ -68,9 +68,14 @@ def describe(
 
     Raises:
         RuntimeError: the sequence length is 0, or the number of dimensions is wrong (as torch.nn),
-            or the data are not strided.
+            or the data are nested or not strided.
         TypeError, ValueError: ``batch_sizes``, ``lengths`` or ``reset`` do not fit the data.
     """
+    if data.is_nested:
+        raise RuntimeError(
+            "input: got a nested tensor, expected a padded one; with batch_first=True pass "
+            "torch.nested.to_padded_tensor(input, 0.0) and lengths="
+        )
     if data.layout is not torch.strided:
         raise RuntimeError(
             f"input: got a tensor of layout {data.layout}, expected torch.strided; "

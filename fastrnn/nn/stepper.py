@@ -147,6 +147,7 @@ class _Call:
         it made this call: what is made here is not for them to see."""
         return not (
             type(x) is not Tensor
+            or x.is_nested  # which has no shape
             or x.shape != self._x_shape
             or x.dtype is not self._dtype
             or not (x.is_contiguous() and x.is_cpu)
