@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = [
     "check_lengths",
     "check_reset",
     "describe",
+    "first_of",
     "flip_layout",
     "sized_by",
 ]
@@ -67,9 +68,14 @@ def describe(
 
     Raises:
         RuntimeError: the sequence length is 0, or the number of dimensions is wrong (as torch.nn),
-            or the data are not strided.
+            or the data are nested or not strided.
         TypeError, ValueError: ``batch_sizes``, ``lengths`` or ``reset`` do not fit the data.
     """
+    if data.is_nested:
+        raise RuntimeError(
+            "input: got a nested tensor, expected a padded one; with batch_first=True pass "
+            "torch.nested.to_padded_tensor(input, 0.0) and lengths="
+        )
     if data.layout is not torch.strided:
         raise RuntimeError(
             f"input: got a tensor of layout {data.layout}, expected torch.strided; "
@@ -113,7 +119,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
         )
     if batch_sizes.size(0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    size: int = batch_sizes[0].item()  # type: ignore[assignment] # int() fixes it in an export
+    size = first_of(batch_sizes)
     if is_compiling() or _fake(batch_sizes):
         return size
     last = int(batch_sizes[-1])
@@ -131,6 +137,13 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
     if last < 1:
         raise ValueError(f"batch_sizes: the last is {last}, expected at least 1 at every step")
     return size
+
+
+def first_of(batch_sizes: Tensor) -> int:
+    """N; for torch.jit.trace a tensor, as it makes of sizes: a number would be fixed there."""
+    first: Any = batch_sizes[0]
+    # Not int(), which torch.export fixes.
+    return first if torch._C._get_tracing_state() is not None else first.item()
 
 
 def sized_by(batch: Batch, state: Tensor | None) -> Batch:

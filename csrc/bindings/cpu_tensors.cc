@@ -4,7 +4,7 @@
 #include <array>
 #include <cstring>
 #include <initializer_list>
-#include <vector>
+#include <memory>
 
 #include "../cpu/team.h"
 #include "args.h"
@@ -22,6 +22,7 @@ struct Names {
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* is_nested = PyUnicode_InternFromString("is_nested");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* version = PyUnicode_InternFromString("_version");
 };
@@ -76,6 +77,7 @@ PyObject* alike(PyObject*, Arguments a, Py_ssize_t count) {
       known |= reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == PyTuple_GET_ITEM(a[1], i);
     if (!known) Py_RETURN_FALSE;
     const Names& n = names();
+    if (attribute(tensor, n.is_nested).ptr() != Py_False) Py_RETURN_FALSE;  // which has no shape
     const int same = PyObject_RichCompareBool(attribute(tensor, n.shape).ptr(), a[2], Py_EQ);
     if (same < 0) throw py::error_already_set();
     return PyBool_FromLong(
@@ -145,20 +147,32 @@ unsigned present(std::initializer_list<const void*> tensors) {
   return bits;
 }
 
-// Scratch of this thread, kept while it lives if it is small.
+// Scratch of this thread, kept while it lives if it is small: less where a backward follows, beside whose
+// tensors it would lie.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) {
-    thread_local std::vector<char> kept;
-    std::vector<char>& from = bytes <= kKept ? kept : own_;
-    if (from.size() < bytes + kLine) from.resize(bytes + kLine);
-    at_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(from.data()) + kLine - 1) / kLine * kLine);
+  Scratch(size_t bytes, bool records) {
+    struct Kept {
+      std::unique_ptr<char[]> data;
+      size_t bytes = 0;
+    };
+    thread_local Kept kept;
+    char* from = kept.data.get();
+    if (bytes > (records ? kKept / 4 : kKept)) {
+      own_.reset(new char[bytes + kLine]);
+      from = own_.get();
+    } else if (bytes > kept.bytes) {
+      kept = {};
+      kept.data.reset(from = new char[bytes + kLine]);
+      kept.bytes = bytes;
+    }
+    at_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(from) + kLine - 1) / kLine * kLine);
   }
   void* get() const { return at_; }
 
  private:
   static constexpr size_t kKept = size_t{1} << 20, kLine = 64;
-  std::vector<char> own_;
+  std::unique_ptr<char[]> own_;
   void* at_;
 };
 
@@ -201,7 +215,7 @@ PyObject* run_forward(PyObject*, Arguments given, Py_ssize_t count) {
     if (given[9] != Py_None) read_parameters(given[9], a, a.weights);
     size_t& bytes = known.workspace[present({a.cells.data, a.gates})];
     if (!bytes) bytes = kernels().forward_workspace(a) + 1;
-    const Scratch scratch(bytes);
+    const Scratch scratch(bytes, given[9] != Py_None);
     a.workspace = scratch.get();
     {
       py::gil_scoped_release release;
@@ -237,7 +251,7 @@ PyObject* run_backward(PyObject*, Arguments given, Py_ssize_t count) {
     size_t& bytes =
         known.workspace[present({a.dx.data, a.dy.data, a.dcells.data, a.dh_n, a.dc_n, a.dh0, a.dc0, wanted})];
     if (!bytes) bytes = kernels().backward_workspace(a) + 1;
-    const Scratch scratch(bytes);
+    const Scratch scratch(bytes, true);
     a.workspace = scratch.get();
     {
       py::gil_scoped_release release;

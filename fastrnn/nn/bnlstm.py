@@ -19,7 +19,7 @@ from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.statistics import RunningStatistics
-from fastrnn.sequence import describe
+from fastrnn.sequence import describe, first_of
 
 
 class _Stream(NamedTuple):
@@ -340,7 +340,7 @@ class BNLSTM(RunningStatistics):
                 "c_0 to learn; construct it with learn_init_state=True"
             )
         if batch_sizes is not None:
-            size: int = batch_sizes[0].item()  # type: ignore[assignment]
+            size = first_of(batch_sizes)
         else:
             size = input.size(0 if batch_first else 1)
         return tuple(

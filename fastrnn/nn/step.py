@@ -194,7 +194,7 @@ class Steppable(RecurrentBase):
         """Whether these are CPU tensors of the right sizes."""
         if type(x) is not Tensor or not x.is_cpu or x.dim() not in ranks or not x.numel():
             return False
-        if x.layout is not torch.strided:
+        if x.layout is not torch.strided or x.is_nested:
             return False
         if x.size(-1) != self.input_size or not self.hidden_size:
             return False

@@ -98,6 +98,27 @@ def test_a_refused_layout_leaves_nothing_behind() -> None:
             compare(ours, theirs, outcome, x)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=["jagged", "strided"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=lambda kind: kind.id)
+def test_a_nested_tensor_is_refused_with_the_way_out(
+    kind: Kind, grad: bool, layout: torch.layout
+) -> None:
+    ours = kind.ours(5, 9, batch_first=True)
+    parts = [torch.randn(6, 5), torch.randn(4, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    padded = torch.nested.to_padded_tensor(nested, 0.0)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):  # also once a call of its number of dimensions is prepared
+            error, text = raised(ours, nested)
+            assert issubclass(error, RuntimeError)
+            assert "torch.nested.to_padded_tensor" in text
+            found, _ = ours(padded, lengths=[6, 4])
+            torch.testing.assert_close(found[1, :4], ours(parts[1])[0])
+            ours(padded)
+
+
 def bad_call(module: Any, x: torch.Tensor) -> Any:
     try:
         module(x.long())

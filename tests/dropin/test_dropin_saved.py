@@ -11,7 +11,7 @@ import pytest
 import torch
 from dropin_cases import assert_same_bits
 from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
 from tests.saved_strides import transposed
@@ -22,7 +22,7 @@ MODULES: dict[str, Callable[[], torch.nn.Module]] = {
     "gru": lambda: fastrnn.GRU(3, 5, 2),
     "rnn": lambda: fastrnn.RNN(3, 5),
     "rhn": lambda: fastrnn.RHN(3, 5, depth=2),
-    "bnlstm": lambda: fastrnn.BNLSTM(3, 5, max_length=4),
+    "bnlstm": lambda: fastrnn.BNLSTM(3, 5, max_length=4, learn_init_state=True),
 }
 
 
@@ -115,6 +115,26 @@ def test_traced_in_grad_mode(module: torch.nn.Module) -> None:
         torch.testing.assert_close(found, module(x)[0])
     with pytest.raises(RuntimeError, match="for inference"):
         found.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_with_a_packed_sequence(module: torch.nn.Module) -> None:
+    """As torch.nn: for other lengths, and another number of them."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module.eval()
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+            return self.module(packed)[0].data
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Model(), (torch.randn(4, 2, 3), torch.tensor([3, 4])))
+        x, lengths = torch.randn(5, 3, 3), torch.tensor([1, 5, 2])
+        torch.testing.assert_close(traced(x, lengths), Model()(x, lengths))
 
 
 def test_training_an_exported_program_is_an_error(module: torch.nn.Module) -> None:
