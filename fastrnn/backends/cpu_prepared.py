@@ -20,6 +20,8 @@ from fastrnn.kinds import KINDS
 __all__ = ["CALLS", "KEPT_WORKSPACE", "SMALL", "LayerCall", "layer_backward", "layer_forward_train"]
 
 KEPT_WORKSPACE = 1 << 20  # bytes; a larger one is allocated anew for each call
+# With gradients: a forward's would only lie beside what its backward allocates.
+KEPT_IN_TRAINING = 1 << 18
 # The operators keep so many calls, each with outputs of at most so many elements: beyond that
 # Python's share of a training step is not seen. A call holds tensors like its outputs.
 CALLS = 32
@@ -117,7 +119,7 @@ class LayerCall:
         if workspace is None or workspace.numel() < size:
             workspace = torch.empty(size, dtype=torch.uint8, device=self._y.device)
         call(problem, fields, (workspace.data_ptr() + 63) // 64 * 64)
-        if size <= KEPT_WORKSPACE:
+        if size <= KEPT_IN_TRAINING:
             pool.append(workspace)
 
     def forward(
