@@ -75,12 +75,14 @@ def grid() -> list[Case]:
     return cases
 
 
-LARGE = [  # more rows than a chunk of the input product, more columns than a block of K, odd all
+LARGE = [  # more rows than a chunk of the input product, more columns than a block of K, most odd
     {"T": 45, "N": 13, "I": 40, "H": 130},
     {"T": 7, "N": 131, "I": 24, "H": 48},
     {"T": 3, "N": 2, "I": 700, "H": 40},
     {"T": 6, "N": 1, "I": 30, "H": 520},
     {"T": 300, "N": 3, "I": 2, "H": 17},
+    {"T": 20, "N": 5, "I": 64, "H": 128},  # packed weights lie where their gradients will be
+    {"T": 5, "N": 129, "I": 1003, "H": 270},  # weight_ih is packed in the midst of its product
 ]
 
 

@@ -6,27 +6,29 @@
 #pragma once
 #include <algorithm>
 
-#include "backward_state.h"
+#include "backward_input.h"
 #include "recompute.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
 template <class E, class C>
-class Backward : protected BackwardState<E, C> {
+class Backward : protected BackwardInput<E, C> {
  protected:
   using State = BackwardState<E, C>;
+  using Input = BackwardInput<E, C>;
   using typename State::Direction;
   using typename State::Lane;
   using T = typename E::T;
   using IO = typename E::IO;
   using V = typename E::V;
   static_assert(std::is_same<typename E::A, T>::value, "gradients are computed in the compute type");
+  using Input::add_second_dx, Input::input_grad;
   using State::all_, State::args_, State::dir_, State::direct_, State::gates_, State::hh_, State::hr_,
       State::ih_;
   using State::carry_h_, State::far_, State::first_time, State::noise_, State::unit_range;
   using State::kCast, State::kMaxSegments, State::kTape, State::lane_bytes_, State::lanes_, State::layout_,
-      State::plan_;
+      State::plan_, State::whole_;
   using State::recompute_, State::seq_, State::steps_, State::time, State::zero_;
 
  public:
@@ -42,7 +44,7 @@ class Backward : protected BackwardState<E, C> {
   }
 
  protected:
-  using State::State;
+  using Input::Input;
   void work(int tid, int nt) {
     pack(tid, nt);
     all_.wait(nt);
@@ -109,11 +111,11 @@ class Backward : protected BackwardState<E, C> {
       dir.barrier.wait(share.count);
       keep_boundary(dir, share, lane);
       if (args_.dx.data) input_grad(d, share, lane, dir.dg, C::kSlots * H);
+      if (begin == 0) initial_grads(d, share, lane, i0, i1);
       if (args_.want_weights) weight_grads(d, share, lane, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
-    if (args_.dh0 || args_.dc0) initial_grads(d, share, lane, i0, i1);
     if (args_.want_weights) finish_weights(d, share);
   }
 
@@ -315,69 +317,13 @@ class Backward : protected BackwardState<E, C> {
     const int64_t N = args_.N, S = C::kSlots * args_.H;
     // With rows split a thread has seen only its own rows: the last appearance is found from the list.
     for (int64_t m = lane.list.rows; m-- > 0;) lane.next[lane.list.n[m]] = dir.dg + m * S;
+    if (whole_) return;
     for (int64_t n = 0; n < N; n++) {
       if (!lane.next[n] || lane.next[n] == dir.carry + n * S) continue;
       if (n >= N * share.id / share.count && n < N * (share.id + 1) / share.count)
         std::memcpy(dir.carry + n * S, lane.next[n], S * sizeof(T));
       lane.next[n] = dir.carry + n * S;
     }
-  }
-
-  // dx of the chunk's rows from their gate gradients dg, `stride` elements a row.
-  void input_grad(int d, const Share& share, Lane& lane, const T* dg, int64_t stride) {
-    Direction& dir = dir_[d];
-    const int64_t G = gates_ * args_.H, M = lane.list.rows;
-    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
-    for (int64_t m = 0; m < M; m++) lane.a_rows[m] = dg + m * stride;
-    if (direct_) return direct_input_grad(d, share, lane);
-    const int64_t kRows = 16 * kMaxRows;
-    for (int64_t from = m0; from < m1; from += kRows) {
-      const int64_t to = imin(m1, from + kRows);
-      for (int64_t b = 0; b < ih_.blocks; b++) {
-        const int nv = ih_.vectors(b), units = ih_.units(b);
-        const int64_t cols = ih_.columns(b), u0 = ih_.first(b);
-        row_blocks(to - from, nv, [&](int64_t first, int r) {
-          const int64_t m = from + first;
-          tile_for<E>(r, nv)(lane.a_rows + m, dir.w_ih + ih_.stream(b, G), G, nullptr, 0, lane.tile, cols);
-          for (int q = 0; q < r; q++) {
-            const T* src = lane.tile + q * cols;
-            if (d == 0)
-              convert_row(static_cast<IO*>(lane.dx[m + q]) + u0, src, units);
-            else
-              convert_row(static_cast<T*>(lane.dx[m + q]) + u0, src, units);
-          }
-        });
-      }
-    }
-  }
-
-  void direct_input_grad(int d, const Share& share, Lane& lane) {
-    Direction& dir = dir_[d];
-    const int64_t I = args_.I, M = lane.list.rows;
-    const int64_t c0 = first_column(I, share.id, share.count);
-    const int64_t c1 = first_column(I, share.id + 1, share.count);
-    const auto* w = static_cast<const IO*>(args_.weights[d].w_ih);
-    direct_product<E>(lane.a_rows, M, w, I, gates_ * args_.H, c0, c1, dir.dx_row, I, false);
-    for (int64_t m = 0; m < M; m++) {
-      const T* src = dir.dx_row + m * I + c0;
-      if (d == 0)
-        convert_row(static_cast<IO*>(lane.dx[m]) + c0, src, c1 - c0);
-      else
-        convert_row(static_cast<T*>(lane.dx[m]) + c0, src, c1 - c0);
-    }
-  }
-
-  void add_second_dx(int tid, int nt) {
-    const int64_t I = args_.I, T0 = args_.T * tid / nt, T1 = args_.T * (tid + 1) / nt;
-    for (int64_t t = T0; t < T1; t++)
-      for (int64_t n = 0; n < seq_.count(t); n++) {
-        if (!seq_.alive(t, n)) continue;
-        IO* dst = seq_.template at<IO>(args_.dx, t, n);
-        const T* src = dir_[1].dx + seq_.index(t, n) * I;
-        each_vector<V>(static_cast<int>(I), [&](int u, int w) {
-          store_as<V>(dst + u, load_as<V>(dst + u, w) + load_as<V>(src + u, w), w);
-        });
-      }
   }
 
   void weight_grads(int d, const Share& share, Lane& lane, bool add) {
@@ -419,6 +365,7 @@ class Backward : protected BackwardState<E, C> {
 
   // dh0 and dc0 of rows [i0, i1): one more step of the recurrent matmul, cut where the first step resets.
   void initial_grads(int d, const Share& share, Lane& lane, int64_t i0, int64_t i1) {
+    if (!args_.dh0 && !args_.dc0) return;
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H;
     const T* zero = reinterpret_cast<const T*>(zero_);
@@ -462,7 +409,7 @@ class Backward : protected BackwardState<E, C> {
     const auto* w = static_cast<const IO*>(args_.weights[d].w_hh);
     bool add = false;
     for (const auto& piece : C::kPieces) {
-      for (int64_t n = 0; n < N; n++) lane.a_rows[n] = dir.carry + n * C::kSlots * H + piece[0] * H;
+      for (int64_t n = 0; n < N; n++) lane.a_rows[n] = lane.next[n] + piece[0] * H;
       direct_product<E>(lane.a_rows, N, w + piece[1] * H * O, O, piece[2] * H, c0, c1, dir.dh_row, O, add);
       add = true;
     }

@@ -12,6 +12,9 @@ namespace FASTRNN_ISA {
 
 constexpr int64_t kGradRows = 512;
 
+// From this size on weight_ih is packed a few blocks at a time, as many as stay in L2, where each thread has some.
+constexpr int64_t kStreamBytes = 1 << 20, kStreamBlocks = 4, kRunBytes = 512 << 10;
+
 template <class E, class C>
 struct BackwardState {
   using T = typename E::T;
@@ -32,6 +35,7 @@ struct BackwardState {
     void** dx;
     MaskBits<E> masks;
     UnitRange units;
+    T* panels;  // of the blocks of weight_ih in use, where they are packed when their turn comes
     Lane(Arena& a, const BackwardState& b)
         : list(a, b.steps_, b.args_.N),
           next(a.take<const T*>(b.args_.N)),
@@ -43,16 +47,18 @@ struct BackwardState {
           h_prev(a.take<const IO*>(b.steps_ * b.args_.N)),
           h_in(b.noise_.state() ? a.take<const IO*>(b.steps_ * b.args_.N) : h_prev),
           dx(a.take<void*>(b.steps_ * b.args_.N)),
-          masks(a, b.noise_, b.args_.N) {}
+          masks(a, b.noise_, b.args_.N),
+          panels(b.stream_ ? a.take<T>(b.stream_ * b.ih_.columns(0) * b.gates_ * b.args_.H) : nullptr) {}
   };
   struct Direction {
     char* gates = nullptr;  // forward packing, only to recompute
     T *w_hh = nullptr, *w_ih = nullptr, *w_hr = nullptr;
-    T *dg, *carry, *c0 = nullptr, *dc = nullptr, *dh, *dh_rows = nullptr, *mid = nullptr;
+    T *dg, *carry = nullptr, *c0 = nullptr, *dc = nullptr, *dh, *dh_rows = nullptr, *mid = nullptr;
     T *x_cast = nullptr, *h_cast = nullptr, *dx = nullptr;
     IO* h_in = nullptr;
     T *d_ih = nullptr, *d_hh = nullptr, *d_hr = nullptr, *sums = nullptr;
-    T *dx_row = nullptr, *dh_row = nullptr;  // what a product with unpacked weights makes
+    T *dx_row = nullptr,
+      *dh_row = nullptr;  // what a product with unpacked weights makes, before it is rounded
     T *outer = nullptr, *operand[3] = {};
     Barrier barrier;
   };
@@ -62,13 +68,15 @@ struct BackwardState {
   const PackedLayout<E> layout_;
   const Sequence seq_;
   const int gates_;
-  const int64_t steps_;
+  const int64_t steps_;  // of a chunk
+  const bool whole_;     // one chunk: weight gradients come when the weights have served
   const MaskPlan<T> noise_;
   const bool recompute_;
   const bool carry_h_;  // h_{t-1} has gradients beside the matmul's
   const bool far_;      // the tape lies beyond L2: asked for ahead
   const bool direct_;   // one step of few rows: every weight is used once at most, and not packed
   Panels<E> hh_, ih_, hr_;
+  const int64_t stream_;  // blocks of weight_ih that are packed at a time, or 0: all at the start
   char* zero_;
   Direction dir_[2];
   Arena lanes_;
@@ -81,7 +89,8 @@ struct BackwardState {
         layout_(args),
         seq_(args, arena),
         gates_(gate_count(args.cell)),
-        steps_(imin(args.T, imax(1, kGradRows / args.N))),
+        steps_(even_steps(args.T, imax(1, kGradRows / args.N))),
+        whole_(steps_ >= args.T),
         noise_(args, C::kTwoStage),
         recompute_(!args.gates && (C::kTape > 0 || args.noise.mixes())),
         carry_h_(C::kCarryH || noise_.zones_h()),
@@ -89,7 +98,8 @@ struct BackwardState {
         direct_(args.T == 1 && args.N <= kDirectRows && !args.projected && !C::kTwoStage),
         hh_(1, args.O, block_vectors(args.O)),
         ih_(1, args.I, kNarrow),
-        hr_(1, args.H, block_vectors(args.H)) {
+        hr_(1, args.H, block_vectors(args.H)),
+        stream_(blocks_at_once()) {
     const int64_t N = args.N, H = args.H, O = args.O, I = args.I;
     const int64_t M = steps_ * N, G = gates_ * H, S = C::kSlots * H;
     // Pointers are null while sizes are added up: conditions below must not test them.
@@ -100,16 +110,29 @@ struct BackwardState {
     for (int d = 0; d < args.directions; d++) {
       Direction& r = dir_[d];
       if (recompute_) r.gates = arena.take<char>(layout_.bytes);
+      if (args.want_weights) {
+        r.sums = arena.take<T>(S);
+        r.d_ih = kCast ? arena.take<T>(G * I) : static_cast<T*>(args.grads[d].w_ih);
+        r.d_hh = kCast ? arena.take<T>(G * O) : static_cast<T*>(args.grads[d].w_hh);
+        if (args.projected) r.d_hr = kCast ? arena.take<T>(O * H) : static_cast<T*>(args.grads[d].w_hr);
+        const int64_t K = imin(kOuterK, M);
+        r.outer = arena.take<T>(outer_elements(plan_.threads, K));
+        const int64_t widths[3] = {I, O, has_mid ? H : 0};
+        for (int o = 0; o < 3; o++) r.operand[o] = arena.take<T>((widths[o] + kMaxVectors * E::W) * K);
+      }
+      auto packed = [&](const Panels<E>& p, int64_t K, T* gradient) {
+        return in_gradient(p) ? gradient : arena.take<T>(p.elements(K));
+      };
       if (direct_) {
         r.dh_row = arena.take<T>(N * O);
-        r.dx_row = arena.take<T>(N * I);
+        if (kCast) r.dx_row = arena.take<T>(N * I);
       } else {
-        r.w_hh = arena.take<T>(hh_.elements(G));
-        if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(G));
+        r.w_hh = packed(hh_, G, r.d_hh);
+        if (args.dx.data && !stream_) r.w_ih = packed(ih_, G, r.d_ih);
       }
-      if (args.projected) r.w_hr = arena.take<T>(hr_.elements(O));
+      if (args.projected) r.w_hr = packed(hr_, O, r.d_hr);
       r.dg = arena.take<T>(M * S);
-      r.carry = arena.take<T>(N * S);
+      if (!whole_) r.carry = arena.take<T>(N * S);
       r.dh = arena.take<T>(N * O);
       if (C::kCellState) r.dc = arena.take<T>(N * H);
       if (C::kCellState && kCast) r.c0 = arena.take<T>(N * H);
@@ -122,17 +145,6 @@ struct BackwardState {
       }
       // The second direction's dx is added when both are complete; a 16-bit dx is accumulated in T.
       if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
-      if (args.want_weights) {
-        r.sums = arena.take<T>(S);
-        r.d_ih = kCast ? arena.take<T>(G * I) : static_cast<T*>(args.grads[d].w_ih);
-        r.d_hh = kCast ? arena.take<T>(G * O) : static_cast<T*>(args.grads[d].w_hh);
-        if (args.projected) r.d_hr = kCast ? arena.take<T>(O * H) : static_cast<T*>(args.grads[d].w_hr);
-        const int64_t K = imin(kOuterK, M);
-        const int64_t columns = (kWholeRows<C> ? 2 : 1) * S + O + (kMaxSegments + 1) * kOuterRows;
-        r.outer = arena.take<T>(columns * K);
-        const int64_t widths[3] = {I, O, has_mid ? H : 0};
-        for (int o = 0; o < 3; o++) r.operand[o] = arena.take<T>((widths[o] + kMaxVectors * E::W) * K);
-      }
     }
     Arena sizing;
     Lane measure(sizing, *this);
@@ -140,6 +152,16 @@ struct BackwardState {
     lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
   }
 
+  // Chunks of at most `most` steps, as even as can be: their buffers are then no larger than they have to be.
+  static int64_t even_steps(int64_t T, int64_t most) { return ceil_div(T, ceil_div(T, most)); }
+  // Whether a packed matrix lies where its gradient will be: as large as that, and not needed again.
+  bool in_gradient(const Panels<E>& p) const { return whole_ && args_.want_weights && p.total() == p.width; }
+  int64_t blocks_at_once() const {
+    const int64_t block = ih_.columns(0) * gates_ * args_.H * sizeof(T);
+    if (!args_.dx.data || direct_ || in_gradient(ih_)) return 0;
+    if (ih_.blocks * block < kStreamBytes || ih_.blocks < kStreamBlocks * plan_.threads) return 0;
+    return imax(2, imin(8, kRunBytes / block));
+  }
   // Threads that divide a narrow matrix get half-width blocks, else some would have none.
   int block_vectors(int64_t width) const { return plan_.units && width <= 8 * E::W ? 2 : kNarrow; }
   int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }

@@ -111,7 +111,7 @@ class BnLstmBackward {
       if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
       if (args.want_weights) {
         const int64_t K = imin(kOuterK, M);
-        r.outer = arena.take<T>((2 * G + 2 * kOuterRows) * K);
+        r.outer = arena.take<T>(outer_elements(plan_.threads, K));
         r.operand[0] = arena.take<T>((I + kBlockColumns<E>)*K);
         r.operand[1] = arena.take<T>((H + kBlockColumns<E>)*K);
       }

@@ -109,11 +109,11 @@ class NormBackward : Backward<E, C> {
       std::memset(sums, 0, own * sizeof(T));
       Base::keep_boundary(dir, share, lane);
       if (args_.dx.data) Base::input_grad(d, share, lane, terms_[d].dx, G_);
+      if (begin == 0) Base::initial_grads(d, share, lane, i0, i1);
       if (args_.want_weights) weight_grads(d, share, lane, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
-    if (args_.dh0 || args_.dc0) Base::initial_grads(d, share, lane, i0, i1);
     if (args_.want_weights && share.id == 0) finish_vectors(d);
   }
 

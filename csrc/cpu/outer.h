@@ -2,8 +2,8 @@
 // share one A (the gate gradients meet the inputs and the previous states).
 //
 // A is repacked into panels of kOuterRows columns ([k][6]), which yields its column sums (the bias
-// gradients) on the way; B into panels of up to kOuterVectors vectors. Every output is one FMA chain per
-// kOuterK rows and the chains are added in the order of the rows, whatever the thread count.
+// gradients) on the way, kOuterRun panels at a time; B into panels of up to kOuterVectors vectors. Every output is one
+// FMA chain per kOuterK rows and the chains are added in the order of the rows, whatever the thread count.
 #pragma once
 #include "sequence.h"
 #include "team.h"
@@ -14,6 +14,7 @@ namespace FASTRNN_ISA {
 constexpr int kOuterVectors = kNarrow;
 constexpr int kOuterRows = max_rows(kOuterVectors);
 constexpr int64_t kOuterK = 512;
+constexpr int64_t kOuterRun = 16;           // panels of A that stay in L2 while all of B passes
 constexpr int64_t kOuterStays = 512 << 10;  // bytes of packed operands that stay in L2
 
 template <class E>
@@ -144,23 +145,26 @@ static void pack_operand(const OuterOperand<E>& o, int64_t b, int64_t k0, int64_
     }
 }
 
-// The chunk's share of all jobs, by a group of `count` threads; `add` is false on the first chunk.
+// Elements of the panels of A that `threads` threads have at a time, in a chunk of `rows`.
+FASTRNN_INLINE int64_t outer_elements(int threads, int64_t rows) {
+  return threads * kOuterRun * kOuterRows * imin(kOuterK, rows);
+}
+
+// The chunk's share of all jobs, by a group of `count` threads; `add` is false on the first chunk. Nothing is written to
+// the results before all threads have come here.
 template <class E>
 static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOperand<E>* operands,
                            int operand_count, int64_t rows, typename E::T* panels, bool add, int id,
                            int count, Barrier& barrier) {
   constexpr int kWide = kOuterVectors * E::W;
-  int64_t total = 0;
+  int64_t total = 0, widths = 0;
   for (int j = 0; j < job_count; j++) total += jobs[j].panels();
+  for (int o = 0; o < operand_count; o++) widths += operands[o].width;
   const int64_t mine0 = total * id / count, mine1 = total * (id + 1) / count;
   for (int64_t k0 = 0; k0 < rows; k0 += kOuterK) {
-    const int64_t K = imin(kOuterK, rows - k0);
-    // Pack: each thread its own panels of A, and a share of every B.
-    int64_t base = 0;
-    for (int j = 0; j < job_count; base += jobs[j].panels(), j++)
-      in_groups(imax(mine0 - base, 0), imin(mine1 - base, jobs[j].panels()), [&](auto group, int64_t p) {
-        pack_outer<E, decltype(group)::value>(jobs[j], p, k0, K, panels + (base + p) * K * kOuterRows, add);
-      });
+    const int64_t K = imin(kOuterK, rows - k0), size = K * kOuterRows;
+    typename E::T* own = panels + id * kOuterRun * size;
+    // Each thread packs a share of every B, and its own panels of A as it comes to them.
     for (int o = 0; o < operand_count; o++) {
       const int64_t blocks = ceil_div(operands[o].width, kWide);
       in_groups(blocks * id / count, blocks * (id + 1) / count, [&](auto group, int64_t b) {
@@ -168,29 +172,31 @@ static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOp
       });
     }
     barrier.wait(count);
-    auto tiles = [&](int o, int64_t c, int64_t p0, int64_t p1) {
-      const int n = static_cast<int>(imin(kWide, operands[o].width - c));
-      const int nv = static_cast<int>(ceil_div(n, E::W));
-      int64_t base = 0;
-      for (int j = 0; j < job_count; base += jobs[j].panels(), j++)
-        for (const auto& to : jobs[j].to) {
-          if (to.operand != o) continue;
-          for (int64_t p = imax(p0 - base, 0); p < imin(p1 - base, jobs[j].panels()); p++)
-            outer_any<E>(nv, panels + (base + p) * K * kOuterRows, operands[o].packed + c * K, K,
-                         to.c + p * kOuterRows * to.ldc + c, to.ldc,
-                         static_cast<int>(imin(kOuterRows, jobs[j].columns - p * kOuterRows)), n, add);
-        }
-    };
-    int64_t widths = 0;
-    for (int o = 0; o < operand_count; o++) widths += operands[o].width;
-    if (widths * K * static_cast<int64_t>(sizeof(typename E::T)) <= kOuterStays) {
-      // C is then met once, row after row.
-      for (int64_t p = mine0; p < mine1; p++)
-        for (int o = 0; o < operand_count; o++)
-          for (int64_t c = 0; c < operands[o].width; c += kWide) tiles(o, c, p, p + 1);
-    } else {
-      for (int o = 0; o < operand_count; o++)
-        for (int64_t c = 0; c < operands[o].width; c += kWide) tiles(o, c, mine0, mine1);
+    const bool stays = widths * K * static_cast<int64_t>(sizeof(typename E::T)) <= kOuterStays;
+    int64_t base = 0;
+    for (int j = 0; j < job_count; base += jobs[j].panels(), j++) {
+      const OuterJob<E>& job = jobs[j];
+      const int64_t last = imin(mine1 - base, job.panels());
+      for (int64_t p0 = imax(mine0 - base, 0); p0 < last; p0 += kOuterRun) {
+        const int64_t p1 = imin(last, p0 + kOuterRun);
+        in_groups(p0, p1, [&](auto group, int64_t p) {
+          pack_outer<E, decltype(group)::value>(job, p, k0, K, own + (p - p0) * size, add);
+        });
+        // C is met row after row where B stays in L2; else a block of B stays in L1 while the run's panels pass.
+        const int64_t step = stays ? 1 : p1 - p0;
+        for (int64_t p = p0; p < p1; p += step)
+          for (const auto& to : job.to) {
+            const int64_t width = to.operand < 0 ? 0 : operands[to.operand].width;
+            for (int64_t c = 0; c < width; c += kWide) {
+              const int n = static_cast<int>(imin(kWide, width - c));
+              for (int64_t q = p; q < p + step; q++)
+                outer_any<E>(static_cast<int>(ceil_div(n, E::W)), own + (q - p0) * size,
+                             operands[to.operand].packed + c * K, K, to.c + q * kOuterRows * to.ldc + c,
+                             to.ldc, static_cast<int>(imin(kOuterRows, job.columns - q * kOuterRows)), n,
+                             add);
+            }
+          }
+      }
     }
     barrier.wait(count);
     add = true;

@@ -120,7 +120,7 @@ class RhnBackward {
       if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
       if (!args.want_weights) continue;
       const int64_t K = imin(kOuterK, capacity_);
-      r.outer = arena.take<T>((width_ + kMaxParts * kOuterRows) * K);
+      r.outer = arena.take<T>(outer_elements(plan_.threads, K));
       for (int o = 0; o < operands(true); o++)
         r.operand[o] = arena.take<T>(((o < x_pieces_ ? I : H) + kMaxVectors * E::W) * K);
     }
