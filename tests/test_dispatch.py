@@ -93,9 +93,10 @@ def test_strict_raises_and_names_the_reason(
     module(x, **options)
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "RHN"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "RHN", "BNLSTM"])
 def test_explaining_a_call_that_fails_fails(name: str) -> None:
-    module, x = getattr(fastrnn, name)(3, 4), torch.randn(5, 2, 3)
+    more = {"max_length": 5} if name == "BNLSTM" else {}
+    module, x = getattr(fastrnn, name)(3, 4, **more), torch.randn(5, 2, 3)
     for bad, words in ((x.double(), "type"), (x[..., :2], "Expected 3")):
         for shaped in (bad, bad[:, 0]):
             with pytest.raises((ValueError, RuntimeError), match=words):

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, functional
 from fastrnn.backends import PLANS
-from fastrnn.functional.bnlstm import _problem
+from fastrnn.functional.bnlstm import _check, _problem
 from fastrnn.functional.checks import check_number, check_settings
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
@@ -461,7 +461,10 @@ class BNLSTM(RunningStatistics):
         states = [] if hx is None else self._split(hx)
         tensors = [input, *states, *self.parameters()]
         records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        dtype = dispatch.autocast_dtype(input) or input.dtype
+        half, sequence = dispatch.autocast_dtype(input), self.input_stats == "sequence"
+        _check(input, self._weights(), self._statistics(), self.bias, self.num_layers,
+               2 if self.bidirectional else 1, sequence, half is not None)  # fmt: skip
+        dtype = half or input.dtype
         wide = torch.float32 if dtype.itemsize == 2 else dtype
         over_group = self.training and self.process_group is not None
         problem = _problem(
