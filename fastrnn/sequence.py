@@ -20,6 +20,7 @@ __all__ = [
     "check_batch_sizes",
     "check_lengths",
     "check_reset",
+    "check_tensor",
     "describe",
     "first_of",
     "flip_layout",
@@ -69,8 +70,10 @@ def describe(
     Raises:
         RuntimeError: the sequence length is 0, or the number of dimensions is wrong (as torch.nn),
             or the data are nested or not strided.
+        TypeError: ``data`` or ``batch_sizes`` are no tensors.
         TypeError, ValueError: ``batch_sizes``, ``lengths`` or ``reset`` do not fit the data.
     """
+    check_tensor("input", data)
     if data.is_nested:
         raise RuntimeError(
             "input: got a nested tensor, expected a padded one; with batch_first=True pass "
@@ -82,6 +85,7 @@ def describe(
             "pass input.to_dense()"
         )
     if batch_sizes is not None:
+        check_tensor("batch_sizes", batch_sizes)
         if lengths is not None:
             raise ValueError(
                 "lengths: got it together with a PackedSequence (batch_sizes), which carries its "
@@ -107,6 +111,11 @@ def describe(
     if reset is not None:
         check_reset(reset, (first, second), batch_first, data.device)
     return Batch(steps, size, batch_first, None, lengths, reset)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
@@ -147,9 +156,13 @@ def first_of(batch_sizes: Tensor) -> int:
 
 
 def sized_by(batch: Batch, state: Tensor | None) -> Batch:
-    """The batch with as many sequences as a given state where a traced call of packed data does not
-    know the first of their batch sizes; the operators compare the two when they run."""
-    if state is None or batch.batch_sizes is None or not is_compiling() or state.dim() != 3:
+    """The batch with as many sequences as a given state, which has to be a tensor, where a traced
+    call of packed data does not know the first of their batch sizes; the operators compare the two
+    when they run."""
+    if state is None:
+        return batch
+    check_tensor("hx", state)
+    if batch.batch_sizes is None or not is_compiling() or state.dim() != 3:
         return batch
     return batch._replace(size=state.size(1))
 

@@ -416,6 +416,8 @@ BAD = [
         {"hx": torch.zeros(1, 3, 5)},
     ),
     (RuntimeError, r"not the same dtype", {"hx": H0.double()}),
+    (TypeError, r"hx: got tuple, expected a tensor", {"hx": (H0, H0)}),
+    (TypeError, r"input: got list, expected a tensor", {"input": [[[0.0] * 3]]}),
     (ValueError, r"flat_weights: got 3 tensors, expected 4", {"flat_weights": GRU_W[:3]}),
     (ValueError, r"flat_weights: got 4 tensors, expected 2", {"bias": False}),
     (ValueError, r"expected 4 for each of 2 layers", {"num_layers": 2}),
@@ -465,6 +467,7 @@ BAD_PACKED = [
         r"they add up to 5, but the packed data have 6",
         {"batch_sizes": torch.tensor([2, 2, 1])},
     ),
+    (TypeError, r"batch_sizes: got list, expected a tensor", {"batch_sizes": [2, 2, 2]}),
     (ValueError, r"batch_sizes: they increase", {"batch_sizes": torch.tensor([2, 1, 2, 1])}),
     (ValueError, r"batch_sizes: the last is 0", {"batch_sizes": torch.tensor([2, 2, 2, 0])}),
     (RuntimeError, r"input must have 2 dimensions", {"input": X}),
@@ -482,6 +485,8 @@ def test_bad_packed(kind: type[Exception], message: str, change: dict[str, Any])
 def test_other_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"hx: got Tensor, expected a pair"):
         functional.lstm(X, H0, LSTM_W)
+    with pytest.raises(TypeError, match=r"hx: got NoneType, expected a tensor"):
+        functional.gru_cell(X[0], None, *GRU_W)
     with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 2, 5\)"):
         functional.lstm(X, (H0, torch.zeros(1, 2, 4)), LSTM_W)
     with pytest.raises(ValueError, match=r"nonlinearity: got 'sine'"):

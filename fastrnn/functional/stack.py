@@ -20,7 +20,7 @@ from fastrnn.backends import reference, torch_nn
 from fastrnn.functional.checks import check_layer_norm, check_state, check_weights
 from fastrnn.kinds import KINDS
 from fastrnn.regularisers import NONE, Regularisers, draw_seed, drop_weights, regularisers_of
-from fastrnn.sequence import Batch, describe, flip_layout, sized_by
+from fastrnn.sequence import Batch, check_tensor, describe, flip_layout, sized_by
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -439,6 +439,7 @@ def _run_cell(
         raise ValueError("b_ih, b_hh: got one of the two biases, expected both or neither")
     if input.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions (N, I), got {input.dim()}")
+    check_tensor("hx", h)
     output, h_n, c_n, _ = results = _run(
         cell, input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights,
         b_ih is not None, 1, 0.0, False, False, False, 0, None, None, None, False, False, cache,
@@ -451,7 +452,8 @@ def _run_cell(
 
 
 def _pair(hx: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(hx, Tensor) or len(hx) != 2 or not all(isinstance(t, Tensor) for t in hx):
+    pair = isinstance(hx, (tuple, list)) and len(hx) == 2
+    if not pair or not all(isinstance(t, Tensor) for t in hx):
         raise TypeError(
             f"hx: got {type(hx).__name__}, expected a pair of tensors (h_0, c_0) for an LSTM"
         )
