@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
+from tests.versions import OLD
 
 NAMES = ["LSTM", "GRU", "RNN"]
 CELLS = ["LSTMCell", "GRUCell", "RNNCell"]
@@ -85,6 +86,8 @@ BAD_ARGUMENTS: list[dict[str, Any]] = [
 def test_constructor_errors_are_torchs(name: str, bad: dict[str, Any]) -> None:
     arguments = {"input_size": 3, "hidden_size": 4, **bad}
     theirs = outcome(lambda: getattr(nn, name)(**arguments))
+    if OLD and theirs is None:
+        pytest.skip("torch 2.6 takes it; ours has the errors of newer ones")
     assert theirs is not None
     assert outcome(lambda: getattr(fastrnn, name)(**arguments)) == theirs
 
@@ -183,7 +186,13 @@ def test_call_errors_are_torchs(name: str, batch_first: bool) -> None:
     before = ours(x)[0]
     for label, call in bad_calls(name).items():
         expected = outcome(lambda: call(theirs))  # noqa: B023 - called at once
-        assert outcome(lambda: call(ours)) == expected, label  # noqa: B023
+        found = outcome(lambda: call(ours))  # noqa: B023
+        if OLD and label == "dtype":  # newer ones say how to convert
+            assert found is not None
+            assert expected is not None
+            assert found[0] == expected[0]
+            continue
+        assert found == expected, label
         assert expected is not None or batch_first, label
     assert torch.equal(ours(x)[0], before)
 
