@@ -33,10 +33,20 @@ def _piece(name: str) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(functional, name)(*args, **kwargs)
 
-    return torch.compiler.allow_in_graph(call)
+    return call
 
 
 _PIECES = {name: _piece(name) for name in ("lstm", "gru", "rnn")}
+
+
+def _known_to_dynamo() -> bool:
+    """Runs while dynamo traces: importing fastrnn does not bring in dynamo, and Triton with it."""
+    for piece in _PIECES.values():
+        torch.compiler.allow_in_graph(piece)
+    return True
+
+
+_known_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _tells_export = hasattr(torch.compiler, "is_exporting")  # not before torch 2.7
 
 
@@ -49,6 +59,6 @@ def in_one_piece(name: str, plain: bool) -> Any:
     guards in any case, and on ``use_backend``, which is asked here.
     """
     compiles = plain and is_compiling() and _tells_export and not is_exporting()
-    if compiles and not dispatch._in_force:
+    if compiles and not dispatch._in_force and _known_to_dynamo():
         return _PIECES[name]
     return getattr(functional, name)
