@@ -23,9 +23,6 @@ Layer norm divides by a spread, step after step: a tensor's error is one draw of
   our error and the reference's had the median 1.00, 45 were above 4 and 46 below 1/4: luck on
   either side. So ``same`` is there the worst of four draws: the reference, and three times with
   its inputs moved by at most a spacing.
-A float32 tensor of few values (below FEW) is one draw likewise: a bias's gradient is a sum over
-  all steps and rows, and where it has four entries ``same`` may be exact in all of them. It, too,
-  is measured against the worst of four draws.
 Formats. The CUDA kernels multiply float32 in a format that torch has no dtype for: operands are
   rounded and sums are not, as with 16 bits, so K and FLOOR are those of the 16-bit types and eps is
   the format's; ``same`` is the float32 reference on rounded weights (tests/formats.py).
@@ -40,7 +37,6 @@ from torch import Tensor
 
 K = {torch.float64: 0.0, torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 FLOOR = {torch.float64: 512.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
-FEW = 16
 FORMATS = {"tf32": 2.0**-10, "bf16x3": 2.0**-16}  # the spacing of numbers at 1
 
 
