@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from fastrnn.backends import cpu
 from fastrnn.bf16 import BF16_CELLS, bf16_allowed, bf16_pays
 
 
 class Handover(NamedTuple):
-    """A box of shapes, ends included, in which torch's own kernel was measured faster."""
+    """A box of shapes, ends included, in which torch's own kernel was measured faster; ``vendor``:
+    on whose CPUs only, since torch's products are of MKL, which does less with AMD's AVX-512."""
 
     dtype: torch.dtype
     training: bool
@@ -20,6 +22,7 @@ class Handover(NamedTuple):
     measured: str
     needs_amx: bool = False
     needs_avx512: bool = False
+    vendor: str = ""
 
     def covers(
         self, dtype: torch.dtype, training: bool, steps: int, batch: int, hidden: int
@@ -32,12 +35,14 @@ class Handover(NamedTuple):
             and self.hidden[0] <= hidden <= self.hidden[1]
             and (_AMX or not self.needs_amx)
             and (_AVX512 or not self.needs_avx512)
+            and self.vendor in ("", _VENDOR)
         )
 
 
 _ANY = (0, 1 << 62)
 _AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 _AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_VENDOR = cpu.vendor()
 _RESULTS = "benchmarks/results/intel-xeon-family-6-model-167/full.json"
 
 # Cell -> boxes. Filled from measurements, never by guess.
@@ -52,18 +57,21 @@ HANDOVER: dict[str, tuple[Handover, ...]] = {
             torch.float32, False, (8, _ANY[1]), (16, 64), (448, 768),
             f"oneDNN with AVX-512 is 1.05 to 1.13 times faster, {_RESULTS}",
             needs_avx512=True,  # with AVX2 ours is ahead, docs/cpu-kernels.md
+            vendor="intel",
         ),
     ),
     "gru": (
         Handover(
             torch.float32, True, (1, 1), _ANY, (448, _ANY[1]),
             "one training step is bound by memory, torch's own is up to 1.4 times faster",
+            vendor="intel",
         ),
     ),
     "rnn_tanh": (
         Handover(
             torch.float32, True, (1, 1), _ANY, (129, _ANY[1]),
             "one training step is bound by memory and calls, torch's own is up to 1.5 times faster",
+            vendor="intel",
         ),
     ),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import fastrnn
 from fastrnn import backends, dispatch
 from fastrnn import handover as handover_data
+from fastrnn.backends import cpu
 from fastrnn.sequence import describe
 from tests.tolerances import assert_close_by_rule
 
@@ -198,8 +199,9 @@ def test_the_ends_of_a_box_belong_to_it() -> None:
     assert not box.covers(torch.float64, False, *inside[0])
 
 
-def test_rows_of_a_cell_and_gradients_of_a_state_count() -> None:
+def test_rows_of_a_cell_and_gradients_of_a_state_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of many rows, and one training step, are boxes of fastrnn.handover."""
+    monkeypatch.setattr(handover_data, "_VENDOR", "intel")
     x = torch.randn(5, 4)
     assert fastrnn.explain(fastrnn.RNNCell(4, 130), x).backend == "torch"
     assert fastrnn.explain(fastrnn.RNN(4, 130), x[None]).backend == "torch"
@@ -207,6 +209,14 @@ def test_rows_of_a_cell_and_gradients_of_a_state_count() -> None:
     h = torch.zeros(1, 2, 448, requires_grad=True)
     assert fastrnn.explain(module, x).backend == "cpu"
     assert fastrnn.explain(module, x, h).backend == "torch"
+
+
+def test_a_box_of_one_makers_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    box = handover_data.Handover(torch.float32, False, (1, 9), (1, 9), (1, 9), "", vendor="intel")
+    for vendor in ("intel", "amd", ""):
+        monkeypatch.setattr(handover_data, "_VENDOR", vendor)
+        assert box.covers(torch.float32, False, 5, 5, 5) == (vendor == "intel")
+    assert cpu.vendor() in ("amd", "intel", "")
 
 
 @pytest.mark.usefixtures("handover")
@@ -283,6 +293,7 @@ def test_lstm_inference_with_bf16_weights_is_not_handed_over(
 ) -> None:
     """The box was measured against our float32; AVX-512 and the switch are forced here."""
     monkeypatch.setattr(handover_data, "_AVX512", True)
+    monkeypatch.setattr(handover_data, "_VENDOR", "intel")
     module, x = fastrnn.LSTM(4, 448), torch.randn(8, 16, 4)
     with torch.no_grad():
         assert fastrnn.explain(module, x).backend == "torch"

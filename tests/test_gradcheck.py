@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from tests.tolerances import assert_close_by_rule
+from tests.tolerances import assert_close_by_rule, moved_values, worst_of
 
 T, N, I, H = 3, 2, 2, 3
 LENGTHS = torch.tensor([2, 3])
@@ -131,14 +131,22 @@ def test_double_backward_in_float32(name: str, options: str) -> None:
     checked = make(name, options, torch.float32)
     got = penalty_gradients(checked, checked.inputs)
     with fastrnn.use_backend("reference"):
-        same = penalty_gradients(checked, checked.inputs)
+        draws = [checked.inputs]
+        if "norm" in name:  # of which the rule has the worst of four draws
+            generator = torch.Generator().manual_seed(1)
+            draws += [
+                tuple(moved_values(t.detach(), generator).requires_grad_() for t in checked.inputs)
+                for _ in range(3)
+            ]
+        runs = [penalty_gradients(checked, inputs) for inputs in draws]
         checked.module.double()
         wide = tuple(t.detach().double().requires_grad_() for t in checked.inputs)
         ref64 = penalty_gradients(checked, wide)
     for order in (0, 1):
+        truth = dict(enumerate(t.detach() for t in ref64[order]))
+        same = worst_of([dict(enumerate(run[order])) for run in runs], truth)
         for i, value in enumerate(got[order]):
-            label = f"order {order + 1}, input {i}"
-            assert_close_by_rule(label, value, ref64[order][i], same[order][i])
+            assert_close_by_rule(f"order {order + 1}, input {i}", value, truth[i], same[i])
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../cpu/layer.h"
+#include "../cpu/pages.h"
 #include "../cpu/team.h"
 #include "args.h"
 
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("version") = FASTRNN_VERSION;
   bind_bnlstm(m);
   m.def("isa", [] { return kernels().isa; });
+  m.def("cpu_vendor", &cpu_vendor);
   m.def("isas", [] {
     py::list out;
     for (const char* const* n = available_isas(); *n; n++) out.append(py::str(*n));
@@ -81,6 +83,8 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     kernels().backward(a);
   });
+  m.def("prefer_huge_pages",
+        [](intptr_t data, size_t bytes) { prefer_huge_pages(reinterpret_cast<const void*>(data), bytes); });
   m.def("random", [](intptr_t seed, uint32_t stream, uint64_t threshold, int64_t T, int64_t N, int64_t units,
                      int threads, intptr_t words, intptr_t keep) {
     const RandomArgs a{*reinterpret_cast<const uint64_t*>(seed), stream, threshold, T, N, units, threads};

@@ -3,7 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include "../cpu/pages.h"
 #include "fields.h"
 
 namespace py = pybind11;
@@ -113,26 +112,19 @@ void bind_rhn(py::module_& m) {
   m.def("rhn_forward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
     return kernels().rhn->forward_workspace(forward_args(problem, tensors));
   });
-  // The last fields: sizes of the buffers that are written first here, for advice on their pages.
-  m.def("rhn_forward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace,
-                          size_t workspace_bytes, size_t tape_bytes) {
+  m.def("rhn_forward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
     RhnForwardArgs a = forward_args(problem, tensors);
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
-    prefer_huge_pages(a.workspace, workspace_bytes);
-    prefer_huge_pages(a.tape, tape_bytes);
     kernels().rhn->forward(a);
   });
   m.def("rhn_backward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
     return kernels().rhn->backward_workspace(backward_args(problem, tensors));
   });
-  m.def("rhn_backward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace,
-                           size_t workspace_bytes, size_t w_hh_bytes) {
+  m.def("rhn_backward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
     RhnBackwardArgs a = backward_args(problem, tensors);
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
-    prefer_huge_pages(a.workspace, workspace_bytes);
-    for (int d = 0; d < a.directions; d++) prefer_huge_pages(a.grads[d].w_hh, w_hh_bytes);
     kernels().rhn->backward(a);
   });
 }

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <memory>
 
+#include "../cpu/pages.h"
 #include "../cpu/team.h"
 #include "args.h"
 
@@ -161,6 +162,7 @@ class Scratch {
     if (bytes > (records ? kKept / 4 : kKept)) {
       own_.reset(new char[bytes + kLine]);
       from = own_.get();
+      prefer_huge_pages(from, bytes);
     } else if (bytes > kept.bytes) {
       kept = {};
       kept.data.reset(from = new char[bytes + kLine]);

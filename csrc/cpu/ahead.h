@@ -1,6 +1,6 @@
 // The micro-kernel with a prefetch stream woven in, for weights that no L2 can hold: while a tile works on one
-// panel, lines of a coming one are asked for at an even pace. In a burst between tiles (prefetch_part) they fill the
-// line buffers, and the arithmetic waits for memory that it could have overlapped.
+// panel, lines of a coming one are asked for at an even pace. In a burst between tiles they fill the line buffers, and the
+// arithmetic waits for memory that it could have overlapped.
 #pragma once
 #include "pack.h"
 
@@ -47,8 +47,9 @@ template <class E>
 using AheadFn = void (*)(const typename E::A* const*, const typename E::A*, int64_t, const typename E::T*,
                          int64_t, typename E::T*, int64_t, const char*, int64_t);
 
-// row_blocks() of at least this many rows are never smaller than kLeastRows.
-constexpr int64_t kAheadRows = 8;
+// row_blocks() of at least this many rows are never smaller than kLeastRows. With 32 registers fewer rows than these outrun memory
+// with the hardware's own prefetches as well.
+constexpr int64_t kAheadRows = kRegisters == 32 ? 16 : 8, kAheadBytes = 1 << 20;
 constexpr int kLeastRows = kRegisters == 32 ? 4 : 2;
 
 template <class E, int R, int NV>
@@ -94,23 +95,45 @@ FASTRNN_INLINE void multiply_ahead(const typename E::A* const* rows, int r, cons
                       reinterpret_cast<const char*>(coming) + first * 64, last - first);
 }
 
-// What a sweep over panels will need next, if it is to be woven in here: a panel that `count` rows share the fetching of.
+// What a sweep over panels will need next, if it is worth asking for: a panel that `count` rows share the fetching of.
 template <class E>
 struct Coming {
   const typename E::A* panel = nullptr;
   int64_t elements = 0, count = 0;
 };
 
-// Rows [m, m + r) times one panel, as tile(), with what is coming.
+// Whether `count` rows that meet panels [b0, b1) of a matrix of K rows ask for each before its turn: where a panel serves several
+// tiles and they cannot all stay in L2.
+template <class E>
+FASTRNN_INLINE bool asks_ahead(const Panels<E>& p, int64_t b0, int64_t b1, int64_t K, int64_t count) {
+  return count >= kAheadRows && b1 > b0 &&
+         (p.offset(b1 - 1) - p.offset(b0)) * K * int64_t(sizeof(typename E::A)) >= kAheadBytes;
+}
+
+// Rows [m, m + r) times one panel, as tile(), with what is coming; `rows`: from m on.
 template <class E>
 FASTRNN_INLINE void multiply_tile(const Coming<E>& coming, int64_t m, const typename E::A* const* rows, int r,
                                   const typename E::A* b, int64_t K, int nv, const typename E::T* init,
                                   int64_t init_stride, typename E::T* out, int64_t out_stride) {
-  if (kRegisters == 16 && coming.panel)
-    multiply_ahead<E>(rows + m, r, b, K, nv, init, init_stride, out, out_stride, coming.panel,
-                      coming.elements, m, coming.count);
+  if (coming.panel)
+    multiply_ahead<E>(rows, r, b, K, nv, init, init_stride, out, out_stride, coming.panel, coming.elements, m,
+                      coming.count);
   else
-    tile_for<E>(r, nv)(rows + m, b, K, init, init_stride, out, out_stride);
+    tile_for<E>(r, nv)(rows, b, K, init, init_stride, out, out_stride);
+}
+
+// r rows, from m on, times rows [k0, k0 + k) of n blocks from b on, packed with K rows: densely into `out`, a block after the other.
+template <class E>
+FASTRNN_INLINE void multiply_blocks(const Panels<E>& p, const typename E::A* w, int64_t K, int64_t b, int n,
+                                    const typename E::A* const* rows, int r, int64_t k0, int64_t k,
+                                    const typename E::T* init, typename E::T* out, const Coming<E>& coming,
+                                    int64_t m) {
+  const int64_t cols = p.columns(b);
+  const auto* at = w + p.stream(b, K, k0);
+  if (n == 1)
+    multiply_tile<E>(coming, m, rows, r, at, k, p.vectors(b), init, cols, out, cols);
+  else
+    multiply_panels<E>(n, rows, r, at, k, K, p.vectors(b), init, cols, r * cols, out, cols, r * cols);
 }
 
 }  // namespace FASTRNN_ISA

@@ -238,10 +238,10 @@ class Backward : protected BackwardInput<E, C> {
     gather(d, lane, begin + i, first, count);
     sweep(
         split_units, share, hh_, dir.w_hh, gates_ * H, count, i, lane,
-        [&](int64_t b, int panels, int64_t m, int r) {
+        [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
           for (int q = 0; far_ && q < panels * r; q++)
             prefetch_row<E, C>(lane.rows[m + q % r], hh_.first(b + q / r), hh_.units(b + q / r), H);
-          state_product(dir, lane, b, panels, m, r);
+          state_product(dir, lane, b, panels, m, r, coming);
         },
         [&](int64_t b, int64_t m, const T* acc) { finish(0, lane, m, acc, hh_, b); });
     if (args_.projected || C::kTwoStage) {
@@ -251,11 +251,11 @@ class Backward : protected BackwardInput<E, C> {
       const int64_t K = args_.projected ? args_.O : gates_ * H, k0 = args_.projected ? 0 : 2 * H;
       sweep(
           split_units, share, p, w, K, count, i, lane,
-          [&](int64_t b, int panels, int64_t m, int r) {
+          [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
             const T* a[kMaxRows];
             for (int q = 0; q < r; q++)
               a[q] = args_.projected ? lane.rows[m + q].dh : lane.rows[m + q].dg + 2 * H;
-            multiply_blocks(p, w, K, b, panels, a, r, k0, K - k0, nullptr, lane.tile);
+            multiply_blocks(p, w, K, b, panels, a, r, k0, K - k0, nullptr, lane.tile, coming, m);
           },
           [&](int64_t b, int64_t m, const T* acc) { finish(1, lane, m, acc, p, b); });
     }
@@ -273,7 +273,8 @@ class Backward : protected BackwardInput<E, C> {
   }
 
   // Gate gradients of lane.a_rows[m .. m + r) times blocks [b, b + panels) of weight_hh, into lane.tile.
-  void state_product(const Direction& dir, Lane& lane, int64_t b, int panels, int64_t m, int r) const {
+  void state_product(const Direction& dir, Lane& lane, int64_t b, int panels, int64_t m, int r,
+                     const Coming<E>& coming) const {
     const int64_t H = args_.H;
     const T* const zero = reinterpret_cast<const T*>(zero_);
     if (std::all_of(lane.a_rows + m, lane.a_rows + m + r, [&](const T* a) { return a == zero; })) {
@@ -287,26 +288,25 @@ class Backward : protected BackwardInput<E, C> {
         a[q] = lane.a_rows[m + q];
         if (a[q] != zero) a[q] += piece[0] * H;
       }
-      multiply_blocks(hh_, dir.w_hh, gates_ * H, b, panels, a, r, piece[1] * H, piece[2] * H, init,
-                      lane.tile);
+      multiply_blocks(hh_, dir.w_hh, gates_ * H, b, panels, a, r, piece[1] * H, piece[2] * H, init, lane.tile,
+                      init ? Coming<E>{} : coming, m);
       init = lane.tile;
     }
   }
 
-  // Over this thread's blocks, back and forth: multiply(block, blocks, first row, rows) into lane.tile, then use(block, row, its part).
+  // Over this thread's blocks, back and forth: multiply(block, blocks, first row, rows, what is coming) into lane.tile, then use(block, row, its part).
   template <class M, class F>
   void sweep(bool split_units, const Share& share, const Panels<E>& p, const T* w, int64_t K, int64_t count,
              int64_t i, Lane& lane, M&& multiply, F&& use) {
     const int64_t b0 = split_units ? p.blocks * share.id / share.count : 0;
     const int64_t b1 = split_units ? p.blocks * (share.id + 1) / share.count : p.blocks;
-    const bool ahead = b1 > b0 && count >= kPrefetchRows &&
-                       (p.offset(b1 - 1) - p.offset(b0)) * K * sizeof(T) >= kPrefetchBytes;
+    const bool ahead = asks_ahead(p, b0, b1, K, count);
     panel_runs(p, b0, b1, i % 2, count, [&](int64_t b, int panels) {
       const int64_t next = i % 2 ? b - 1 : b + panels, cols = p.columns(b);
       const T* coming = ahead && next >= b0 && next < b1 ? w + p.stream(next, K) : nullptr;
+      const Coming<E> next_panel{coming, coming ? p.columns(next) * K : 0, count};
       row_blocks(count, p.vectors(b), [&](int64_t m, int r) {
-        if (coming) prefetch_part(coming, p.columns(next) * K * sizeof(T), m, m + r, count);
-        multiply(b, panels, m, r);
+        multiply(b, panels, m, r, next_panel);
         for (int q = 0; q < panels * r; q++) use(b + q / r, m + q % r, lane.tile + q * cols);
       });
     });
@@ -381,7 +381,7 @@ class Backward : protected BackwardInput<E, C> {
     for (int64_t b = 0; b < hh_.blocks; b++) {
       row_blocks(i1 - i0, hh_.vectors(b), [&](int64_t first, int r) {
         const int64_t n = i0 + first;
-        state_product(dir, lane, b, 1, n, r);
+        state_product(dir, lane, b, 1, n, r, {});
         for (int q = 0; q < r; q++)
           put_initial_grad(d, lane, n + q, hh_.first(b), hh_.units(b), lane.tile + q * hh_.columns(b));
       });
@@ -393,7 +393,7 @@ class Backward : protected BackwardInput<E, C> {
   void put_initial_grad(int d, const Lane& lane, int64_t n, int64_t u0, int64_t width, const T* product) {
     IO* dh0 = static_cast<IO*>(args_.dh0) + (d * args_.N + n) * args_.O + u0;
     const bool carry = carry_h_ && !cut_at_start(d, n);
-    each_vector<V>(static_cast<int>(width), [&](int u, int w) {
+    each_vector<V>(static_cast<int>(width), [&](int u, auto w) {
       V v = load_as<V>(product + u, w);
       if (noise_.state()) v = v * MaskRows<E>{noise_, lane.masks.rows + n}.state(0, u0 + u);
       if (carry) v = v + load_as<V>(dir_[d].dh + n * args_.O + u0 + u, w);

@@ -85,7 +85,7 @@ class BackwardInput : protected BackwardState<E, C> {
         if (!seq_.alive(t, n)) continue;
         IO* dst = seq_.template at<IO>(args_.dx, t, n);
         const T* src = dir_[1].dx + seq_.index(t, n) * I;
-        each_vector<V>(static_cast<int>(I), [&](int u, int w) {
+        each_vector<V>(static_cast<int>(I), [&](int u, auto w) {
           store_as<V>(dst + u, load_as<V>(dst + u, w) + load_as<V>(src + u, w), w);
         });
       }

@@ -1,5 +1,6 @@
 // What a backward call holds: its plan, where its buffers lie in the workspace, and what each thread owns.
 #pragma once
+#include "ahead.h"
 #include "cells_cpu_backward.h"
 #include "direct.h"
 #include "norm.h"

@@ -6,6 +6,7 @@
 // recurrent and of the input term stay in cache until they meet the weights and the operands.
 // Where all steps share the input term's statistics its gradient waits for the last step.
 #pragma once
+#include "ahead.h"
 #include "bnlstm_gradients.h"
 #include "outer.h"
 #include "plan.h"
@@ -268,17 +269,16 @@ class BnLstmBackward {
     Direction& dir = dir_[d];
     const int64_t G = 4 * args_.H, count = lane.list.count(i);
     gather(d, lane, begin, i, lane.a_rows);
-    const bool ahead = b1 > b0 && count >= kPrefetchRows &&
-                       (hh_.offset(b1 - 1) - hh_.offset(b0)) * G * sizeof(T) >= kPrefetchBytes;
+    const bool ahead = asks_ahead(hh_, b0, b1, G, count);
     const int64_t first = steps_of_.start[begin] + lane.list.start[i];
     for (int64_t k = b0; k < b1; k++) {
       const int64_t b = i % 2 ? b1 - 1 - (k - b0) : k, next = i % 2 ? b - 1 : b + 1;
       const int64_t cols = hh_.columns(b);
       const T* coming = ahead && k + 1 < b1 ? dir.w_hh + hh_.stream(next, G) : nullptr;
+      const Coming<E> next_panel{coming, coming ? hh_.columns(next) * G : 0, count};
       row_blocks(count, hh_.vectors(b), [&](int64_t m, int r) {
-        if (coming) prefetch_part(coming, hh_.columns(next) * G * sizeof(T), m, m + r, count);
-        tile_for<E>(r, hh_.vectors(b))(lane.a_rows + m, dir.w_hh + hh_.stream(b, G), G, nullptr, 0,
-                                       lane.dh + m * cols, cols);
+        multiply_tile<E>(next_panel, m, lane.a_rows + m, r, dir.w_hh + hh_.stream(b, G), G, hh_.vectors(b),
+                         nullptr, 0, lane.dh + m * cols, cols);
       });
       for (int64_t u = 0; u < hh_.units(b); u += grad_.blocks.unit)
         grad_.block(d, lane.scratch, lane.rows, dir.sum, begin + i, count, first,
@@ -319,7 +319,7 @@ class BnLstmBackward {
         if (!seq_.alive(t, n)) continue;
         T* dst = seq_.template at<T>(args_.dx, t, n);
         const T* src = dir_[1].dx + seq_.index(t, n) * I;
-        each_vector<V>(static_cast<int>(I), [&](int u, int w) {
+        each_vector<V>(static_cast<int>(I), [&](int u, auto w) {
           store_as<V>(dst + u, load_as<V>(dst + u, w) + load_as<V>(src + u, w), w);
         });
       }

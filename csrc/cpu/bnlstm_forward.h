@@ -7,6 +7,7 @@
 // With a tape the normalised terms are written to it in the order of the blocks, so nothing is copied.
 #pragma once
 #include "../cells/bnlstm.h"
+#include "ahead.h"
 #include "bnlstm_columns.h"
 #include "plan.h"
 #include "team.h"
@@ -279,22 +280,21 @@ class BnLstmForward {
     const int64_t s = s0 + i, first = lane.list.start[i], count = lane.list.count(i), H = args_.H;
     gather(d, lane, s, first, count);
     const T* w = reinterpret_cast<const T*>(dir_[d].packed + layout_.stage[0].h);
-    const bool prefetch =
-        count >= kPrefetchRows && own.last > own.first &&
-        (panels_.offset(own.last - 1) - panels_.offset(own.first)) * H * sizeof(T) >= kPrefetchBytes;
+    const bool ahead = asks_ahead(panels_, own.first, own.last, H, count);
     for (int64_t k = own.first; k < own.last; k++) {
       // Every other step walks the blocks backwards: what the last step left in cache comes first.
       const int64_t b = s % 2 ? own.last - 1 - (k - own.first) : k, next = s % 2 ? b - 1 : b + 1;
       const int64_t cols = panels_.columns(b);
       const int nv = panels_.vectors(b);
-      const T* coming = prefetch && k + 1 < own.last ? w + panels_.stream(next, H) : nullptr;
+      const T* coming = ahead && k + 1 < own.last ? w + panels_.stream(next, H) : nullptr;
       T* a = lane.recurrent;
       if (args_.tape)
         a = dir_[d].input + stored_ * (bnlstm_tape_width(H) / 2 + panels_.offset(b)) +
             (steps_of_.start[s0] + first) * cols;
+      const Coming<E> next_panel{coming, coming ? panels_.columns(next) * H : 0, count};
       row_blocks(count, nv, [&](int64_t m, int r) {
-        if (coming) prefetch_part(coming, panels_.columns(next) * H * sizeof(T), m, m + r, count);
-        tile_for<E>(r, nv)(lane.h_rows + m, w + panels_.stream(b, H), H, nullptr, 0, a + m * cols, cols);
+        multiply_tile<E>(next_panel, m, lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, nullptr, 0,
+                         a + m * cols, cols);
       });
       block(d, lane, s, count, b, a, input_at(d, own, lane, b, s0, first));
     }
@@ -302,8 +302,18 @@ class BnLstmForward {
 
   // Statistics, gates and cell of block b: a and x are its recurrent and its normalised input term.
   void block(int d, Lane& lane, int64_t s, int64_t count, int64_t b, T* a, const T* x) {
+    const int n = panels_.units(b);
+    if (n == W)
+      units(d, lane, s, count, b, a, x, std::integral_constant<int, W>{});
+    else
+      units(d, lane, s, count, b, a, x, n);
+  }
+
+  // block() with n units, a constant where the vectors are whole.
+  template <class N>
+  void units(int d, Lane& lane, int64_t s, int64_t count, int64_t b, T* a, const T* x, N n) {
     const int64_t u0 = panels_.first(b), cols = panels_.columns(b), H = args_.H;
-    const int nv = panels_.vectors(b), n = panels_.units(b);
+    const int nv = panels_.vectors(b);
     Columns<E>& columns = *lane.columns;
     if (steps_of_.measured(count))
       columns.measure(nv, a, count, cols);
@@ -322,27 +332,22 @@ class BnLstmForward {
       bias[g] = load_as<V>((w.bias ? static_cast<const T*>(w.bias) : zero_) + g * H + u0, n);
     }
     const bool keep = args_.tape;
-    auto gates = [&](auto q, int64_t r) {
-      constexpr int Q = decltype(q)::value;
-      V sig[3 * Q], cand[Q];
-      FASTRNN_UNROLL for (int j = 0; j < Q; j++) FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
-        T* p = a + (r + j) * cols + g * n;
+    for (int64_t r = 0; r < count; r++) {  // a row's four gates fill the registers
+      V sig[3], cand[1];
+      FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
+        T* p = a + r * cols + g * n;
         const V hat = (load_as<V>(p, n) - mean[g]) * factor[g];
         if (keep) store_as<V>(p, hat, n);
-        const V z = batch_norm_gate<Math>(hat, load_as<V>(x + (r + j) * cols + g * n, n), gamma_h[g],
-                                          gamma_x[g], bias[g]);
-        (g == 2 ? cand[j] : sig[3 * j + (g == 3 ? 2 : g)]) = z;
+        (g == 2 ? cand[0] : sig[g == 3 ? 2 : g]) =
+            batch_norm_gate<Math>(hat, load_as<V>(x + r * cols + g * n, n), gamma_h[g], gamma_x[g], bias[g]);
       }
       Math::both(sig, cand);
-      FASTRNN_UNROLL for (int j = 0; j < Q; j++) {
-        const Row& row = lane.rows[r + j];
-        const V c = Math::fma(sig[3 * j + 1], load_as<V>(row.c_prev + u0, n), sig[3 * j] * cand[j]);
-        store_as<V>(row.c + u0, c, n);
-        V::store(lane.cell + (r + j) * W, c);
-        V::store(lane.gate + (r + j) * W, sig[3 * j + 2]);
-      }
-    };
-    side_by_side(count, gates);
+      const Row& row = lane.rows[r];
+      const V c = Math::fma(sig[1], load_as<V>(row.c_prev + u0, n), sig[0] * cand[0]);
+      store_as<V>(row.c + u0, c, n);
+      V::store(lane.cell + r * W, c);
+      V::store(lane.gate + r * W, sig[2]);
+    }
 
     if (steps_of_.measured(count))
       columns.measure(1, lane.cell, count, W);
@@ -353,7 +358,7 @@ class BnLstmForward {
     const V c_mean = V::load(columns.mean), c_factor = V::load(columns.factor);
     const V gamma = load_as<V>(static_cast<const T*>(w.gamma_c) + u0, n);
     const V beta = load_as<V>(static_cast<const T*>(w.beta_c) + u0, n);
-    auto output = [&](auto q, int64_t r) {
+    side_by_side(static_cast<int>(count), [&](auto q, int r) {
       constexpr int Q = decltype(q)::value;
       V c[Q];
       FASTRNN_UNROLL for (int j = 0; j < Q; j++) c[j] =
@@ -361,16 +366,7 @@ class BnLstmForward {
       Math::tanhs(c);
       FASTRNN_UNROLL for (int j = 0; j < Q; j++)
           store_as<V>(lane.rows[r + j].y + u0, V::load(lane.gate + (r + j) * W) * c[j], n);
-    };
-    side_by_side(count, output);
-  }
-
-  // Calls f for two rows at a time, where registers allow it: one row's activations wait for their own latency.
-  template <class F>
-  static void side_by_side(int64_t count, F&& f) {
-    int64_t r = 0;
-    for (; r + kSideBySide <= count; r += kSideBySide) f(std::integral_constant<int, kSideBySide>{}, r);
-    for (; r < count; r++) f(std::integral_constant<int, 1>{}, r);
+    });
   }
 
   void final_states(int d, int64_t i0, int64_t i1) {

@@ -53,9 +53,40 @@ class BnGradients {
   // All rows of one of the tape's blocks at step s, from the gradient dh of their outputs.
   void block(int d, const Scratch& lane, const BnGradRow<T>* row_of, const BnSums<T>& sums, int64_t s,
              int64_t count, int64_t first, int64_t b, const T* dh, int64_t dh_stride) const {
+    const int n = blocks.units(b);
+    if (n == W)
+      units(d, lane, row_of, sums, s, count, first, b, dh, dh_stride, std::integral_constant<int, W>{});
+    else
+      units(d, lane, row_of, sums, s, count, first, b, dh, dh_stride, n);
+  }
+
+  // Shared statistics: dz of all rows, one `stride` apart, becomes the gradient of block b's input term.
+  void share(int d, const BnSums<T>& sums, int64_t b, T* db, int64_t stride) const {
+    const int64_t H = args.H, M = steps.start[args.T], u0 = blocks.first(b), cols = blocks.columns(b);
+    const int n = blocks.units(b);
+    const T* x_hat = tape(d, b, 0);
+    V mean[4], scale[4];
+    used(d, 0, 0, 4, u0, n, mean, scale);
+    for (int g = 0; g < 4; g++) {
+      const int64_t at = g * H + u0;
+      scale[g] = scale[g] * load_as<V>(static_cast<const T*>(args.weights[d].gamma_ih) + at, n);
+      const V inverse = V::set1(steps.input_measured(M) ? T(1) / T(M) : T(0));
+      const V z_mean = load_as<V>(sums.z + at, n) * inverse, x_mean = load_as<V>(sums.x + at, n) * inverse;
+      for (int64_t m = 0; m < M; m++) {
+        const V hat = load_as<V>(x_hat + m * cols + g * n, n);
+        T* p = db + m * stride + at;
+        store_as<V>(p, batch_norm_backward<Math>(load_as<V>(p, n), hat, scale[g], z_mean, x_mean), n);
+      }
+    }
+  }
+
+ private:
+  // block() with n units, a constant where the vectors are whole.
+  template <class N>
+  void units(int d, const Scratch& lane, const BnGradRow<T>* row_of, const BnSums<T>& sums, int64_t s,
+             int64_t count, int64_t first, int64_t b, const T* dh, int64_t dh_stride, N n) const {
     const BnLstmWeights& w = args.weights[d];
     const int64_t H = args.H, u0 = blocks.first(b), cols = blocks.columns(b);
-    const int n = blocks.units(b);
     const T* x_hat = tape(d, b, first);
     const T* a_hat = x_hat + rows * (bnlstm_tape_width(H) / 2);
 
@@ -75,39 +106,31 @@ class BnGradients {
     const V none = V::zero();
 
     V sum_m = none, sum_c = none;
-    auto outputs = [&](auto q, int64_t r) {
-      constexpr int Q = decltype(q)::value;
-      V sig[3 * Q], act[2 * Q], hat[Q];
-      FASTRNN_UNROLL for (int j = 0; j < Q; j++) {
-        FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
-          const int64_t at = (r + j) * cols + g * n;
-          (g == 2 ? act[2 * j] : sig[3 * j + (g == 3 ? 2 : g)]) = batch_norm_gate<Math>(
-              load_as<V>(a_hat + at, n), load_as<V>(x_hat + at, n), gamma_h[g], gamma_x[g], bias[g]);
-        }
-        hat[j] = (load_as<V>(row_of[r + j].c + u0, n) - c_mean) * c_factor;
-        act[2 * j + 1] = Math::fma(gamma, hat[j], beta);
+    for (int64_t r = 0; r < count; r++) {  // a row's five activations fill the registers
+      const BnGradRow<T>& row = row_of[r];
+      V sig[3], act[2];
+      FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
+        const int64_t at = r * cols + g * n;
+        (g == 2 ? act[0] : sig[g == 3 ? 2 : g]) = batch_norm_gate<Math>(
+            load_as<V>(a_hat + at, n), load_as<V>(x_hat + at, n), gamma_h[g], gamma_x[g], bias[g]);
       }
+      const V hat = (load_as<V>(row.c + u0, n) - c_mean) * c_factor;
+      act[1] = Math::fma(gamma, hat, beta);
       Math::both(sig, act);
-      FASTRNN_UNROLL for (int j = 0; j < Q; j++) {
-        const BnGradRow<T>& row = row_of[r + j];
-        V g = load_as<V>(dh + (r + j) * dh_stride, n);
-        if (row.dh) g = g + load_as<V>(row.dh + u0, n);
-        if (row.dy) g = g + load_as<V>(row.dy + u0, n);
-        const auto out = bnlstm_backward_output<Math>(sig[3 * j + 2], act[2 * j + 1], g);
-        T* gates = lane.gates + (r + j) * 4 * W;
-        V::store(gates, sig[3 * j]);
-        V::store(gates + W, sig[3 * j + 1]);
-        V::store(gates + 2 * W, act[2 * j]);
-        V::store(gates + 3 * W, out.o);
-        V::store(lane.m + (r + j) * W, out.m);
-        V::store(lane.hat + (r + j) * W, hat[j]);
-        sum_m = sum_m + out.m;
-        sum_c = Math::fma(out.m, hat[j], sum_c);
-      }
-    };
-    int64_t r = 0;
-    for (; r + kSideBySide <= count; r += kSideBySide) outputs(std::integral_constant<int, kSideBySide>{}, r);
-    for (; r < count; r++) outputs(std::integral_constant<int, 1>{}, r);
+      V g = load_as<V>(dh + r * dh_stride, n);
+      if (row.dh) g = g + load_as<V>(row.dh + u0, n);
+      if (row.dy) g = g + load_as<V>(row.dy + u0, n);
+      const auto out = bnlstm_backward_output<Math>(sig[2], act[1], g);
+      T* gates = lane.gates + r * 4 * W;
+      V::store(gates, sig[0]);
+      V::store(gates + W, sig[1]);
+      V::store(gates + 2 * W, act[0]);
+      V::store(gates + 3 * W, out.o);
+      V::store(lane.m + r * W, out.m);
+      V::store(lane.hat + r * W, hat);
+      sum_m = sum_m + out.m;
+      sum_c = Math::fma(out.m, hat, sum_c);
+    }
     add_to(sums.m + u0, sum_m, n);
     add_to(sums.c + u0, sum_c, n);
 
@@ -117,7 +140,7 @@ class BnGradients {
     const V c_scale = gamma * c_factor;
     V sum_z[4], sum_a[4], sum_x[4];
     FASTRNN_UNROLL for (int g = 0; g < 4; g++) sum_z[g] = sum_a[g] = sum_x[g] = none;
-    for (r = 0; r < count; r++) {
+    for (int64_t r = 0; r < count; r++) {
       const BnGradRow<T>& row = row_of[r];
       T* gates = lane.gates + r * 4 * W;
       V dc = batch_norm_backward<Math>(V::load(lane.m + r * W), V::load(lane.hat + r * W), c_scale, m_mean,
@@ -147,7 +170,7 @@ class BnGradients {
       x_mean[g] = batch_x ? sum_x[g] * inverse : none;
       if (deferred) scale_x[g] = V::set1(T(1));
     }
-    for (r = 0; r < count; r++) {
+    for (int64_t r = 0; r < count; r++) {
       const BnGradRow<T>& row = row_of[r];
       FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
         const int64_t at = r * cols + g * n;
@@ -162,27 +185,6 @@ class BnGradients {
     }
   }
 
-  // Shared statistics: dz of all rows, one `stride` apart, becomes the gradient of block b's input term.
-  void share(int d, const BnSums<T>& sums, int64_t b, T* db, int64_t stride) const {
-    const int64_t H = args.H, M = steps.start[args.T], u0 = blocks.first(b), cols = blocks.columns(b);
-    const int n = blocks.units(b);
-    const T* x_hat = tape(d, b, 0);
-    V mean[4], scale[4];
-    used(d, 0, 0, 4, u0, n, mean, scale);
-    for (int g = 0; g < 4; g++) {
-      const int64_t at = g * H + u0;
-      scale[g] = scale[g] * load_as<V>(static_cast<const T*>(args.weights[d].gamma_ih) + at, n);
-      const V inverse = V::set1(steps.input_measured(M) ? T(1) / T(M) : T(0));
-      const V z_mean = load_as<V>(sums.z + at, n) * inverse, x_mean = load_as<V>(sums.x + at, n) * inverse;
-      for (int64_t m = 0; m < M; m++) {
-        const V hat = load_as<V>(x_hat + m * cols + g * n, n);
-        T* p = db + m * stride + at;
-        store_as<V>(p, batch_norm_backward<Math>(load_as<V>(p, n), hat, scale[g], z_mean, x_mean), n);
-      }
-    }
-  }
-
- private:
   // Statistics that step s used, as vectors of n units from u0 on.
   void used(int d, int term, int64_t s, int gates, int64_t u0, int n, V* mean, V* factor) const {
     const int64_t H = args.H, count = term == 0 && args.sequence ? 1 : args.T, size = count * gates * H;

@@ -28,11 +28,11 @@ struct RowState {
   typename E::T* z;
 };
 
-// Calls f(u, n) over a block's units, a vector of n <= W at a time.
+// Calls f(u, n) over a block's units, a vector of n <= W at a time; n is a constant where the vector is whole.
 template <class V, class F>
 FASTRNN_INLINE void each_vector(int units, F&& f) {
   int u = 0;
-  for (; u + V::W <= units; u += V::W) f(u, V::W);
+  for (; u + V::W <= units; u += V::W) f(u, std::integral_constant<int, V::W>{});
   if (u < units) f(u, units - u);
 }
 
@@ -49,17 +49,20 @@ struct TileRows {
   const typename E::T* input(int r) const { return gx + r * stride; }
 };
 
-// Calls f.template operator()<Q>(row, column, u, n) for Q vectors at a time: the same units of Q rows, where
-// registers allow it, so that their activations overlap.
+// Calls f(Q, row) for Q of the rows at a time, where registers allow it, so that their activations overlap.
 constexpr int kSideBySide = kRegisters == 32 ? 2 : 1;
+template <class F>
+FASTRNN_INLINE void side_by_side(int rows, F&& f) {
+  int r = 0;
+  for (; r + kSideBySide <= rows; r += kSideBySide) f(std::integral_constant<int, kSideBySide>{}, r);
+  for (; r < rows; r++) f(std::integral_constant<int, 1>{}, r);
+}
+
+// Calls f(Q, row, u, n) for Q vectors at a time: the same units of Q rows.
 template <class E, class F>
 FASTRNN_INLINE void each_rows(const TileRows<E>& t, F&& f) {
-  each_vector<typename E::V>(t.units, [&](int u, int n) {
-    int r = 0;
-    for (; r + kSideBySide <= t.rows; r += kSideBySide)
-      f(std::integral_constant<int, kSideBySide>{}, r, u, n);
-    for (; r < t.rows; r++) f(std::integral_constant<int, 1>{}, r, u, n);
-  });
+  each_vector<typename E::V>(
+      t.units, [&](int u, auto n) { side_by_side(t.rows, [&](auto q, int r) { f(q, r, u, n); }); });
 }
 
 // Writes h_t of row r; with noise, h is the new value, before zoneout.
@@ -86,7 +89,7 @@ FASTRNN_INLINE void put_state(const TileRows<E>& tile, int r, int64_t at, typena
 // h_t of a tile that a projection has made.
 template <class E, class Math, class M>
 FASTRNN_INLINE void put_projected(const TileRows<E>& tile, const M& masks) {
-  each_rows<E>(tile, [&](auto q, int r, int u, int n) {
+  each_rows<E>(tile, [&](auto q, int r, int u, auto n) {
     for (int i = 0; i < q; i++)
       put_state<E, Math>(tile, r + i, tile.first_unit + u, load_as<typename E::V>(tile.row(r + i) + u, n), n,
                          masks);
@@ -105,55 +108,48 @@ struct LstmCpu {
   static void finish(int stage, bool projected, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
     if (stage == 1) return put_projected<E, Math>(tile, masks);
-    each_rows<E>(tile, [&](auto q, int r, int u, int n) {
-      constexpr int Q = decltype(q)::value;
+    each_vector<V>(tile.units, [&](int u, auto n) {
       const int64_t at = tile.first_unit + u;
-      V s[3 * Q], g[Q];
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
-        const T* acc = tile.row(r + i) + u;
-        s[3 * i] = load_as<V>(acc, n);
-        s[3 * i + 1] = load_as<V>(acc + w, n);
-        g[i] = load_as<V>(acc + 2 * w, n);
-        s[3 * i + 2] = load_as<V>(acc + 3 * w, n);
-      }
-      Math::both(s, g);
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
-        const RowState<E>& st = tile.state[r + i];
+      // Kept here as whole vectors: cells that are part of the output are cold lines, and what a masked store writes
+      // there comes back only when the line is there.
+      V h[kMaxRows], o[kMaxRows];
+      // A row's four gates fill the registers: eight side by side would spill.
+      for (int r = 0; r < tile.rows; r++) {
+        const T* acc = tile.row(r) + u;
+        V s[3] = {load_as<V>(acc, n), load_as<V>(acc + w, n), load_as<V>(acc + 3 * w, n)};
+        V g[1] = {load_as<V>(acc + 2 * w, n)};
+        Math::both(s, g);
+        const RowState<E>& st = tile.state[r];
         const V c_prev = load_as<V>(st.c_prev + at, n);
         V c;
         if constexpr (M::on) {
-          c = lstm_cell<Math>(s[3 * i], s[3 * i + 1], g[i], c_prev, masks.update(r + i, at),
-                              masks.cell(r + i, at));
-          store_as<V>(tile.row(r + i) + 2 * w + u, c, n);  // h_t is made of the new cell
-          if (masks.plan.zones_c()) c = zoneout<Math>(masks.zoneout_c(r + i, at), c, c_prev);
+          h[r] = c = lstm_cell<Math>(s[0], s[1], g[0], c_prev, masks.update(r, at), masks.cell(r, at));
+          if (masks.plan.zones_c()) c = zoneout<Math>(masks.zoneout_c(r, at), c, c_prev);
         } else {
-          c = lstm_cell<Math>(s[3 * i], s[3 * i + 1], g[i], c_prev);
+          h[r] = c = lstm_cell<Math>(s[0], s[1], g[0], c_prev);
         }
         store_as<V>(st.c + at, c, n);
-        store_as<V>(tile.row(r + i) + 3 * w + u, s[3 * i + 2], n);
+        o[r] = s[2];
         if (st.tape) {
-          store_as<V>(st.tape + at, s[3 * i], n);
-          store_as<V>(st.tape + H + at, s[3 * i + 1], n);
-          store_as<V>(st.tape + 2 * H + at, g[i], n);
-          store_as<V>(st.tape + 3 * H + at, s[3 * i + 2], n);
+          store_as<V>(st.tape + at, s[0], n);
+          store_as<V>(st.tape + H + at, s[1], n);
+          store_as<V>(st.tape + 2 * H + at, g[0], n);
+          store_as<V>(st.tape + 3 * H + at, s[2], n);
         }
       }
-    });
-    each_rows<E>(tile, [&](auto q, int r, int u, int n) {
-      constexpr int Q = decltype(q)::value;
-      const int64_t at = tile.first_unit + u;
-      V c[Q];
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) c[i] =
-          load_as<V>(M::on ? tile.row(r + i) + 2 * w + u : tile.state[r + i].c + at, n);
-      Math::tanhs(c);
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
-        const RowState<E>& st = tile.state[r + i];
-        V h = load_as<V>(tile.row(r + i) + 3 * w + u, n) * c[i];
-        if (projected)
-          store_as<V>(st.mid + at, h, n);
-        else
-          put_state<E, Math>(tile, r + i, at, h, n, masks);
-      }
+      side_by_side(tile.rows, [&](auto q, int r) {
+        constexpr int Q = decltype(q)::value;
+        V c[Q];
+        FASTRNN_UNROLL for (int i = 0; i < Q; i++) c[i] = h[r + i];
+        Math::tanhs(c);
+        FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
+          const V out = o[r + i] * c[i];
+          if (projected)
+            store_as<V>(tile.state[r + i].mid + at, out, n);
+          else
+            put_state<E, Math>(tile, r + i, at, out, n, masks);
+        }
+      });
     });
   }
 };
@@ -169,7 +165,7 @@ struct GruCpu {
   template <class M>
   static void finish(int, bool, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
-    each_rows<E>(tile, [&](auto q, int r, int u, int n) {
+    each_rows<E>(tile, [&](auto q, int r, int u, auto n) {
       constexpr int Q = decltype(q)::value;
       const int64_t at = tile.first_unit + u;
       V s[2 * Q], c[Q];
@@ -216,7 +212,7 @@ struct GruResetBeforeCpu {
   template <class M>
   static void finish(int stage, bool, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
-    each_rows<E>(tile, [&](auto q, int r, int u, int n) {
+    each_rows<E>(tile, [&](auto q, int r, int u, auto n) {
       const int64_t at = tile.first_unit + u;
       for (int i = 0; i < q; i++) {
         const RowState<E>& st = tile.state[r + i];
@@ -259,7 +255,7 @@ struct RnnCpu {
 
   template <class M>
   static void finish(int, bool, const TileRows<E>& tile, int64_t, const M& masks) {
-    each_rows<E>(tile, [&](auto q, int r, int u, int n) {
+    each_rows<E>(tile, [&](auto q, int r, int u, auto n) {
       constexpr int Q = decltype(q)::value;
       V h[Q];
       FASTRNN_UNROLL for (int i = 0; i < Q; i++) h[i] = load_as<V>(tile.row(r + i) + u, n);

@@ -91,7 +91,7 @@ struct LstmGradCpu {
   template <class M>
   static void finish(int stage, bool projected, const GradRow<E>& g, const T* acc, int64_t u0, int units,
                      int64_t H, const M& masks) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       const int64_t at = u0 + u;
       V dh;
       if (stage == 0) {
@@ -135,7 +135,7 @@ struct LstmGradCpu {
   // Gates of one row from complete pre-activations (acc carries input and recurrent term).
   static void activate(int, const T* acc, const T*, T* tape, const typename E::IO*, T*, int64_t u0, int units,
                        int64_t H) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       T* out = tape + u0 + u;
       store_as<V>(out, Math::sigmoid(load_as<V>(acc + u, n)), n);
       store_as<V>(out + H, Math::sigmoid(load_as<V>(acc + units + u, n)), n);
@@ -158,7 +158,7 @@ struct GruGradCpu {
   template <class M>
   static void finish(int, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t H,
                      const M& masks) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       const int64_t at = u0 + u;
       V dh = incoming<E>(g, acc, at, u, n, masks);
       const V z = load_as<V>(g.tape + H + at, n), c = load_as<V>(g.tape + 2 * H + at, n);
@@ -180,7 +180,7 @@ struct GruGradCpu {
   }
   static void activate(int, const T* acc, const T* gx, T* tape, const typename E::IO*, T*, int64_t u0,
                        int units, int64_t H) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       T* out = tape + u0 + u;
       V un = load_as<V>(acc + 2 * units + u, n);
       V r = Math::sigmoid(load_as<V>(acc + u, n) + load_as<V>(gx + u, n));
@@ -205,7 +205,7 @@ struct GruResetBeforeGradCpu {
   template <class M>
   static void finish(int stage, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t H,
                      const M& masks) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       const int64_t at = u0 + u;
       V h_prev = load_as<V>(g.h_prev + at, n);
       if (stage == 0) {
@@ -236,7 +236,7 @@ struct GruResetBeforeGradCpu {
   }
   static void activate(int stage, const T* acc, const T*, T* tape, const typename E::IO* h_prev, T* mid,
                        int64_t u0, int units, int64_t H) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       T* out = tape + u0 + u;
       if (stage == 0) {
         V r = Math::sigmoid(load_as<V>(acc + u, n));
@@ -263,7 +263,7 @@ struct RnnGradCpu {
   template <class M>
   static void finish(int, bool, const GradRow<E>& g, const T* acc, int64_t u0, int units, int64_t,
                      const M& masks) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       const int64_t at = u0 + u;
       V dh = incoming<E>(g, acc, at, u, n, masks), h;
       if constexpr (M::on) {
@@ -279,7 +279,7 @@ struct RnnGradCpu {
   }
   static void activate(int, const T* acc, const T*, T* tape, const typename E::IO*, T*, int64_t u0, int units,
                        int64_t) {
-    each_vector<V>(units, [&](int u, int n) {
+    each_vector<V>(units, [&](int u, auto n) {
       V a[1] = {load_as<V>(acc + u, n)};
       if constexpr (Relu)
         a[0] = Math::relu(a[0]);

@@ -138,6 +138,15 @@ Registry& registry() {
 
 }  // namespace
 
+const char* cpu_vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "";
+}
+
 const Kernels& kernels() { return *registry().chosen.load(std::memory_order_acquire); }
 const char* const* available_isas() { return registry().names; }
 bool select_isa(const char* name) {

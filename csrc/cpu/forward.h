@@ -282,13 +282,10 @@ class Forward {
   }
 
   // f(block, how many from it on, their recurrent weights, first row, rows, what is coming) over blocks [b0, b1) of a stage at step
-  // s, tile by tile. With 16 registers the products fetch what is coming: a panel is met by few, long tiles, and a burst before each
-  // would be longer. With 32 it was not measured.
+  // s, tile by tile.
   template <class F>
   void sweep(int d, const Stage<E>& st, int64_t b0, int64_t b1, int64_t s, int64_t count, Lane& lane, F&& f) {
-    const bool ahead =
-        !once_ && count >= kPrefetchRows && b1 > b0 &&
-        (st.panels.offset(b1 - 1) - st.panels.offset(b0)) * st.Kh * sizeof(A) >= kPrefetchBytes;
+    const bool ahead = !once_ && asks_ahead(st.panels, b0, b1, st.Kh, count);
     // Every other step walks the blocks backwards: what the last step left in cache comes first.
     panel_runs(st.panels, b0, b1, s % 2, once_ ? kMaxRows : count, [&](int64_t b, int n) {
       const int64_t next = s % 2 ? b - 1 : b + n;
@@ -296,7 +293,6 @@ class Forward {
       const A* coming = ahead && next >= b0 && next < b1 ? weights(d, st, false, next, lane) : nullptr;
       row_blocks(count, st.panels.vectors(b), [&](int64_t m, int r) {
         const int64_t elements = coming ? st.panels.columns(next) * st.Kh : 0;
-        if (kRegisters != 16 && coming) prefetch_part(coming, elements * sizeof(A), m, m + r, count);
         f(b, n, w, m, r, Coming<E>{coming, elements, count});
       });
     });
@@ -336,7 +332,7 @@ class Forward {
                   C::finish(j, args_.projected, rows_of, args_.H, Quiet{});
               };
               if (panels == 1) {
-                multiply_tile<E>(coming, m, rows, r, w, st.Kh, st.panels.vectors(b), init, init_stride,
+                multiply_tile<E>(coming, m, rows + m, r, w, st.Kh, st.panels.vectors(b), init, init_stride,
                                  tile_out, cols);
                 return finish(b, tile_out, gx);
               }

@@ -137,6 +137,8 @@ struct Kernels {
 
 // The chosen set: the first of available_isas(), or what FASTRNN_ISA names.
 const Kernels& kernels();
+// Who made this CPU: "amd", "intel", or "" for others.
+const char* cpu_vendor();
 // Names of the sets compiled in that this machine can run, fastest first, null-terminated.
 const char* const* available_isas();
 // Selects a set by name; false if it is unknown or the machine lacks it.

@@ -290,13 +290,6 @@ FASTRNN_INLINE bool prefetches(int64_t row_bytes, int64_t N, int64_t T) {
   return row_bytes * N * T > 256 << 10;
 }
 
-// Brings a panel towards L2 while an earlier one is in use: the share of rows [m0, m1) of M. Panels beyond L2 would else be
-// fetched by the first tile of rows that meets them, at a quarter of the speed of the others.
-FASTRNN_INLINE void prefetch_part(const void* panel, int64_t bytes, int64_t m0, int64_t m1, int64_t M) {
-  const char* p = static_cast<const char*>(panel);
-  for (int64_t at = bytes * m0 / M / 64 * 64; at < bytes * m1 / M; at += 64) __builtin_prefetch(p + at, 0, 2);
-}
-
 // rows x panel for any number of rows: out[m][0..nv*W) = init[m] + a[m] . b
 template <class E>
 static void panel(const typename E::A* const* a, int64_t M, const typename E::A* b, int64_t K, int nv,

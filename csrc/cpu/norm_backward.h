@@ -144,7 +144,9 @@ class NormBackward : Backward<E, C> {
     Base::gather(d, lane, begin + i, first, count);
     Base::sweep(
         split, share, hh_, dir.w_hh, G_, count, i, lane,
-        [&](int64_t b, int panels, int64_t m, int r) { Base::state_product(dir, lane, b, panels, m, r); },
+        [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
+          Base::state_product(dir, lane, b, panels, m, r, coming);
+        },
         [&](int64_t b, int64_t m, const T* acc) {
           std::memcpy(product + m * O + hh_.first(b), acc, hh_.units(b) * sizeof(T));
         });
@@ -159,10 +161,10 @@ class NormBackward : Backward<E, C> {
         if (split) dir.barrier.wait(share.count);
         Base::sweep(
             split, share, hr_, dir.w_hr, O, count, i, lane,
-            [&](int64_t b, int panels, int64_t m, int r) {
+            [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
               const T* a[kMaxRows];
               for (int q = 0; q < r; q++) a[q] = lane.rows[m + q].dh;
-              multiply_blocks(hr_, dir.w_hr, O, b, panels, a, r, 0, O, nullptr, lane.tile);
+              multiply_blocks(hr_, dir.w_hr, O, b, panels, a, r, 0, O, nullptr, lane.tile, coming, m);
             },
             [&](int64_t b, int64_t m, const T* acc) {
               std::memcpy(hidden + m * H + hr_.first(b), acc, hr_.units(b) * sizeof(T));

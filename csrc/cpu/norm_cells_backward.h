@@ -174,7 +174,7 @@ struct NormLstmGrad : LstmBiases {
   // A projected state's gradient, complete: where it is kept for the projection's own gradients.
   template <class M>
   static void state_row(const GradRow<E>& g, const T* dh, int64_t O, const M& masks) {
-    each_vector<V>(static_cast<int>(O), [&](int u, int n) {
+    each_vector<V>(static_cast<int>(O), [&](int u, auto n) {
       V d = incoming<E>(g, dh, u, u, n, masks);
       const V old = zoned<Math>(d, u, masks);
       if (carries_h(masks)) store_as<V>(g.dh_out + u, old, n);

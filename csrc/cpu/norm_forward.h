@@ -99,16 +99,17 @@ class NormForward : Forward<E, C> {
             const T* x, T* h, T* scratch) {
     Base::gather(d, lane, s, first, count);
     const Panels<E>& p = gates_.panels;
-    Base::sweep(
-        d, gates_, Base::first_block(gates_, share, split), Base::last_block(gates_, share, split), s, count,
-        lane, [&](int64_t b, int panels, const T* w, int64_t m, int r, const Coming<E>& coming) {
-          T* out = h + m * width_ + p.offset(b);
-          if (panels == 1)
-            multiply_tile<E>(coming, m, lane.h_rows, r, w, gates_.Kh, p.vectors(b), nullptr, 0, out, width_);
-          else
-            multiply_panels<E>(panels, lane.h_rows + m, r, w, gates_.Kh, gates_.Kh, p.vectors(b), nullptr, 0,
-                               0, out, width_, p.columns(b));
-        });
+    Base::sweep(d, gates_, Base::first_block(gates_, share, split), Base::last_block(gates_, share, split), s,
+                count, lane,
+                [&](int64_t b, int panels, const T* w, int64_t m, int r, const Coming<E>& coming) {
+                  T* out = h + m * width_ + p.offset(b);
+                  if (panels == 1)
+                    multiply_tile<E>(coming, m, lane.h_rows + m, r, w, gates_.Kh, p.vectors(b), nullptr, 0,
+                                     out, width_);
+                  else
+                    multiply_panels<E>(panels, lane.h_rows + m, r, w, gates_.Kh, gates_.Kh, p.vectors(b),
+                                       nullptr, 0, 0, out, width_, p.columns(b));
+                });
     if (split) dir_[d].barrier.wait(share.count);
     const int64_t k0 = split ? count * share.id / share.count : 0;
     const int64_t k1 = split ? count * (share.id + 1) / share.count : count;
@@ -140,7 +141,7 @@ class NormForward : Forward<E, C> {
         [&](int64_t b, int panels, const T* w, int64_t m, int r, const Coming<E>& coming) {
           const int64_t cols = p.columns(b);
           if (panels == 1)
-            multiply_tile<E>(coming, m, lane.mid_rows, r, w, st.Kh, p.vectors(b), nullptr, 0, out, cols);
+            multiply_tile<E>(coming, m, lane.mid_rows + m, r, w, st.Kh, p.vectors(b), nullptr, 0, out, cols);
           else
             multiply_panels<E>(panels, lane.mid_rows + m, r, w, st.Kh, st.Kh, p.vectors(b), nullptr, 0, 0,
                                out, cols, r * cols);

@@ -84,43 +84,41 @@ static void outer_any(int nv, const typename E::T* a, const typename E::T* b, in
 }
 
 // Panels [p, p + G) of a job: kOuterRows columns of A each over K rows, short panels padded with zeros. Several at a time, so that
-// a cache line of A is met once: its rows are often 4 KiB apart and share a set of L1.
+// a cache line of A is met once: its rows are often 4 KiB apart and share a set of L1. Eight columns are moved for six, whatever the
+// vectors are: wider ones overlap more and cross a line at every row.
 template <class E, int G>
 static void pack_outer(const OuterJob<E>& job, int64_t p, int64_t k0, int64_t K, typename E::T* dst,
                        bool add) {
   using T = typename E::T;
-  using V = typename E::V;
-  constexpr int kParts = (kOuterRows + V::W - 1) / V::W, kSpan = kParts * V::W;
+  constexpr int kSpan = 8;
+  static_assert(kOuterRows <= kSpan, "a panel's row is one load");
+  typedef T Span __attribute__((vector_size(kSpan * sizeof(T))));
   const int64_t m = p * kOuterRows, lda = job.lda;
   const int64_t first = job.column + m, columns = imin(G * kOuterRows, job.columns - m);
   const T* src = job.a + k0 * lda + first;
-  V total[G][kParts];
-  FASTRNN_UNROLL for (int g = 0; g < G; g++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) total[g][i] =
-      V::zero();
-  // Whole vectors while what they read is the row's and what they write beyond a panel's row is its next one's.
+  Span total[G] = {};
+  // Whole spans while what they read is the row's and what they write beyond a panel's row is its next one's.
   const bool whole = columns == G * kOuterRows && first + (G - 1) * kOuterRows + kSpan <= lda;
   int64_t k = 0;
-  for (; whole && k * kOuterRows + kSpan <= K * kOuterRows; k++)
-    FASTRNN_UNROLL for (int g = 0; g < G; g++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
-      const V v = V::load(src + k * lda + g * kOuterRows + i * V::W);
-      V::store(dst + (g * K + k) * kOuterRows + i * V::W, v);
-      total[g][i] = total[g][i] + v;
+  for (; whole && k * kOuterRows + kSpan <= K * kOuterRows; k++) FASTRNN_UNROLL for (int g = 0; g < G; g++) {
+      Span v;
+      std::memcpy(&v, src + k * lda + g * kOuterRows, sizeof(v));
+      std::memcpy(dst + (g * K + k) * kOuterRows, &v, sizeof(v));
+      total[g] += v;
     }
   for (; k < K; k++)
-    for (int g = 0; g < G; g++) FASTRNN_UNROLL for (int i = 0; i < kParts; i++) {
-        const int at = i * V::W;
-        const int n = static_cast<int>(imin(imin(V::W, kOuterRows - at), columns - g * kOuterRows - at));
-        const V v = n > 0 ? load_n(src + k * lda + g * kOuterRows + at, n) : V::zero();
-        store_n(dst + (g * K + k) * kOuterRows + at, v, static_cast<int>(imin(V::W, kOuterRows - at)));
-        total[g][i] = total[g][i] + v;
+    for (int g = 0; g < G; g++)
+      for (int r = 0; r < kOuterRows; r++) {
+        const int column = g * kOuterRows + r;
+        const T x = column < columns ? src[k * lda + column] : T(0);
+        dst[(g * K + k) * kOuterRows + r] = x;
+        total[g][r] += x;
       }
   if (!job.sums) return;
   for (int g = 0; g < G; g++) {
-    T sum[kSpan];
-    FASTRNN_UNROLL for (int i = 0; i < kParts; i++) V::store(sum + i * V::W, total[g][i]);
     T* out = job.sums + first + g * kOuterRows;
     for (int r = 0; r < imin(kOuterRows, columns - g * kOuterRows); r++)
-      out[r] = (add ? out[r] : T(0)) + sum[r];
+      out[r] = (add ? out[r] : T(0)) + total[g][r];
   }
 }
 
@@ -157,10 +155,15 @@ static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOp
                            int operand_count, int64_t rows, typename E::T* panels, bool add, int id,
                            int count, Barrier& barrier) {
   constexpr int kWide = kOuterVectors * E::W;
-  int64_t total = 0, widths = 0;
-  for (int j = 0; j < job_count; j++) total += jobs[j].panels();
+  int64_t widths = 0, total = 0;
   for (int o = 0; o < operand_count; o++) widths += operands[o].width;
-  const int64_t mine0 = total * id / count, mine1 = total * (id + 1) / count;
+  // Threads get equal shares of the products: a panel of one job may meet one operand, of another two.
+  const auto cost = [&](const OuterJob<E>& job) {
+    int64_t sum = 1;  // packing it
+    for (const auto& to : job.to) sum += to.operand < 0 ? 0 : operands[to.operand].width;
+    return sum;
+  };
+  for (int j = 0; j < job_count; j++) total += jobs[j].panels() * cost(jobs[j]);
   for (int64_t k0 = 0; k0 < rows; k0 += kOuterK) {
     const int64_t K = imin(kOuterK, rows - k0), size = K * kOuterRows;
     typename E::T* own = panels + id * kOuterRun * size;
@@ -173,11 +176,14 @@ static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOp
     }
     barrier.wait(count);
     const bool stays = widths * K * static_cast<int64_t>(sizeof(typename E::T)) <= kOuterStays;
-    int64_t base = 0;
-    for (int j = 0; j < job_count; base += jobs[j].panels(), j++) {
+    int64_t before = 0;
+    for (int j = 0; j < job_count; before += jobs[j].panels() * cost(jobs[j]), j++) {
       const OuterJob<E>& job = jobs[j];
-      const int64_t last = imin(mine1 - base, job.panels());
-      for (int64_t p0 = imax(mine0 - base, 0); p0 < last; p0 += kOuterRun) {
+      const auto panel_of = [&](int thread) {
+        return imin(job.panels(), imax(0, ceil_div(total * thread / count - before, cost(job))));
+      };
+      const int64_t last = panel_of(id + 1);
+      for (int64_t p0 = panel_of(id); p0 < last; p0 += kOuterRun) {
         const int64_t p1 = imin(last, p0 + kOuterRun);
         in_groups(p0, p1, [&](auto group, int64_t p) {
           pack_outer<E, decltype(group)::value>(job, p, k0, K, own + (p - p0) * size, add);

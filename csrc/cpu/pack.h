@@ -51,16 +51,6 @@ FASTRNN_INLINE void panel_runs(const Panels<E>& p, int64_t b0, int64_t b1, bool 
   }
 }
 
-// r rows times rows [k0, k0 + k) of n blocks from b on, packed with K rows: densely into `out`, a block after the other.
-template <class E>
-FASTRNN_INLINE void multiply_blocks(const Panels<E>& p, const typename E::A* w, int64_t K, int64_t b, int n,
-                                    const typename E::A* const* rows, int r, int64_t k0, int64_t k,
-                                    const typename E::T* init, typename E::T* out) {
-  const int64_t cols = p.columns(b);
-  multiply_panels<E>(n, rows, r, w + p.stream(b, K, k0), k, K, p.vectors(b), init, cols, r * cols, out, cols,
-                     r * cols);
-}
-
 template <class Dst, class Src>
 FASTRNN_INLINE Dst convert(Src x) {
   if constexpr (sizeof(Src) == 2 && sizeof(Dst) == 2) {

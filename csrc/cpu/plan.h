@@ -10,9 +10,6 @@ namespace FASTRNN_ISA {
 // Rows of input term computed at a time: enough to reuse a weight panel, few enough to stay in L2.
 constexpr int64_t kChunkRows = 192;
 
-// A step's weights are prefetched a panel ahead where they cannot stay in L2 and a panel serves several tiles.
-constexpr int64_t kPrefetchRows = 8, kPrefetchBytes = 1 << 20;
-
 struct Plan {
   int threads;
   bool units;  // threads own blocks of units (a barrier per stage), else rows of the batch

@@ -359,7 +359,7 @@ class RhnBackward {
     const T* w = dir.w_hh + above * hh_.elements(width_);
     const bool ahead =
         b1 > b0 && count >= kAheadRows &&
-        args_.depth * (hh_.offset(b1 - 1) - hh_.offset(b0)) * width_ * sizeof(T) >= kPrefetchBytes;
+        args_.depth * (hh_.offset(b1 - 1) - hh_.offset(b0)) * width_ * sizeof(T) >= kAheadBytes;
     const T* after = dir.w_hh + (above + args_.depth - 1) % args_.depth * hh_.elements(width_);
     panel_runs(hh_, b0, b1, false, count, [&](int64_t b, int run) {
       const bool last = b + run == b1;
@@ -384,7 +384,7 @@ class RhnBackward {
     for (int p = 0; p < s_pieces_; p++) {
       const T* a[kMaxRows];
       for (int q = 0; q < r; q++) a[q] = rows[q] == zero_ ? zero_ : rows[q] + p * K;
-      multiply_blocks(hh_, w, width_, b, run, a, r, p * K, K, nullptr, out + p * kTile);
+      multiply_blocks(hh_, w, width_, b, run, a, r, p * K, K, nullptr, out + p * kTile, {}, 0);
     }
   }
 
@@ -422,7 +422,7 @@ class RhnBackward {
           for (int q = 0; q < r; q++) {
             const T* mask =
                 args_.x_groups ? mask_row(args_.x_mask, args_.x_groups, I, d, lane.list.n[m + q]) : zero_;
-            each_vector<V>(units, [&](int u, int n) {
+            each_vector<V>(units, [&](int u, auto n) {
               store_as<V>(lane.dx[m + q] + u0 + u,
                           rhn_incoming<E>(lane.tile + q * cols + u, kTile, mask + u0 + u, args_.x_groups,
                                           args_.N * I, n),
@@ -478,7 +478,7 @@ class RhnBackward {
           const int64_t n = i0 + first + q;
           T* dh0 = static_cast<T*>(args_.dh0) + (d * N + n) * H + u0;
           const T* carry = (lane.a_rows[n] == zero_ ? zero_ : dir.ds + n * H) + u0;
-          each_vector<V>(hh_.units(b), [&](int u, int w) {
+          each_vector<V>(hh_.units(b), [&](int u, auto w) {
             const V acc = rhn_incoming<E>(lane.tile + q * cols + u, kTile, state_mask(d, n) + u0 + u,
                                           args_.s_groups, N * H, w);
             store_as<V>(dh0 + u, acc + load_as<V>(carry + u, w), w);

@@ -11,7 +11,7 @@ namespace FASTRNN_ISA {
 template <class E>
 static void scale_row(typename E::T* dst, const typename E::T* src, const typename E::T* by, int64_t width) {
   using V = typename E::V;
-  each_vector<V>(static_cast<int>(width), [&](int u, int n) {
+  each_vector<V>(static_cast<int>(width), [&](int u, auto n) {
     store_as<V>(dst + u, load_as<V>(src + u, n) * load_as<V>(by + u, n), n);
   });
 }
@@ -28,7 +28,7 @@ static void add_direction(const Sequence& seq, const Grid& dst, const typename E
       if (!seq.alive(t, n)) continue;
       T* to = seq.at<T>(dst, t, n);
       const T* from = src + seq.index(t, n) * width;
-      each_vector<V>(static_cast<int>(width), [&](int u, int w) {
+      each_vector<V>(static_cast<int>(width), [&](int u, auto w) {
         store_as<V>(to + u, load_as<V>(to + u, w) + load_as<V>(from + u, w), w);
       });
     }
@@ -96,10 +96,9 @@ FASTRNN_INLINE void rhn_rows(const RhnTile<typename E::T>& t, int r, int u, int 
 
 template <class E, bool Coupled, bool Linear>
 static void rhn_finish(const RhnTile<typename E::T>& t) {
-  each_vector<typename E::V>(t.units, [&](int u, int n) {
-    int r = 0;
-    for (; r + kSideBySide <= t.rows; r += kSideBySide) rhn_rows<E, Coupled, Linear, kSideBySide>(t, r, u, n);
-    for (; r < t.rows; r++) rhn_rows<E, Coupled, Linear, 1>(t, r, u, n);
+  each_vector<typename E::V>(t.units, [&](int u, auto n) {
+    side_by_side(t.rows,
+                 [&](auto q, int r) { rhn_rows<E, Coupled, Linear, decltype(q)::value>(t, r, u, n); });
   });
 }
 
@@ -121,7 +120,7 @@ template <class E, bool Coupled, bool Linear>
 static void rhn_states(const RhnStates<typename E::T>& r) {
   using V = typename E::V;
   using Math = Act<V, Linear>;
-  each_vector<V>(static_cast<int>(r.u1 - r.u0), [&](int u, int n) {
+  each_vector<V>(static_cast<int>(r.u1 - r.u0), [&](int u, auto n) {
     const int64_t at = r.u0 + u;
     V s = load_as<V>(r.first + at, n);
     for (int l = 0;; l++) {
@@ -183,7 +182,7 @@ static void rhn_grad(const RhnGradTile<typename E::T>& t) {
   using Math = Act<V, Linear>;
   for (int r = 0; r < t.rows; r++) {
     const auto& row = t.row[r];
-    each_vector<V>(t.units, [&](int u, int n) {
+    each_vector<V>(t.units, [&](int u, auto n) {
       const int64_t at = t.first_unit + u;
       V ds = load_as<V>(row.ds_in + at, n) + rhn_incoming<E>(t.acc + r * t.stride + u, t.part_stride,
                                                              row.mask + at, t.groups, t.group_stride, n);

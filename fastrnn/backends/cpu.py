@@ -47,6 +47,11 @@ def isa() -> str:
     return str(_cpu.isa())
 
 
+def vendor() -> str:
+    """Who made this CPU: "amd", "intel", or "" for others and where the library is not built."""
+    return str(_cpu.cpu_vendor()) if LOADED else ""
+
+
 def supports(dtype: torch.dtype) -> bool:
     return dtype in _TYPES
 
@@ -184,6 +189,16 @@ def _pointer(t: Tensor | None) -> int:
 
 
 _CPU = torch.device("cpu")  # named, because torch.set_default_device may say otherwise
+LARGE = 4 << 20  # bytes: of larger tensors the pages cost as much as a tenth of a training step
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """The tensor, which nobody has written to: a large one asks the system for huge pages."""
+    if tensor.nbytes >= LARGE:
+        _cpu.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 _forward_bytes: dict[tuple[object, ...], int] = {}
 _backward_bytes: dict[tuple[object, ...], int] = {}
 
@@ -197,7 +212,7 @@ def _workspace(
         if len(known) >= 1024:  # as many shapes as no program keeps coming back to
             known.clear()
         size = known[key] = ask(*fields) + 64
-    return torch.empty(size, dtype=torch.uint8, device=_CPU)
+    return fresh(torch.empty(size, dtype=torch.uint8, device=_CPU))
 
 
 def _forward(
@@ -243,18 +258,19 @@ def _forward(
 
     lead = x.shape[:-1]
     dtype = x.dtype
-    y = torch.empty((*lead, directions * width), dtype=dtype, device=_CPU)
+    y = fresh(torch.empty((*lead, directions * width), dtype=dtype, device=_CPU))
     h_n = torch.empty_like(h0)
     c_n = cells = gates = None
     compute = _compute_dtype(dtype)
     if lstm:
         c_n = torch.empty_like(c0)  # type: ignore[arg-type]
         if want_cells:
-            cells = torch.empty((*lead, directions * hidden), dtype=compute, device=_CPU)
+            cells = fresh(torch.empty((*lead, directions * hidden), dtype=compute, device=_CPU))
     slots = tape_slots(cell, noise) if want_gates else 0
     if slots:
         rows = x.size(0) if is_packed else shape[0] * shape[1]
-        gates = torch.empty((directions, rows, slots * hidden), dtype=compute, device=_CPU)
+        tape = (directions, rows, slots * hidden)
+        gates = fresh(torch.empty(tape, dtype=compute, device=_CPU))
     if shape[1] == 0:
         return y, h_n, c_n, cells, gates
     tensors = (
@@ -392,10 +408,10 @@ def layer_backward(
     is_packed = batch_sizes is not None
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
-    dx = torch.empty_like(x) if need_dx else None
+    dx = fresh(torch.empty_like(x)) if need_dx else None
     dh0 = torch.empty_like(h0) if need_dstate else None
     dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
-    dweights = [torch.empty_like(w) for w in weights] if need_dw else []
+    dweights = [fresh(torch.empty_like(w)) for w in weights] if need_dw else []
     if shape[1] == 0:
         return dx, dh0, dc0, [w.zero_() for w in dweights]
     dy = _like_input(dy, x.dtype)
@@ -469,7 +485,7 @@ def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
     directions = 2 if sum(w.dim() == 2 for w in weights) > 3 else 1
     state = weights[0].new_empty((directions, 1, weights[1].size(1)))
     problem = _problem(cell, weights[0].dtype, read_plan(plan), weights, (1, 1), state)
-    packed = torch.empty(_cpu.packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU)
+    packed = fresh(torch.empty(_cpu.packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU))
     offset = _aligned(packed) - packed.data_ptr()
     packed = packed[offset:].clone() if offset else packed
     addresses = _addresses(weights, directions, KINDS[cell].norms)

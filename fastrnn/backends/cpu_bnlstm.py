@@ -104,11 +104,11 @@ def bnlstm_forward(
     batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
 
     lead = x.shape[:-1]
-    y = x.new_empty((*lead, directions * hidden))
+    y = cpu.fresh(x.new_empty((*lead, directions * hidden)))
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
-    cells = x.new_empty((*lead, directions * hidden) if return_cells or record else 0)
+    cells = cpu.fresh(x.new_empty((*lead, directions * hidden) if return_cells or record else 0))
     rows = (x.size(0) if is_packed else shape[0] * size) if record else 0
-    tape = x.new_empty((directions, rows, _library().bnlstm_tape_width(hidden)))
+    tape = cpu.fresh(x.new_empty((directions, rows, _library().bnlstm_tape_width(hidden))))
     steps = shape[0] if batch_stats or record else 0
     widths = (4 * hidden, 4 * hidden, hidden)
     used = [
@@ -143,11 +143,8 @@ def bnlstm_forward(
         *cpu._sequence_fields(batch_sizes, lengths, reset, batch_first),
         *fields,
     )
-    workspace = torch.empty(
-        _library().bnlstm_forward_workspace(problem, tensors) + 64,
-        dtype=torch.uint8,
-        device=cpu._CPU,
-    )
+    size = _library().bnlstm_forward_workspace(problem, tensors) + 64
+    workspace = cpu.fresh(torch.empty(size, dtype=torch.uint8, device=cpu._CPU))
     _library().bnlstm_forward(problem, tensors, cpu._aligned(workspace))
     return y, h_n, c_n, cells, tape, *used  # type: ignore[return-value]
 
@@ -187,10 +184,10 @@ def bnlstm_backward(
     batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
     empty = x.new_empty(0)
 
-    dx = torch.empty_like(x) if need_dx else empty
+    dx = cpu.fresh(torch.empty_like(x)) if need_dx else empty
     dh0 = torch.empty_like(h0) if need_dstate else empty
     dc0 = torch.empty_like(c0) if need_dstate else empty
-    dweights = [torch.empty_like(w) for w in weights] if need_dw else []
+    dweights = [cpu.fresh(torch.empty_like(w)) for w in weights] if need_dw else []
     if size == 0:
         return dx, dh0, dc0, [w.zero_() for w in dweights]
     dy, dh_n, dc_n, dcells = (cpu._like_input(g, x.dtype) for g in (dy, dh_n, dc_n, dcells))
@@ -217,10 +214,7 @@ def bnlstm_backward(
         *_addresses(weights, directions),
         *(_addresses(dweights, directions) if need_dw else ()),
     )
-    workspace = torch.empty(
-        _library().bnlstm_backward_workspace(problem, tensors) + 64,
-        dtype=torch.uint8,
-        device=cpu._CPU,
-    )
+    size = _library().bnlstm_backward_workspace(problem, tensors) + 64
+    workspace = cpu.fresh(torch.empty(size, dtype=torch.uint8, device=cpu._CPU))
     _library().bnlstm_backward(problem, tensors, cpu._aligned(workspace))
     return dx, dh0, dc0, dweights

@@ -95,6 +95,7 @@ class LayerCall:
             shape = (directions, steps * size, kind.tape * hidden)
             self._gates = torch.empty(shape, dtype=wide, device=cpu._CPU)
         self._setting = _Setting(0, "", None, None)
+        self._wide = any(w.nbytes >= cpu.LARGE for w in weights)
 
     def takes(self, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, gates: _Grad) -> bool:
         """Whether ``backward`` serves them: the tape was kept, and the dtypes are the forward's."""
@@ -171,6 +172,8 @@ class LayerCall:
         dh0 = torch.empty_like(h0) if need_dstate else None
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dweights = [torch.empty_like(w) for w in weights] if need_dw else []
+        if self._wide:
+            dweights = [cpu.fresh(w) for w in dweights]
         library().run_backward(
             setting.backward, x, y, cells, dx, dy, dcells, h0, c0, dh_n, dc_n, dh0, dc0, gates,
             weights, dweights if need_dw else None,

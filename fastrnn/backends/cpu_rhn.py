@@ -24,6 +24,7 @@ from fastrnn.backends.cpu import (
     _sequence_fields,
     _shape,
     _strides,
+    fresh,
 )
 from fastrnn.backends.cpu_plan import read_plan
 
@@ -118,7 +119,9 @@ def pack_weights(weights: Sequence[Tensor]) -> Tensor:
     directions = 2 if len(weights) > 3 else 1
     problem = _problem("", weights, (1, 1), directions, None, None)
     library = _library()
-    packed = torch.empty(library.rhn_packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU)
+    packed = fresh(
+        torch.empty(library.rhn_packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU)
+    )
     offset = _aligned(packed) - packed.data_ptr()
     packed = packed[offset:].clone() if offset else packed
     library.rhn_pack(problem, tuple(_addresses(weights, directions)), packed.data_ptr())
@@ -149,11 +152,11 @@ def _forward(
     is_packed = batch_sizes is not None
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
-    y = x.new_empty((*x.shape[:-1], directions * hidden))
+    y = fresh(x.new_empty((*x.shape[:-1], directions * hidden)))
     h_n = torch.empty_like(h0)
     rows = x.size(0) if is_packed else shape[0] * shape[1]
     depth, width, _ = weights[1].shape
-    gates = x.new_empty((directions, depth, rows, width if want_gates else 0))
+    gates = fresh(x.new_empty((directions, depth, rows, width if want_gates else 0)))
     if shape[1]:
         tensors = (
             *_strides(x, is_packed, batch_first),
@@ -170,10 +173,9 @@ def _forward(
             *_addresses(weights, directions),
         )
         library = _library()
-        size = library.rhn_forward_workspace(problem, tensors)
-        workspace = torch.empty(size + 64, dtype=torch.uint8, device=_CPU)
-        tape_bytes = gates.numel() * gates.element_size()
-        library.rhn_forward(problem, tensors, _aligned(workspace), size, tape_bytes)
+        size = library.rhn_forward_workspace(problem, tensors) + 64
+        workspace = fresh(torch.empty(size, dtype=torch.uint8, device=_CPU))
+        library.rhn_forward(problem, tensors, _aligned(workspace))
     return y.to(given), h_n.to(given), gates
 
 
@@ -258,9 +260,9 @@ def rhn_backward(
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
     empty = x.new_empty(0)
 
-    dx = torch.empty_like(x) if need_dx else empty
+    dx = fresh(torch.empty_like(x)) if need_dx else empty
     dh0 = torch.empty_like(h0) if need_dstate else empty
-    dweights = [torch.empty_like(w) for w in weights] if need_dw else []
+    dweights = [fresh(torch.empty_like(w)) for w in weights] if need_dw else []
     if shape[1]:
         tensors = (
             *_strides(x, is_packed, batch_first),
@@ -281,10 +283,9 @@ def rhn_backward(
             *(_addresses(dweights, directions) if need_dw else ()),
         )
         library = _library()
-        size = library.rhn_backward_workspace(problem, tensors)
-        workspace = torch.empty(size + 64, dtype=torch.uint8, device=_CPU)
-        w_hh_bytes = weights[1].numel() * weights[1].element_size()
-        library.rhn_backward(problem, tensors, _aligned(workspace), size, w_hh_bytes)
+        size = library.rhn_backward_workspace(problem, tensors) + 64
+        workspace = fresh(torch.empty(size, dtype=torch.uint8, device=_CPU))
+        library.rhn_backward(problem, tensors, _aligned(workspace))
     else:
         dweights = [w.zero_() for w in dweights]
     return dx.to(given), dh0.to(given), [w.to(given) for w in dweights]

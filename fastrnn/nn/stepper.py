@@ -114,6 +114,7 @@ class _Call:
         self._x_shape = x.shape
         rows, out = layout.batch, proj or hidden
         self._y_like = x.new_empty((*x.shape[:-1], directions * out))
+        self._large = self._y_like.nbytes >= cpu.LARGE
         lead = (layers * directions,) if stacked else ()
         if layout.batched:
             lead = (*lead, rows)
@@ -214,6 +215,8 @@ class NativeCall(_Call):
     ) -> tuple[Tensor, Tensor, Tensor]:
         run, (first, *others) = library().run_forward, prepared.layers
         y, h_n = torch.empty_like(self._y_like), torch.empty_like(self._h_like)
+        if self._large:
+            y = cpu.fresh(y)
         c_n = None if c is None else torch.empty_like(c)
         run(first, x, y, None, h, c, h_n, c_n, None, None)
         if others:
