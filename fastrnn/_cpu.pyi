@@ -78,6 +78,52 @@ def unchanged(
     values: bytes,
     /,
 ) -> bool: ...
+def plain_watch(types: tuple[type, ...], quiet: tuple[Any, ...]) -> None: ...
+def plain_operators(calls: tuple[Any, ...]) -> None: ...
+def plain_setup(
+    exchange: Any,
+    dtypes: tuple[torch.dtype, ...],
+    empty: Any,
+    threads: Any,
+    forward: Any,
+    forward_train: Any,
+    backward: Any,
+) -> None: ...
+def plain_known(
+    key: tuple[Any, ...],
+    forward: object,
+    backward: object,
+    outputs: tuple[Any, ...],
+    tape: tuple[Any, ...],
+    parameters: tuple[Any, ...],
+    state_bytes: int,
+) -> None: ...
+def plain_forward(
+    x: Tensor, states: list[Tensor], weights: list[Tensor], cell: str, batch_first: bool, /
+) -> list[Tensor]: ...
+def plain_forward_train(
+    x: Tensor, states: list[Tensor], weights: list[Tensor], cell: str, batch_first: bool, /
+) -> list[Tensor]: ...
+def plain_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    states: list[Tensor],
+    tape: list[Tensor],
+    matrices: list[Tensor],
+    cell: str,
+    batch_first: bool,
+    bias: bool,
+    need_dx: bool,
+    need_dstate: bool,
+    need_dw: bool,
+    /,
+) -> list[Tensor]: ...
+def plain_forward_op(*args: Any, **kwargs: Any) -> list[Tensor]: ...
+def plain_forward_train_op(*args: Any, **kwargs: Any) -> list[Tensor]: ...
+def plain_backward_op(*args: Any, **kwargs: Any) -> list[Tensor]: ...
 def measure_peak_flops(threads: int, seconds: float = 0.5) -> float: ...
 def measure_bandwidth(threads: int, bytes_per_thread: int, seconds: float = 0.5) -> float: ...
 def plan(problem: tuple[int, ...]) -> tuple[int, str]: ...

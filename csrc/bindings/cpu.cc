@@ -16,6 +16,7 @@ using namespace fastrnn;
 
 namespace fastrnn {
 void bind_rhn(py::module_& m);
+void bind_compiled(py::module_& m);
 void bind_tensors(py::module_& m);
 }  // namespace fastrnn
 
@@ -117,5 +118,6 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("threads"), py::arg("bytes_per_thread"), py::arg("seconds") = 0.5,
       py::call_guard<py::gil_scoped_release>());
   bind_rhn(m);
+  bind_compiled(m);
   bind_tensors(m);
 }

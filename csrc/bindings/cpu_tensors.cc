@@ -1,73 +1,9 @@
 // Small calls, for which reading a tuple of numbers takes as long as the layer: descriptions that are read
-// once and tensors that are asked for their own addresses, through Python's attributes, since nothing of
-// torch is linked.
-#include <array>
-#include <cstring>
-#include <initializer_list>
-#include <memory>
-
-#include "../cpu/pages.h"
-#include "../cpu/team.h"
-#include "args.h"
-
-namespace py = pybind11;
+// once and tensors that are asked for their own addresses.
+#include "tensors.h"
 
 namespace fastrnn {
 namespace {
-
-using Arguments = PyObject* const*;
-
-struct Names {
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* is_nested = PyUnicode_InternFromString("is_nested");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* version = PyUnicode_InternFromString("_version");
-};
-
-const Names& names() {
-  static const Names* const all = new Names;  // never freed: Python may be gone by then
-  return *all;
-}
-
-py::object checked(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-py::object attribute(PyObject* of, PyObject* name) { return checked(PyObject_GetAttr(of, name)); }
-py::object method(PyObject* of, PyObject* name) { return checked(PyObject_CallMethodNoArgs(of, name)); }
-
-// Of a tensor, an integer, or None for nothing.
-void* address(PyObject* of) {
-  if (of == Py_None) return nullptr;
-  py::object held;
-  if (!PyLong_Check(of)) {
-    held = method(of, names().data_ptr);
-    of = held.ptr();
-  }
-  void* at = PyLong_AsVoidPtr(of);
-  if (!at && PyErr_Occurred()) throw py::error_already_set();
-  return at;
-}
-
-// An exception of C++ as one of Python, for functions that pybind11 does not wrap.
-template <typename Body>
-PyObject* guarded(Py_ssize_t given, Py_ssize_t wanted, Body body) {
-  if (given != wanted)
-    return PyErr_Format(PyExc_TypeError, "fastrnn: got %zd arguments, expected %zd", given, wanted);
-  try {
-    return body();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_ValueError, error.what());
-  }
-  return nullptr;
-}
 
 // alike(tensor, types, shape, dtype): whether it is exactly of one of these types, and dense on the CPU.
 PyObject* alike(PyObject*, Arguments a, Py_ssize_t count) {
@@ -116,88 +52,6 @@ PyObject* unchanged(PyObject*, Arguments a, Py_ssize_t count) {
     }
     Py_RETURN_TRUE;
   });
-}
-
-// A call as Python describes it once, and the scratch that it needs, by which of its tensors there are.
-template <typename Args>
-struct Described {
-  Args args;
-  std::array<size_t, 256> workspace{};
-};
-
-constexpr const char* kind(const ForwardArgs&) { return "fastrnn.forward"; }
-constexpr const char* kind(const BackwardArgs&) { return "fastrnn.backward"; }
-
-template <typename Args>
-py::capsule described(const Args& args) {
-  return py::capsule(new Described<Args>{args}, kind(args), [](PyObject* capsule) {
-    delete static_cast<Described<Args>*>(PyCapsule_GetPointer(capsule, kind(Args())));
-  });
-}
-
-template <typename Args>
-Described<Args>& description(PyObject* capsule) {
-  void* const at = PyCapsule_GetPointer(capsule, kind(Args()));
-  if (!at) throw py::error_already_set();
-  return *static_cast<Described<Args>*>(at);
-}
-
-unsigned present(std::initializer_list<const void*> tensors) {
-  unsigned bits = 0;
-  for (const void* each : tensors) bits = bits * 2 + (each != nullptr);
-  return bits;
-}
-
-// Scratch of this thread, kept while it lives if it is small: less where a backward follows, beside whose
-// tensors it would lie.
-class Scratch {
- public:
-  Scratch(size_t bytes, bool records) {
-    struct Kept {
-      std::unique_ptr<char[]> data;
-      size_t bytes = 0;
-    };
-    thread_local Kept kept;
-    char* from = kept.data.get();
-    if (bytes > (records ? kKept / 4 : kKept)) {
-      own_.reset(new char[bytes + kLine]);
-      from = own_.get();
-      prefer_huge_pages(from, bytes);
-    } else if (bytes > kept.bytes) {
-      kept = {};
-      kept.data.reset(from = new char[bytes + kLine]);
-      kept.bytes = bytes;
-    }
-    at_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(from) + kLine - 1) / kLine * kLine);
-  }
-  void* get() const { return at_; }
-
- private:
-  static constexpr size_t kKept = size_t{1} << 20, kLine = 64;
-  std::unique_ptr<char[]> own_;
-  void* at_;
-};
-
-// Addresses of a layer's parameters in torch's order, as fastrnn/backends/cpu.py's _addresses has them.
-template <typename Into>
-void read_parameters(PyObject* tensors, const Problem& p, Into* into) {
-  const auto all = checked(PySequence_Fast(tensors, "weights: expected a sequence"));
-  const Py_ssize_t per = PySequence_Fast_GET_SIZE(all.ptr()) / p.directions;
-  const Py_ssize_t norms = !normalises(p.cell) ? 0 : p.cell == Cell::lstm_layer_norm ? 4 : 2;
-  const Py_ssize_t plain = per - norms;
-  for (int d = 0; d < p.directions; d++) {
-    const auto at = [&](Py_ssize_t i) { return address(PySequence_Fast_GET_ITEM(all.ptr(), d * per + i)); };
-    into[d].w_ih = at(0);
-    into[d].w_hh = at(1);
-    into[d].b_ih = plain >= 4 ? at(2) : nullptr;
-    into[d].b_hh = plain >= 4 ? at(3) : nullptr;
-    into[d].w_hr = plain % 2 ? at(plain - 1) : nullptr;
-    if (!norms) continue;
-    into[d].ln_ih = at(plain);
-    into[d].ln_hh = at(plain + 1);
-    into[d].ln_c = norms == 4 ? at(plain + 2) : nullptr;
-    into[d].ln_bias_c = norms == 4 ? at(plain + 3) : nullptr;
-  }
 }
 
 // run_forward(description, x, y, cells, h0, c0, h_n, c_n, gates, weights): None keeps the description's
@@ -261,11 +115,6 @@ PyObject* run_backward(PyObject*, Arguments given, Py_ssize_t count) {
     }
     Py_RETURN_NONE;
   });
-}
-
-template <typename Function>
-PyMethodDef fast(const char* name, Function* function) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, nullptr};
 }
 
 }  // namespace

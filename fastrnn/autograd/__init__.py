@@ -2,6 +2,7 @@
 
 from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward
 from fastrnn.autograd.layer import Layer, LayerBackward, PreparedLayer, distinct
+from fastrnn.autograd.plain import PlainLayer
 from fastrnn.autograd.rhn import RhnLayer, RhnLayerBackward
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "BNLSTMLayerBackward",
     "Layer",
     "LayerBackward",
+    "PlainLayer",
     "PreparedLayer",
     "RhnLayer",
     "RhnLayerBackward",

@@ -26,6 +26,7 @@ __all__ = [
     "layer_forward",
     "layer_forward_train",
     "library",
+    "prepared",
 ]
 
 # The operators keep so many calls, each with outputs of at most so many elements: beyond that
@@ -123,6 +124,16 @@ class LayerCall:
             )
         return setting
 
+    def plain(self, x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What the library has to know to make this call alone: the descriptions, the layouts of
+        x, y and a state, those of cells and gates and of the weights, the bytes of a state."""
+        setting = self._current(weights)
+        outputs = (_layout(x), _layout(self._y), _layout(h))
+        tape = tuple(_layout(t) for t in (self._cells, self._gates) if t is not None)
+        parameters = tuple(_layout(w) for w in weights)
+        state = h.numel() * h.element_size()
+        return setting.forward, setting.backward, outputs, tape, parameters, state
+
     def forward(
         self,
         x: Tensor,
@@ -181,10 +192,18 @@ class LayerCall:
         return dx, dh0, dc0, dweights
 
 
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    """Shape, strides and dtype of a dense tensor of this shape."""
+    strides = [1]
+    for size in reversed(t.shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(t.shape), tuple(reversed(strides)), t.dtype
+
+
 _calls: dict[Any, LayerCall] = {}
 
 
-def _prepared(
+def prepared(
     cell: str,
     x: Tensor,
     h: Tensor,
@@ -216,13 +235,13 @@ def _dense_call(
     weights: Sequence[Tensor],
     batch_first: bool,
 ) -> LayerCall | None:
-    """As ``_prepared``; None where something is not contiguous."""
+    """As ``prepared``; None where something is not contiguous."""
     if not (x.is_contiguous() and h0.is_contiguous() and (c0 is None or c0.is_contiguous())):
         return None
     for w in weights:
         if not w.is_contiguous():
             return None
-    return _prepared(cell, x, h0, c0, weights, batch_first)
+    return prepared(cell, x, h0, c0, weights, batch_first)
 
 
 def layer_forward(*args: Any) -> Any:
@@ -253,7 +272,7 @@ def layer_backward(*args: Any) -> Any:
     cell, batch_first, *needs = args[14:19]
     plan_and_masks = args[19:]
     if not any(plan_and_masks) and all(each is None for each in sequence):
-        call = _prepared(cell, x, h0, c0, weights, batch_first)
+        call = prepared(cell, x, h0, c0, weights, batch_first)
         if call is not None and call.takes(dy, dh_n, dc_n, dcells, gates):
             return call.backward(
                 dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, tuple(needs)

@@ -13,7 +13,8 @@ from fastrnn import dispatch, ops
 from fastrnn.autograd import BNLSTMLayer, distinct
 from fastrnn.backends import reference_bnlstm
 from fastrnn.functional.checks import check_settings, check_state
-from fastrnn.functional.stack import WeightCache, _pair, forward_only, is_exporting
+from fastrnn.functional.plain import forward_only, is_exporting
+from fastrnn.functional.stack import WeightCache, _pair
 from fastrnn.sequence import Batch, describe, sized_by
 
 __all__ = ["bnlstm"]

@@ -14,7 +14,8 @@ from fastrnn.autograd import distinct
 from fastrnn.autograd.rhn import RhnLayer
 from fastrnn.backends import reference
 from fastrnn.functional.checks import check_state
-from fastrnn.functional.stack import WeightCache, forward_only
+from fastrnn.functional.plain import forward_only
+from fastrnn.functional.stack import WeightCache
 from fastrnn.sequence import Batch, describe, flip_layout, sized_by
 
 __all__ = ["rhn"]

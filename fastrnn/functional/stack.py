@@ -18,14 +18,12 @@ from fastrnn import dispatch, ops
 from fastrnn.autograd import Layer, distinct
 from fastrnn.backends import reference, torch_nn
 from fastrnn.functional.checks import check_layer_norm, check_state, check_weights
+from fastrnn.functional.plain import compiles_plain, forward_only, plain_layer
 from fastrnn.kinds import KINDS
 from fastrnn.regularisers import NONE, Regularisers, draw_seed, drop_weights, regularisers_of
 from fastrnn.sequence import Batch, check_tensor, describe, flip_layout, sized_by
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
-
-# torch before 2.7 does not tell export from compile.
-is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 class WeightCache(Protocol):
@@ -250,14 +248,6 @@ def rnn_cell(
     return _run_cell(cell, input, hx, None, w_ih, w_hh, b_ih, b_hh, cache)[1].squeeze(0)
 
 
-def forward_only() -> bool:
-    """Whether no backward can follow, so that no tape is needed: in a program that torch.export or
-    torch.jit.trace records, and in inference mode, whatever its grad mode."""
-    if is_compiling():
-        return is_exporting()
-    return torch._C._get_tracing_state() is not None or torch.is_inference_mode_enabled()
-
-
 _Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -298,20 +288,17 @@ def _run(
     h_shape, c_shape = (num_layers * directions, batch.size, out), None
     if KINDS[cell].has_cell:
         c_shape = (num_layers * directions, batch.size, hidden)
-    if h0 is None:
-        h0 = input.new_zeros(h_shape)
-        if c_shape is not None:
-            c0 = h0 if c_shape == h_shape else input.new_zeros(c_shape)
-    elif c_shape is None:
+    if h0 is not None and c_shape is None:
         check_state("hidden", h0, h_shape, input)
-    else:
+    elif h0 is not None:
         assert c0 is not None
+        assert c_shape is not None
         check_state("hidden[0]", h0, h_shape, input)
         check_state("hidden[1]", c0, c_shape, input)
 
     records = (
         torch.is_grad_enabled()
-        and _requires_grad(input, h0, c0, flat_weights)
+        and _requires_grad(input, h0, c0, weights=flat_weights)
         and not forward_only()
     )
     sizes = (hidden, proj_size, directions, num_layers)
@@ -330,7 +317,17 @@ def _run(
     if seed is not None and regularisers.weight:
         flat_weights = drop_weights(flat_weights, seed, regularisers.weight, num_layers, directions)
     cells = None
+    plain = (
+        backend == "cpu"
+        and not (plan or active or return_cells or recompute or proj_size)
+        and compiles_plain(cell, batch)
+    )
+    if h0 is None and not plain:
+        h0 = input.new_zeros(h_shape)
+        if c_shape is not None:
+            c0 = h0 if c_shape == h_shape else input.new_zeros(c_shape)
     if backend == "torch":
+        assert h0 is not None
         output, h_n, c_n = torch_nn.stack(
             cell, input, h0, c0, flat_weights, bias=bias, num_layers=num_layers,
             dropout=dropout if training else 0.0,
@@ -340,7 +337,7 @@ def _run(
     else:
         output, h_n, c_n, cells = _run_layers(
             backend, plan, cell, input, h0, c0, flat_weights, batch, num_layers, directions,
-            dropout if training else 0.0, records, return_cells, recompute, cache, seed,
+            dropout if training else 0.0, records, return_cells, recompute, plain, cache, seed,
             [regularisers.noise(k, training) for k in range(num_layers)] if active else None,
         )  # fmt: skip
     if half is not None:
@@ -355,7 +352,7 @@ def _run_layers(
     plan: str,
     cell: str,
     x: Tensor,
-    h0: Tensor,
+    h0: Tensor | None,
     c0: Tensor | None,
     flat_weights: Sequence[Tensor],
     batch: Batch,
@@ -365,6 +362,7 @@ def _run_layers(
     records: bool,
     return_cells: bool,
     recompute: bool,
+    plain: bool,
     cache: WeightCache | None,
     seed: Tensor | None,
     noises: list[str] | None,
@@ -383,14 +381,17 @@ def _run_layers(
     for k in range(num_layers):
         if turned and k == last:
             x, layout = x.transpose(0, 1), batch
+        h: Any  # None only where the call is plain
         h, c, weights = h0, c0, flat_weights
         if last:
-            h = h0.narrow(0, k * directions, directions)
+            h = None if h0 is None else h0.narrow(0, k * directions, directions)
             c = None if c0 is None else c0.narrow(0, k * directions, directions)
             weights = flat_weights[k * per_layer : (k + 1) * per_layer]
         _, _, batch_first, batch_sizes, lengths, reset = layout
         noise = "" if noises is None else noises[k]
-        if backend == "reference":
+        if plain:
+            x, h, c = plain_layer(x, h, c, weights, cell, batch_first, records)
+        elif backend == "reference":
             x, h, c, cells = reference.layer(
                 x, h, c, weights, batch_sizes, lengths, reset, cell, batch_first, seed, noise
             )
@@ -466,11 +467,9 @@ def _rnn_name(nonlinearity: str) -> str:
     return "rnn_" + nonlinearity
 
 
-def _requires_grad(input: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor]) -> bool:
-    if input.requires_grad or h0.requires_grad or (c0 is not None and c0.requires_grad):
-        return True
-    for w in weights:  # noqa: SIM110 - any() over a generator takes three times as long
-        if w.requires_grad:
+def _requires_grad(*given: Tensor | None, weights: Sequence[Tensor]) -> bool:
+    for t in (*given, *weights):  # noqa: SIM110 - any() over a generator takes three times as long
+        if t is not None and t.requires_grad:
             return True
     return False
 

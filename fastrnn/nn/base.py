@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.nn.cache import PackedCache, current_cache
@@ -228,7 +229,7 @@ class RecurrentBase(nn.RNNBase):
         return replica
 
     def _cache(self) -> PackedCache | None:
-        return current_cache(self)
+        return None if is_compiling() else current_cache(self)
 
     def _name(self) -> str:
         return self.mode.split("_")[0]
@@ -297,7 +298,8 @@ class RecurrentBase(nn.RNNBase):
         return_cells: bool = False,
     ) -> Any:
         """Run the whole sequence. The class says what goes in and what comes out."""
-        if lengths is None and reset is None and not return_cells:
+        # Dynamo guards what it meets: it is told here that none of the short ways is its.
+        if lengths is None and reset is None and not return_cells and not is_compiling():
             short = self._natively_recorded if torch.is_grad_enabled() else self._natively
             done = short(input, hx)
             if done is not None:
@@ -351,7 +353,7 @@ class RecurrentBase(nn.RNNBase):
             self._check_rank(parts, 3)
             # Before the permutation, which would pick rows out of a state of too many. How many
             # there are a traced call does not know.
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 self.check_forward_args(data, self._join(parts), batch_sizes)
         if parts is not None and sorted_indices is not None:
             parts = tuple(part.index_select(1, sorted_indices) for part in parts)

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from fastrnn import dispatch, functional
-from fastrnn.functional.stack import is_exporting
+from fastrnn.functional.plain import is_exporting
 
 __all__ = ["Proxy", "as_leaf", "in_one_piece"]
 
@@ -39,14 +39,17 @@ def _piece(name: str) -> Any:
 _PIECES = {name: _piece(name) for name in ("lstm", "gru", "rnn")}
 
 
-def _known_to_dynamo() -> bool:
-    """Runs while dynamo traces: importing fastrnn does not bring in dynamo, and Triton with it."""
+def _takes_pieces() -> bool:
+    """Asked while dynamo traces: whether it is for torch.compile, which then knows the pieces.
+    Importing fastrnn does not bring in dynamo, and Triton with it."""
+    if not _tells_export or is_exporting():
+        return False
     for piece in _PIECES.values():
         torch.compiler.allow_in_graph(piece)
     return True
 
 
-_known_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_takes_pieces._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _tells_export = hasattr(torch.compiler, "is_exporting")  # not before torch 2.7
 
 
@@ -58,7 +61,6 @@ def in_one_piece(name: str, plain: bool) -> Any:
     longer than a small layer. What a plain call does depends on its arguments, on what dynamo
     guards in any case, and on ``use_backend``, which is asked here.
     """
-    compiles = plain and is_compiling() and _tells_export and not is_exporting()
-    if compiles and not dispatch._in_force and _known_to_dynamo():
+    if plain and is_compiling() and not dispatch._in_force and _takes_pieces():
         return _PIECES[name]
     return getattr(functional, name)

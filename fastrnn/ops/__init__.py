@@ -10,6 +10,7 @@ from fastrnn.ops.layer import (
     state_dtype,
     unobserved,
 )
+from fastrnn.ops.plain import plain_backward, plain_forward, plain_forward_train
 from fastrnn.ops.random import random_mask
 from fastrnn.ops.rhn import RHN_CPU, rhn_backward, rhn_forward, rhn_forward_train
 
@@ -23,6 +24,9 @@ __all__ = [
     "layer_forward",
     "layer_forward_train",
     "pack_weights",
+    "plain_backward",
+    "plain_forward",
+    "plain_forward_train",
     "random_mask",
     "rhn_backward",
     "rhn_forward",

@@ -283,6 +283,12 @@ def register(
     return functions
 
 
+def implement(device: str, name: str, function: Callable[..., Any]) -> None:
+    """Serve an operator, on tensors of a dispatch key, by this function as it is."""
+    _OPERATORS[device, name] = function
+    torch.library.impl(f"fastrnn::{name}", device, function)
+
+
 def forward_only(name: str) -> None:
     """Give an operator a derivative that raises: exported programs hold forwards alone, and
     without any derivative torch would leave gradients out in silence.
