@@ -106,6 +106,38 @@ TEST(shapes_wide_enough_for_a_team) {
   });
 }
 
+// With one chunk of rows and widths of whole vectors the backward packs weights where their gradients will be. Of a large weight_ih
+// of another width each thread packs a few blocks at a time.
+TEST(where_the_backward_packs_weights) {
+  each_isa([] {
+    for (Partition partition : {Partition::units, Partition::rows}) {
+      Options o;
+      o.partition = partition;
+      o.I = 32;
+      o.H = 64;
+      for (Cell cell : kCells)
+        for (int directions : {1, 2}) {
+          o.cell = cell;
+          o.directions = directions;
+          o.T = 4;
+          o.N = 9;
+          o.P = is_lstm(cell) && directions == 2 ? 32 : 0;
+          o.threads = directions == 2 ? 4 : 3;
+          o.recompute = directions == 1;
+          check_training(o, 13);
+        }
+      Options large;
+      large.partition = partition;
+      large.cell = Cell::gru;
+      large.T = 2;
+      large.I = 517;
+      large.H = 170;
+      large.threads = 2;
+      check_training(large, 14);
+    }
+  });
+}
+
 TEST(results_do_not_depend_on_threads_or_partition) {
   each_isa([] {
     std::vector<Cell> all(kCells.begin(), kCells.end());
