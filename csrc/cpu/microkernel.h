@@ -85,6 +85,7 @@ FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typena
   __m512bh w[NV];
   FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] =
       (__m512bh)_mm512_loadu_si512(b + v / S * far + v % S * 2 * W);
+  if constexpr (R > 1) FASTRNN_UNROLL for (int v = 0; v < NV; v++) asm("" : "+v"(w[v]));  // as held()
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
     int pair;
     std::memcpy(&pair, a[r] + k, 4);
@@ -126,6 +127,9 @@ FASTRNN_INLINE void multiply(Vec<typename E::T> (&acc)[R][NV], const typename E:
       if constexpr (kRegisters == 32 || R > NV) {
         V w[NV];
         FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v / S * far + v % S * W);
+        // With 16 registers there is none to spare for it.
+        if constexpr (kRegisters == 32 && R > 1)
+          FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = held(w[v]);
         // Weights beyond L2: with 2 to 4 rows the loop outruns the hardware's prefetch; with one it never does.
         if constexpr (kRegisters == 32 && R >= 2 && R <= 4)
           FASTRNN_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(b + kPrefetch + v * W);

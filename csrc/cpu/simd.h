@@ -169,6 +169,17 @@ FASTRNN_INLINE Vec<S> operator/(Vec<S> a, Vec<S> b) {
   return {a.v / b.v};
 }
 
+// The same value, in a register from here on: g++ would else load it again for every use.
+template <class S>
+FASTRNN_INLINE Vec<S> held(Vec<S> a) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(a.v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(a.v));
+#endif
+  return a;
+}
+
 // The sum of a vector's lanes, halves added to each other.
 template <class S>
 FASTRNN_INLINE S lanes_sum(Vec<S> a) {
