@@ -13,6 +13,7 @@ from benchmarks.targets import vs_loop, vs_onnx, vs_plain, vs_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 XEON, EPYC = "intel-xeon-family-6-model-167", "amd-epyc-family-25-model-1"
+ZEN5 = "amd-epyc-family-26-model-2"
 BOTH = ("README.md", "docs/not-faster.md")
 PAGE = BOTH[1:]
 
@@ -113,15 +114,48 @@ def test_bfloat16_weights_with_avx2() -> None:
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_one_tiny_call(mode: str) -> None:
-    rows = [r for r in held(EPYC).values() if r.case.group == "overhead"]
+    rows = [r for r in held(ZEN5).values() if r.case.group == "overhead" and r.case.mode == mode]
     assert not any(record.disturbed for record in rows)
-    mine = [(vs_torch(r) or 0, r.case) for r in rows if r.case.mode == mode]
-    eager = [ratio for ratio, case in mine if not case.option]
-    compiled = sorted((1 / ratio, case.cell.upper()) for ratio, case in mine if case.option)
+    mine = [(vs_torch(r) or 0, r.case.cell.upper(), r.case.option) for r in rows]
+    eager = [ratio for ratio, _, option in mine if not option]
+    compiled = sorted((ratio, cell) for ratio, cell, option in mine if option)
     (low, first), (high, last) = compiled[0], compiled[-1]
-    if mode == "forward":
-        quoted(f"{low:.1f} ({first}) to {high:.1f} ({last}) times as fast in inference", PAGE)
-        quoted(f"ours is {min(eager):.0f} to {max(eager):.1f}", PAGE)
-    else:
-        quoted(f"{low:.1f} ({first}) to {high:.1f} times with gradients", PAGE)
-        quoted(f"and {min(eager):.1f} to {max(eager):.1f} times as fast.", PAGE)
+    ends = {"forward": "its speed in inference", "training": "with gradients"}
+    quoted(f"{low:.2f} ({first}) to {high:.2f} times ({last}) {ends[mode]}", PAGE)
+    start = {"forward": "ours is ", "training": "and "}[mode]
+    quoted(f"{start}{min(eager):.1f} to {max(eager):.1f}", PAGE)
+
+
+def test_zen_5() -> None:
+    found = held(ZEN5)
+    grid = [record for record in found.values() if record.case.group == "grid"]
+    assert not any(record.handed_over for record in grid)
+    quoted(f"({min(vs_torch(r) or 0 for r in grid):.2f} times as fast at least)")
+    behind = {r.case.id: ratio for r in grid if (ratio := vs_onnx(r)) is not None and ratio < 1}
+    rnn, gru = behind.pop("rnn/forward/T1-N1-H128"), behind.pop("gru/forward/T1-N1-H128")
+    assert not behind
+    quoted(f"one call of an RNN ({rnn:.2f}) and of a GRU ({gru:.2f})", BOTH[:1])
+    isa = [
+        r.speedup("fastrnn@avx2", "fastrnn@auto") for r in found.values() if r.case.group == "isa"
+    ]
+    low, high = (1 / f(ratio or 0 for ratio in isa) for f in (max, min))
+    quoted(f"has {low:.2f} to {high:.2f} of its own speed", PAGE)
+    large = [(vs_torch(r) or 0, r.case) for r in grid if r.case.H == 1024 and r.case.N >= 32]
+    (least, case), (most, _) = (f(large, key=lambda r: r[0]) for f in (min, max))
+    assert (case.cell, case.mode, case.T, case.N) == ("lstm", "forward", 25, 128)
+    quoted(f"from {least:.2f} (LSTM inference, 25 steps of 128 rows) to {most:.1f} times", PAGE)
+
+
+def test_batch_norm_on_zen_5() -> None:
+    rows = {k: r for k, r in held(ZEN5).items() if k.startswith("bnlstm/training/")}
+    ratios = {key: vs_loop(record) or 0 for key, record in rows.items()}
+    longest, middle = (f"bnlstm/training/{s}/loops" for s in ("T784-N64-H100", "T100-N32-H256"))
+    assert min(ratios, key=ratios.__getitem__) == longest
+    costs = sorted(vs_plain(record) or 0 for record in rows.values())
+    assert costs[-1] == vs_plain(rows[longest])
+    quoted(
+        f"{ratios[longest]:.1f} (784 steps of 64 rows at H = 100) to {max(ratios.values()):.1f} "
+        f"times, {ratios[middle]:.1f} with 32 rows at H = 256; it costs {costs[0]:.2f} to "
+        f"{costs[-2]:.2f} times our plain LSTM, and {costs[-1]:.2f} in the first of these",
+        PAGE,
+    )
