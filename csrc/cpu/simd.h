@@ -27,7 +27,7 @@ FASTRNN_INLINE float to_float(bf16 x) {
   return f;
 }
 
-// Round to nearest even, NaN kept quiet: the rounding of vcvtneps2bf16 and of torch.
+// Round to nearest even, NaN kept quiet: torch's rounding, and vcvtneps2bf16's but for denormals, which that takes for zeros.
 FASTRNN_INLINE bf16 to_bf16(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);

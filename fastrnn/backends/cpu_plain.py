@@ -33,20 +33,22 @@ def _states(
     return states[0], states[1] if len(states) > 1 else None
 
 
-def _tell(
+def _call(
     x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
+    states: list[Tensor],
     weights: list[Tensor],
     cell: str,
     batch_first: bool,
-) -> None:
-    """Let the library know this kind of call, if it is a small one."""
-    call = cpu_prepared.prepared(cell, x, h0, c0, weights, batch_first)
+    known: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The states of a call, of whose kind the library gets to know if it is a small one."""
+    h0, c0 = _states(x, states, weights, cell, batch_first)
+    call = None if known else cpu_prepared.prepared(cell, x, h0, c0, weights, batch_first)
     if call is not None:
         cpu_prepared.library().plain_known(
             (cell, batch_first, x, weights[1]), *call.plain(x, h0, weights)
         )
+    return h0, c0
 
 
 def _forward(
@@ -57,9 +59,7 @@ def _forward(
     batch_first: bool,
     known: bool,
 ) -> list[Tensor]:
-    h0, c0 = _states(x, states, weights, cell, batch_first)
-    if not known:
-        _tell(x, h0, c0, weights, cell, batch_first)
+    h0, c0 = _call(x, states, weights, cell, batch_first, known)
     y, h_n, c_n, _ = cpu.layer_forward(
         x, h0, c0, weights, None, None, None, None, cell, batch_first, False, ""
     )
@@ -74,9 +74,7 @@ def _forward_train(
     batch_first: bool,
     known: bool,
 ) -> list[Tensor]:
-    h0, c0 = _states(x, states, weights, cell, batch_first)
-    if not known:
-        _tell(x, h0, c0, weights, cell, batch_first)
+    h0, c0 = _call(x, states, weights, cell, batch_first, known)
     results = cpu.layer_forward_train(
         x, h0, c0, weights, None, None, None, cell, batch_first, False, ""
     )
@@ -100,14 +98,12 @@ def _backward(
     need_dw: bool,
     known: bool,
 ) -> list[Tensor]:
-    h0, c0 = _states(x, states, matrices, cell, batch_first)
     weights: list[Tensor] = []
     for at in range(0, len(matrices), 2):
         own = matrices[at : at + 2]
         # The backward reads no bias: what stands for one has its size.
         weights += [*own, *[w.new_empty(w.size(0)) for w in own]] if bias else own
-    if not known:
-        _tell(x, h0, c0, weights, cell, batch_first)
+    h0, c0 = _call(x, states, weights, cell, batch_first, known)
     cells = tape[0] if KINDS[cell].has_cell else None
     gates = tape[-1] if KINDS[cell].tape else None
     dx, dh0, dc0, dweights = cpu.layer_backward(
