@@ -230,13 +230,13 @@ class Results:
 
 
 def newest() -> Path:
-    """The committed full result, the last by name of several. Raises FileNotFoundError."""
-    found = sorted(RESULTS.glob("*/full.json"))
+    """The committed full result of the latest date. Raises FileNotFoundError."""
+    found = list(RESULTS.glob("*/full.json"))
     if not found:
         raise FileNotFoundError(
             f"no full.json below {RESULTS}; run `python -m benchmarks --full` first"
         )
-    return found[-1]
+    return max(found, key=lambda path: json.loads(path.read_text())["environment"]["date"])
 
 
 def _case_columns(case: Case) -> dict[str, Any]:
