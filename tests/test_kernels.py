@@ -85,6 +85,15 @@ LARGE = [  # more rows than a chunk of the input product, more columns than a bl
 ]
 
 
+def recorded(p: Problem, results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The results with zeros for what nobody writes of a tape: steps past a row's end."""
+    gates, lengths = results.get("gates"), p.lengths
+    if gates is None or lengths is None or p.batch_sizes is not None or not gates.numel():
+        return results
+    past = torch.arange(p.case.T)[:, None] >= lengths
+    return results | {"gates": gates.masked_fill(past.flatten()[:, None], 0)}
+
+
 def verify(p: Problem, linear: bool = False) -> None:
     """Both forwards and the backward by the rule; the same call twice; inputs left alone."""
     before = [t.clone() for t in p.inputs()]
@@ -99,9 +108,9 @@ def verify(p: Problem, linear: bool = False) -> None:
     check(p, {k: v for k, v in tape.items() if k != "gates"} | grads, linear)
     assert_same_bits("gates after backward", tape["gates"], gates)
 
-    again = forward_train(p)
+    again, first = recorded(p, forward_train(p)), recorded(p, tape)
     for name, value in (again | backward(p, tape)).items():
-        assert_same_bits(f"second run: {name} of {p.case}", value, (tape | grads)[name])
+        assert_same_bits(f"second run: {name} of {p.case}", value, (first | grads)[name])
     for tensor, copy in zip(p.inputs(), before, strict=True):
         assert_same_bits(f"an input of {p.case}", tensor, copy)
 

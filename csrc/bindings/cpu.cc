@@ -17,6 +17,7 @@ using namespace fastrnn;
 namespace fastrnn {
 void bind_rhn(py::module_& m);
 void bind_compiled(py::module_& m);
+void bind_large_memory(py::module_& m);
 void bind_tensors(py::module_& m);
 }  // namespace fastrnn
 
@@ -119,5 +120,6 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>());
   bind_rhn(m);
   bind_compiled(m);
+  bind_large_memory(m);
   bind_tensors(m);
 }

@@ -3,27 +3,14 @@
 #include <algorithm>
 #include <vector>
 
+#include "dlpack.h"
 #include "tensors.h"
 
 namespace fastrnn {
 namespace {
 
-// DLPack's tensor and the table of functions by which a type gives it, from torch 2.9 on: one call instead of six
-// attributes. The standard's names; only what is used here.
-struct DLTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-
+// The table of functions by which a type gives DLPack's view of it, from torch 2.9 on: one call instead of six attributes.
+// The standard's names; only what is used here.
 struct DLPackExchangeAPI {
   struct {
     uint32_t major, minor;

@@ -6,9 +6,9 @@
 #include <initializer_list>
 #include <memory>
 
-#include "../cpu/pages.h"
 #include "../cpu/team.h"
 #include "args.h"
+#include "large_memory.h"
 
 namespace fastrnn {
 
@@ -101,7 +101,7 @@ inline unsigned present(std::initializer_list<const void*> tensors) {
 }
 
 // Scratch of this thread, kept while it lives if it is small: less where a backward follows, beside whose
-// tensors it would lie.
+// tensors it would lie. Large scratch comes from what the process keeps.
 class Scratch {
  public:
   Scratch(size_t bytes, bool records) {
@@ -112,9 +112,9 @@ class Scratch {
     thread_local Kept kept;
     char* from = kept.data.get();
     if (bytes > (records ? kKept / 4 : kKept)) {
-      own_.reset(new char[bytes + kLine]);
-      from = own_.get();
-      prefer_huge_pages(from, bytes);
+      large_ = LargeMemory::get().take(bytes + kLine);
+      if (!large_) own_.reset(new char[bytes + kLine]);
+      from = large_ ? static_cast<char*>(large_) : own_.get();
     } else if (bytes > kept.bytes) {
       kept = {};
       kept.data.reset(from = new char[bytes + kLine]);
@@ -122,11 +122,17 @@ class Scratch {
     }
     at_ = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(from) + kLine - 1) / kLine * kLine);
   }
+  ~Scratch() {
+    if (large_) LargeMemory::get().give(large_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   void* get() const { return at_; }
 
  private:
   static constexpr size_t kKept = size_t{1} << 20, kLine = 64;
   std::unique_ptr<char[]> own_;
+  void* large_ = nullptr;
   void* at_;
 };
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends.cpu_memory import CPU, kept, kept_like, output, read_limit
 from fastrnn.backends.cpu_plan import Plan, read_plan
 from fastrnn.kinds import KINDS
 from fastrnn.noise import Noise, tape_slots
@@ -22,6 +23,7 @@ try:
 
     _import_error: ImportError | None = None
     _cpu.team_kind()  # looks after forks from now on, also those before its first call
+    read_limit()
 except ImportError as error:  # a source tree without a build: every other backend still works
     _import_error = error
 
@@ -188,17 +190,6 @@ def _pointer(t: Tensor | None) -> int:
     return t.data_ptr() if t is not None and t.numel() else 0
 
 
-_CPU = torch.device("cpu")  # named, because torch.set_default_device may say otherwise
-LARGE = 4 << 20  # bytes: of larger tensors the pages cost as much as a tenth of a training step
-
-
-def fresh(tensor: Tensor) -> Tensor:
-    """The tensor, which nobody has written to: a large one asks the system for huge pages."""
-    if tensor.nbytes >= LARGE:
-        _cpu.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
 _forward_bytes: dict[tuple[object, ...], int] = {}
 _backward_bytes: dict[tuple[object, ...], int] = {}
 
@@ -212,7 +203,7 @@ def _workspace(
         if len(known) >= 1024:  # as many shapes as no program keeps coming back to
             known.clear()
         size = known[key] = ask(*fields) + 64
-    return fresh(torch.empty(size, dtype=torch.uint8, device=_CPU))
+    return kept((size,), torch.uint8)
 
 
 def _forward(
@@ -258,19 +249,18 @@ def _forward(
 
     lead = x.shape[:-1]
     dtype = x.dtype
-    y = fresh(torch.empty((*lead, directions * width), dtype=dtype, device=_CPU))
+    y = (kept if want_cells else output)((*lead, directions * width), dtype)
     h_n = torch.empty_like(h0)
     c_n = cells = gates = None
     compute = _compute_dtype(dtype)
     if lstm:
         c_n = torch.empty_like(c0)  # type: ignore[arg-type]
         if want_cells:
-            cells = fresh(torch.empty((*lead, directions * hidden), dtype=compute, device=_CPU))
+            cells = kept((*lead, directions * hidden), compute)
     slots = tape_slots(cell, noise) if want_gates else 0
     if slots:
         rows = x.size(0) if is_packed else shape[0] * shape[1]
-        tape = (directions, rows, slots * hidden)
-        gates = fresh(torch.empty(tape, dtype=compute, device=_CPU))
+        gates = kept((directions, rows, slots * hidden), compute)
     if shape[1] == 0:
         return y, h_n, c_n, cells, gates
     tensors = (
@@ -408,10 +398,10 @@ def layer_backward(
     is_packed = batch_sizes is not None
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
-    dx = fresh(torch.empty_like(x)) if need_dx else None
+    dx = kept_like(x) if need_dx else None
     dh0 = torch.empty_like(h0) if need_dstate else None
     dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
-    dweights = [fresh(torch.empty_like(w)) for w in weights] if need_dw else []
+    dweights = [kept_like(w) for w in weights] if need_dw else []
     if shape[1] == 0:
         return dx, dh0, dc0, [w.zero_() for w in dweights]
     dy = _like_input(dy, x.dtype)
@@ -452,7 +442,7 @@ def random_mask(seed: Tensor, stream: int, p: float, steps: int, rows: int, unit
     """(steps, rows, units) bool, False with probability p: the masks the kernels draw."""
     if _import_error is not None:
         return philox.keep(seed, stream, p, steps, rows, units, seed.device)
-    keep = torch.empty((steps, rows, units), dtype=torch.bool, device=_CPU)
+    keep = torch.empty((steps, rows, units), dtype=torch.bool, device=CPU)
     shape = (stream, philox.threshold(p), steps, rows, units, torch.get_num_threads())
     _cpu.random(seed.data_ptr(), *shape, 0, keep.data_ptr())
     return keep
@@ -485,7 +475,7 @@ def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
     directions = 2 if sum(w.dim() == 2 for w in weights) > 3 else 1
     state = weights[0].new_empty((directions, 1, weights[1].size(1)))
     problem = _problem(cell, weights[0].dtype, read_plan(plan), weights, (1, 1), state)
-    packed = fresh(torch.empty(_cpu.packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU))
+    packed = output((_cpu.packed_bytes(problem) + 64,), torch.uint8)
     offset = _aligned(packed) - packed.data_ptr()
     packed = packed[offset:].clone() if offset else packed
     addresses = _addresses(weights, directions, KINDS[cell].norms)

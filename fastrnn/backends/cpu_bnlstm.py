@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends import cpu
+from fastrnn.backends.cpu_memory import kept, kept_like, output
 
 __all__ = ["bnlstm_backward", "bnlstm_forward", "plan"]
 
@@ -104,11 +105,12 @@ def bnlstm_forward(
     batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
 
     lead = x.shape[:-1]
-    y = cpu.fresh(x.new_empty((*lead, directions * hidden)))
+    y = (kept if record else output)((*lead, directions * hidden), x.dtype)
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
-    cells = cpu.fresh(x.new_empty((*lead, directions * hidden) if return_cells or record else 0))
+    wanted = (*lead, directions * hidden) if return_cells or record else (0,)
+    cells = kept(wanted, x.dtype)
     rows = (x.size(0) if is_packed else shape[0] * size) if record else 0
-    tape = cpu.fresh(x.new_empty((directions, rows, _library().bnlstm_tape_width(hidden))))
+    tape = kept((directions, rows, _library().bnlstm_tape_width(hidden)), x.dtype)
     steps = shape[0] if batch_stats or record else 0
     widths = (4 * hidden, 4 * hidden, hidden)
     used = [
@@ -144,7 +146,7 @@ def bnlstm_forward(
         *fields,
     )
     size = _library().bnlstm_forward_workspace(problem, tensors) + 64
-    workspace = cpu.fresh(torch.empty(size, dtype=torch.uint8, device=cpu._CPU))
+    workspace = kept((size,), torch.uint8)
     _library().bnlstm_forward(problem, tensors, cpu._aligned(workspace))
     return y, h_n, c_n, cells, tape, *used  # type: ignore[return-value]
 
@@ -184,10 +186,10 @@ def bnlstm_backward(
     batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
     empty = x.new_empty(0)
 
-    dx = cpu.fresh(torch.empty_like(x)) if need_dx else empty
+    dx = kept_like(x) if need_dx else empty
     dh0 = torch.empty_like(h0) if need_dstate else empty
     dc0 = torch.empty_like(c0) if need_dstate else empty
-    dweights = [cpu.fresh(torch.empty_like(w)) for w in weights] if need_dw else []
+    dweights = [kept_like(w) for w in weights] if need_dw else []
     if size == 0:
         return dx, dh0, dc0, [w.zero_() for w in dweights]
     dy, dh_n, dc_n, dcells = (cpu._like_input(g, x.dtype) for g in (dy, dh_n, dc_n, dcells))
@@ -215,6 +217,6 @@ def bnlstm_backward(
         *(_addresses(dweights, directions) if need_dw else ()),
     )
     size = _library().bnlstm_backward_workspace(problem, tensors) + 64
-    workspace = cpu.fresh(torch.empty(size, dtype=torch.uint8, device=cpu._CPU))
+    workspace = kept((size,), torch.uint8)
     _library().bnlstm_backward(problem, tensors, cpu._aligned(workspace))
     return dx, dh0, dc0, dweights

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends import cpu
+from fastrnn.backends.cpu_memory import CPU, kept_like
 from fastrnn.backends.cpu_plan import read_plan
 from fastrnn.kinds import KINDS
 
@@ -83,20 +84,19 @@ class LayerCall:
         # Of h only the sizes are read: the caller's own would stay alive, with all that led to it.
         self._dtype, self._shape, self._state = x.dtype, (steps, size), h.new_empty(h.shape)
         lead = x.shape[:-1]  # tensors of our own: nothing else of the caller's lives on in them
-        self._y = torch.empty((*lead, directions * out), dtype=x.dtype, device=cpu._CPU)
+        self._y = torch.empty((*lead, directions * out), dtype=x.dtype, device=CPU)
         self._cells = self._gates = None
         strides = [*cpu._strides(x, False, batch_first), *cpu._strides(self._y, False, batch_first)]
         if c is not None:
-            self._cells = torch.empty((*lead, directions * hidden), dtype=wide, device=cpu._CPU)
+            self._cells = torch.empty((*lead, directions * hidden), dtype=wide, device=CPU)
             strides += cpu._strides(self._cells, False, batch_first)
         else:
             strides += (0, 0)
         self._strides = tuple(strides)
         if kind.tape:
             shape = (directions, steps * size, kind.tape * hidden)
-            self._gates = torch.empty(shape, dtype=wide, device=cpu._CPU)
+            self._gates = torch.empty(shape, dtype=wide, device=CPU)
         self._setting = _Setting(0, "", None, None)
-        self._wide = any(w.nbytes >= cpu.LARGE for w in weights)
 
     def takes(self, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, gates: _Grad) -> bool:
         """Whether ``backward`` serves them: the tape was kept, and the dtypes are the forward's."""
@@ -182,9 +182,7 @@ class LayerCall:
         dx = torch.empty_like(x) if need_dx else None
         dh0 = torch.empty_like(h0) if need_dstate else None
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
-        dweights = [torch.empty_like(w) for w in weights] if need_dw else []
-        if self._wide:
-            dweights = [cpu.fresh(w) for w in dweights]
+        dweights = [kept_like(w) for w in weights] if need_dw else []
         library().run_backward(
             setting.backward, x, y, cells, dx, dy, dcells, h0, c0, dh_n, dc_n, dh0, dc0, gates,
             weights, dweights if need_dw else None,

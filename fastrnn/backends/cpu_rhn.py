@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends.cpu import (
-    _CPU,
     _TYPES,
     _aligned,
     _compute_dtype,
@@ -24,8 +23,8 @@ from fastrnn.backends.cpu import (
     _sequence_fields,
     _shape,
     _strides,
-    fresh,
 )
+from fastrnn.backends.cpu_memory import kept, kept_like, output
 from fastrnn.backends.cpu_plan import read_plan
 
 
@@ -119,9 +118,7 @@ def pack_weights(weights: Sequence[Tensor]) -> Tensor:
     directions = 2 if len(weights) > 3 else 1
     problem = _problem("", weights, (1, 1), directions, None, None)
     library = _library()
-    packed = fresh(
-        torch.empty(library.rhn_packed_bytes(problem) + 64, dtype=torch.uint8, device=_CPU)
-    )
+    packed = output((library.rhn_packed_bytes(problem) + 64,), torch.uint8)
     offset = _aligned(packed) - packed.data_ptr()
     packed = packed[offset:].clone() if offset else packed
     library.rhn_pack(problem, tuple(_addresses(weights, directions)), packed.data_ptr())
@@ -152,11 +149,11 @@ def _forward(
     is_packed = batch_sizes is not None
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
 
-    y = fresh(x.new_empty((*x.shape[:-1], directions * hidden)))
+    y = (kept if want_gates else output)((*x.shape[:-1], directions * hidden), dtype)
     h_n = torch.empty_like(h0)
     rows = x.size(0) if is_packed else shape[0] * shape[1]
     depth, width, _ = weights[1].shape
-    gates = fresh(x.new_empty((directions, depth, rows, width if want_gates else 0)))
+    gates = kept((directions, depth, rows, width if want_gates else 0), dtype)
     if shape[1]:
         tensors = (
             *_strides(x, is_packed, batch_first),
@@ -174,7 +171,7 @@ def _forward(
         )
         library = _library()
         size = library.rhn_forward_workspace(problem, tensors) + 64
-        workspace = fresh(torch.empty(size, dtype=torch.uint8, device=_CPU))
+        workspace = kept((size,), torch.uint8)
         library.rhn_forward(problem, tensors, _aligned(workspace))
     return y.to(given), h_n.to(given), gates
 
@@ -260,9 +257,9 @@ def rhn_backward(
     batch_sizes, lengths, reset = _prepare_sequence(batch_sizes, lengths, reset)
     empty = x.new_empty(0)
 
-    dx = fresh(torch.empty_like(x)) if need_dx else empty
+    dx = kept_like(x) if need_dx else empty
     dh0 = torch.empty_like(h0) if need_dstate else empty
-    dweights = [fresh(torch.empty_like(w)) for w in weights] if need_dw else []
+    dweights = [kept_like(w) for w in weights] if need_dw else []
     if shape[1]:
         tensors = (
             *_strides(x, is_packed, batch_first),
@@ -284,7 +281,7 @@ def rhn_backward(
         )
         library = _library()
         size = library.rhn_backward_workspace(problem, tensors) + 64
-        workspace = fresh(torch.empty(size, dtype=torch.uint8, device=_CPU))
+        workspace = kept((size,), torch.uint8)
         library.rhn_backward(problem, tensors, _aligned(workspace))
     else:
         dweights = [w.zero_() for w in dweights]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastrnn import dispatch
 from fastrnn.autograd import PreparedLayer
 from fastrnn.backends import cpu
+from fastrnn.backends.cpu_memory import LARGE, huge
 from fastrnn.backends.cpu_plan import read_plan
 from fastrnn.backends.cpu_prepared import LayerCall, library
 from fastrnn.functional.checks import check_weights
@@ -114,7 +115,7 @@ class _Call:
         self._x_shape = x.shape
         rows, out = layout.batch, proj or hidden
         self._y_like = x.new_empty((*x.shape[:-1], directions * out))
-        self._large = self._y_like.nbytes >= cpu.LARGE
+        self._large = self._y_like.nbytes >= LARGE
         lead = (layers * directions,) if stacked else ()
         if layout.batched:
             lead = (*lead, rows)
@@ -216,7 +217,7 @@ class NativeCall(_Call):
         run, (first, *others) = library().run_forward, prepared.layers
         y, h_n = torch.empty_like(self._y_like), torch.empty_like(self._h_like)
         if self._large:
-            y = cpu.fresh(y)
+            y = huge(y)
         c_n = None if c is None else torch.empty_like(c)
         run(first, x, y, None, h, c, h_n, c_n, None, None)
         if others:
