@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.nn.cache import PackedCache, current_cache
+from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.traced import Proxy, as_leaf
 from fastrnn.regularisers import check, probability
 
@@ -228,9 +228,6 @@ class RecurrentBase(nn.RNNBase):
         replica._packed = None
         return replica
 
-    def _cache(self) -> PackedCache | None:
-        return None if is_compiling() else current_cache(self)
-
     def _name(self) -> str:
         return self.mode.split("_")[0]
 
@@ -238,9 +235,6 @@ class RecurrentBase(nn.RNNBase):
         if isinstance(hx, Tensor):
             return (hx,)
         raise TypeError(f"{self._name()}: hx should be a Tensor, got {type(hx).__name__}")
-
-    def _join(self, parts: Parts) -> Any:
-        return parts[0]
 
     def _rank_message(self, rank: int) -> str:
         return f"{self._name()}: Expected input to be 2D or 3D, got {rank}D instead"
@@ -257,17 +251,6 @@ class RecurrentBase(nn.RNNBase):
                     f"For {kind} input, {names} should also be {rank}-D but got {got}"
                 )
 
-    def _present_weights(self) -> list[Tensor]:
-        weights = self._weights()
-        for weight in weights:
-            if weight is None:
-                names = zip(self._flat_weights_names, weights)
-                missing = ", ".join(name for name, value in names if value is None)
-                raise AttributeError(
-                    f"{self._name()}: {missing} was deleted; assign a Parameter before the call"
-                )
-        return weights
-
     def _check_return_cells(self, return_cells: bool) -> None:
         if return_cells:
             raise ValueError(
@@ -282,6 +265,10 @@ class RecurrentBase(nn.RNNBase):
     def _natively_recorded(self, input: Any, hx: Any) -> Any:
         """As `_natively`, with gradients."""
         return None
+
+    def _join(self, parts: Parts) -> Any:
+        """The state as the class returns it."""
+        raise NotImplementedError
 
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         """Run the cell's function: (output, parts of the state[, cells]). The function makes
@@ -304,15 +291,16 @@ class RecurrentBase(nn.RNNBase):
             done = short(input, hx)
             if done is not None:
                 return done
-        self._check_return_cells(return_cells)
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, reset, return_cells)
-        if not isinstance(input, Tensor) and isinstance(input, Proxy):
-            cells = None if return_cells is False else return_cells
-            leaf = as_leaf(self, input, hx, lengths=lengths, reset=reset, return_cells=cells)
-            if leaf is not None:
-                return leaf
+        if return_cells:
+            self._check_return_cells(return_cells)
         if not isinstance(input, Tensor):
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx, lengths, reset, return_cells)
+            if isinstance(input, Proxy):
+                cells = None if return_cells is False else return_cells
+                leaf = as_leaf(self, input, hx, lengths=lengths, reset=reset, return_cells=cells)
+                if leaf is not None:
+                    return leaf
             raise TypeError(
                 f"{self._name()}: input should be a Tensor or a PackedSequence, "
                 f"got {type(input).__name__}"

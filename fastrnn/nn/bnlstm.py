@@ -19,6 +19,7 @@ from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.statistics import RunningStatistics
+from fastrnn.nn.step import Steppable
 from fastrnn.sequence import describe, first_of
 
 
@@ -321,7 +322,7 @@ class BNLSTM(RunningStatistics):
     # The call around the arithmetic is that of the other modules.
     flatten_parameters: Any = RecurrentBase.flatten_parameters
     forward: Any = RecurrentBase.forward
-    _cache: Any = RecurrentBase._cache
+    _cache: Any = Steppable._cache
     _check_rank: Any = RecurrentBase._check_rank
     _forward_packed: Any = RecurrentBase._forward_packed
     _natively: Any = RecurrentBase._natively

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from fastrnn.nn.base import RecurrentBase
+from fastrnn.nn.base import Parts, RecurrentBase
+from fastrnn.nn.cache import PackedCache, current_cache
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.stepper import Layout, NativeCall, TrainingCall
 from fastrnn.nn.traced import in_one_piece
@@ -28,7 +30,31 @@ class Steppable(RecurrentBase):
         for option, value in options.items():
             if option != "batch_first" and value is not None and value is not False:
                 bare = False
-        return in_one_piece(name, bare and not self._draws())
+        # Dynamo guards each method that it meets: those of `_draws` only where they matter.
+        draws = self._draws() if self._rates else self.training and self.dropout != 0
+        return in_one_piece(name, bare and not draws)
+
+    # Here, not in the base: dynamo guards each class on its way to a method.
+    def _cache(self) -> PackedCache | None:
+        return None if is_compiling() else current_cache(self)
+
+    def _join(self, parts: Parts) -> Any:
+        return parts[0]
+
+    def _present_weights(self) -> list[Tensor]:
+        names, parameters = self._flat_weights_names, self._parameters
+        try:  # as `_weights`, of which dynamo would guard that it is a method of this class
+            weights: list[Any] = [parameters[name] for name in names]
+        except KeyError:
+            weights = self._weights()
+        for weight in weights:
+            if weight is None:
+                pairs = zip(names, weights)
+                missing = ", ".join(name for name, value in pairs if value is None)
+                raise AttributeError(
+                    f"{self._name()}: {missing} was deleted; assign a Parameter before the call"
+                )
+        return weights
 
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Process one time step: the same as the whole sequence, one call per element of it.
@@ -137,7 +163,7 @@ class Steppable(RecurrentBase):
         return y, (h_n, c_n) if self.mode == "LSTM" else h_n
 
     def _natively_recorded(self, input: Any, hx: Any) -> Any:
-        if torch.compiler.is_compiling() or self.num_layers > 1 or self.recompute:
+        if is_compiling() or self.num_layers > 1 or self.recompute:
             return None
         parts, cache = self._parts(hx), self._cache()
         if parts is None or cache is None or self._active_regularisers():
