@@ -61,6 +61,19 @@ class Layer:
             False, "",
         )  # fmt: skip
 
+    def empty(self) -> list[Tensor | None]:
+        """What ``plain_forward_into`` fills."""
+        with torch.no_grad():
+            results = ops.plain_forward(*self.arguments())
+        empty = [torch.full_like(t, torch.nan) for t in results]
+        return [*empty, None] if len(empty) == 2 else empty
+
+    def into(self) -> list[Tensor]:
+        results = self.empty()
+        with torch.no_grad():
+            assert ops.plain_forward_into(*self.arguments(), *results) is None
+        return [t for t in results if t is not None]
+
     def present(self, results: list[Tensor]) -> list[Tensor]:
         kind = KINDS[self.cell]
         y, h_n, c_n, cells, gates = results
@@ -121,6 +134,7 @@ def test_results_are_those_of_the_general_operators(options: dict[str, Any]) -> 
     outputs = 3 if KINDS[layer.cell].has_cell else 2
     for _ in range(2):  # the second is the library's alone
         assert_same("inference", ops.plain_forward(*layer.arguments()), expected[:outputs])
+        assert_same("given", layer.into(), expected[:outputs])
         assert_same("training", ops.plain_forward_train(*layer.arguments()), expected)
         for needs in itertools.product((True, False), repeat=3):
             grads = layer.gradients()
@@ -177,6 +191,7 @@ def test_a_kind_of_call_is_described_once(cell: str) -> None:
     grads = layer.gradients()  # asks
     with Counted() as asked:
         ops.plain_forward(*layer.arguments())
+        layer.into()
         ops.plain_backward(*layer.plain_backward(grads, ALL))
     assert asked.calls == []
     expected = layer.present(layer.forward())
@@ -195,6 +210,17 @@ def test_a_kind_of_call_is_described_once(cell: str) -> None:
         got = ops.plain_forward_train(*layer.arguments())
     assert asked.calls == [True]  # known, but not dense
     assert_same("strides", got, expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_results_of_other_strides_are_filled(cell: str) -> None:
+    layer = Layer(cell)
+    expected, results = layer.into(), layer.empty()
+    y = torch.empty(3, 5, 4).transpose(0, 1)
+    with torch.no_grad(), Counted() as asked:
+        ops.plain_forward_into(*layer.arguments(), y, *results[1:])
+    assert asked.calls == [True]
+    assert_same("strides", [y, *[t for t in results[1:] if t is not None]], expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -239,6 +265,8 @@ def test_opcheck(options: dict[str, Any]) -> None:
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     everything = (*utils, "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.plain_forward, layer.arguments(), test_utils=everything)
+    into = (*layer.arguments(), *layer.empty())
+    torch.library.opcheck(ops.plain_forward_into, into, test_utils=everything)
     torch.library.opcheck(ops.plain_forward_train, layer.arguments(), test_utils=everything)
     back = layer.plain_backward(layer.gradients(), ALL)
     torch.library.opcheck(ops.plain_backward, back, test_utils=everything)
@@ -347,6 +375,49 @@ def test_what_a_compiled_layer_calls_and_keeps(name: str) -> None:
     graphs.clear()
     with torch.no_grad():
         compiled(x)
+    assert graphs[0].graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.auto_functionalized_v2
+    )[0].args == (ops.plain_forward_into,)
+    graphs.clear()
+    with torch.no_grad():
+        compiled(torch.randn(6, 3, 6))  # of a size that is not known, from now on
     assert called(graphs[0]) == ["fastrnn.plain_forward.default"]
     program = torch.export.export(module.eval(), (x.detach(),))
     assert called(program.graph_module) == ["fastrnn.layer_forward.default"]
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(OLD, reason="torch 2.6 tells no export")
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's imports
+@pytest.mark.parametrize("steps", [1, 700])
+def test_results_of_inductor(name: str, steps: int) -> None:
+    """Of small layers, whose results it allocates, and of large ones: each its own memory."""
+    module = getattr(fastrnn, name)(6, 8, num_layers=2)
+    x = torch.randn(steps, 3, 6)
+    compiled = torch.compile(module, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        expected, got = module(x), compiled(x)
+        assert_same_bits("output", got[0], expected[0])
+        for i, (ours, state) in enumerate(
+            zip(
+                *[(s if isinstance(s, tuple) else (s,)) for s in (got[1], expected[1])], strict=True
+            )
+        ):
+            assert_same_bits(f"state {i}", ours, state)
+            ours.fill_(torch.nan)
+        assert_same_bits("output", got[0], expected[0])
+        again = compiled(x)
+        assert_same_bits("a second call", again[0], expected[0])
+        assert again[0].data_ptr() != got[0].data_ptr()
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(OLD, reason="torch 2.6 tells no export")
+def test_compiled_vmap() -> None:
+    """Transforms need an operator that is a function of its arguments."""
+    module = fastrnn.GRU(6, 4)
+    x = torch.randn(2, 5, 3, 6)
+    with torch.no_grad():
+        got = torch.compile(torch.vmap(lambda x: module(x)[0]), backend="aot_eager")(x)
+        assert torch.allclose(got, torch.stack([module(each)[0] for each in x]), atol=1e-6)

@@ -25,7 +25,7 @@ int (*dltensor)(void*, DLTensor*) = nullptr;
 // call that is not recognised. Held for good, as Python may be gone when statics are destroyed.
 struct Python {
   PyObject *dtypes = nullptr, *empty = nullptr, *threads = nullptr, *forward = nullptr, *train = nullptr,
-           *backward = nullptr;
+           *backward = nullptr, *into = nullptr;
 } python;
 
 // A tensor to allocate: shape, strides and dtype, as the allocator takes them.
@@ -43,6 +43,10 @@ struct View {
   bool given = false, cpu = false, dense = false;
   std::array<int64_t, 3> shape{-1, -1, -1};
   static constexpr int kBrain = 1000;
+
+  bool like(int other, const std::array<int64_t, 3>& sizes) const {
+    return given && cpu && dense && dtype == other && shape == sizes;
+  }
 
   explicit View(PyObject* tensor) {
     given = tensor != Py_None;
@@ -103,10 +107,12 @@ struct Kind {
   Layout x, y, state;                    // h_n and c_n have one shape: there is no projection
   std::vector<Layout> tape, parameters;  // cells and gates, what the cell has of them; all weights
   std::vector<char> zeros;               // states that are not given
+  bool brief;                            // takes less time than other threads of Python need to come in
 };
 
 using Known = std::vector<std::shared_ptr<Kind>>;
 constexpr size_t kKinds = 32;
+constexpr int64_t kBrief = 1 << 15;  // products of a direction's matrices with its rows: microseconds
 
 Known& known() {
   static Known* const all = new Known;
@@ -163,9 +169,9 @@ py::object empty(const Layout& like) {
   return checked(PyObject_Vectorcall(python.empty, args, 3, nullptr));
 }
 
-void* add(py::list& results, const Layout& like) {
+void* add(const py::object& results, const Layout& like) {
   const auto tensor = empty(like);
-  results.append(tensor);
+  if (PyList_Append(results.ptr(), tensor.ptr())) throw py::error_already_set();
   return View(tensor.ptr()).data;
 }
 
@@ -176,6 +182,14 @@ const void* state(const Views& states, size_t i, Kind& kind) {
 bool states_fit(const Views& states, const Kind& kind) {
   const size_t wanted = is_lstm(kind.forward.args.cell) ? 2 : 1;
   return (states.empty() || states.size() == wanted) && all_dense(states);
+}
+
+bool results_fit(const View& x, const View& y, const View& h_n, const View& c_n, const Kind& kind) {
+  const int64_t directions = static_cast<int64_t>(kind.directions), hidden = kind.w_hh_shape[1];
+  const std::array<int64_t, 3> state{directions, x.shape[kind.batch_first ? 0 : 1], hidden};
+  const bool lstm = is_lstm(kind.forward.args.cell);
+  return y.like(kind.dtype, {x.shape[0], x.shape[1], directions * hidden}) && h_n.like(kind.dtype, state) &&
+         (lstm ? c_n.like(kind.dtype, state) : !c_n.given);
 }
 
 // The weights of a layer, of which no biases may be there.
@@ -190,24 +204,42 @@ void use(const Views& weights, ForwardArgs& a) {
   }
 }
 
+template <typename Body>
+void run(const Kind& kind, Body body) {
+  if (kind.brief) return body();
+  py::gil_scoped_release release;
+  body();
+}
+
+// Results are made, made with what a backward needs, or given to be filled.
+enum class Results { made, taped, given };
+
 // forward(x, states, weights, cell, batch_first): [y, h_n] and, where the cell has them, c_n; for a backward cells
-// and gates too.
-template <bool kRecords>
+// and gates too. Where they are given, y, h_n and c_n follow, and the result is None.
+template <Results kResults>
 PyObject* forward(PyObject*, Arguments given, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
+  constexpr bool kRecords = kResults == Results::taped, kInto = kResults == Results::given;
+  constexpr Py_ssize_t kCount = kInto ? 8 : 5;
+  return guarded(count, kCount, [&]() -> PyObject* {
     const View x(given[0]);
     const Views states = views(given[1]), weights = views(given[2]);
     const bool bias = weights.size() > 2 && weights[2].shape[1] < 0;  // which has one dimension
     const auto kind = find(x, weights, weights.size(), weights.size() / (bias ? 4 : 2), given[3], given[4]);
-    if (!kind || !x.cpu || !x.dense || !states_fit(states, *kind) || !all_dense(weights))
-      return ask(kRecords ? python.train : python.forward, given, 5, kind != nullptr);
+    const View y(kInto ? given[5] : Py_None), h_n(kInto ? given[6] : Py_None),
+        c_n(kInto ? given[7] : Py_None);
+    if (!kind || !x.cpu || !x.dense || !states_fit(states, *kind) || !all_dense(weights) ||
+        (kInto && !results_fit(x, y, h_n, c_n, *kind)))
+      return ask(kInto      ? python.into
+                 : kRecords ? python.train
+                            : python.forward,
+                 given, kCount, kind != nullptr);
     ForwardArgs a = kind->forward.args;
     const bool lstm = is_lstm(a.cell);
-    py::list results;
+    py::object results = kInto ? py::object(py::none()) : py::list();
     a.x.data = x.data;
-    a.y.data = add(results, kind->y);
-    a.h_n = add(results, kind->state);
-    if (lstm) a.c_n = add(results, kind->state);
+    a.y.data = kInto ? y.data : add(results, kind->y);
+    a.h_n = kInto ? h_n.data : add(results, kind->state);
+    if (lstm) a.c_n = kInto ? c_n.data : add(results, kind->state);
     if (kRecords) {
       size_t next = 0;
       if (lstm) a.cells.data = add(results, kind->tape[next++]);
@@ -220,11 +252,8 @@ PyObject* forward(PyObject*, Arguments given, Py_ssize_t count) {
     if (!bytes) bytes = kernels().forward_workspace(a) + 1;
     const Scratch scratch(bytes, kRecords);
     a.workspace = scratch.get();
-    {
-      py::gil_scoped_release release;
-      kind->kernels->forward(a);
-    }
-    return results.inc_ref().ptr();
+    run(*kind, [&] { kind->kernels->forward(a); });
+    return results.release().ptr();
   });
 }
 
@@ -245,7 +274,7 @@ PyObject* backward(PyObject*, Arguments given, Py_ssize_t count) {
     if (!fits) return ask(python.backward, given, 14, kind != nullptr);
     BackwardArgs a = kind->backward.args;
     const bool lstm = is_lstm(a.cell);
-    py::list results;
+    py::object results = py::list();
     a.x.data = x.data;
     a.y.data = y.data;
     a.dy.data = dy.data;
@@ -275,11 +304,8 @@ PyObject* backward(PyObject*, Arguments given, Py_ssize_t count) {
     if (!bytes) bytes = kernels().backward_workspace(a) + 1;
     const Scratch scratch(bytes, true);
     a.workspace = scratch.get();
-    {
-      py::gil_scoped_release release;
-      kind->kernels->backward(a);
-    }
-    return results.inc_ref().ptr();
+    run(*kind, [&] { kind->kernels->backward(a); });
+    return results.release().ptr();
   });
 }
 
@@ -289,7 +315,7 @@ struct Watch {
   PyObject *types = nullptr, *quiet = nullptr;
 } watch;
 
-std::array<PyObject*, 3> through;  // the same calls through torch's dispatcher
+std::array<PyObject*, 4> through;  // the same calls through torch's dispatcher
 
 bool ordinary(PyObject* tensor) {
   const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
@@ -345,7 +371,7 @@ void bind_compiled(py::module_& m) {
     for (size_t i = 0; i < through.size(); i++) through[i] = py::object(calls[i]).release().ptr();
   });
   m.def("plain_setup", [](py::object exchange, py::object dtypes, py::object empty, py::object threads,
-                          py::object forward, py::object train, py::object backward) {
+                          py::object forward, py::object train, py::object backward, py::object into) {
     if (!exchange.is_none()) {
       const auto* const api =
           static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
@@ -355,7 +381,8 @@ void bind_compiled(py::module_& m) {
       dltensor = nullptr;
     }
     python = {dtypes.release().ptr(),  empty.release().ptr(), threads.release().ptr(),
-              forward.release().ptr(), train.release().ptr(), backward.release().ptr()};
+              forward.release().ptr(), train.release().ptr(), backward.release().ptr(),
+              into.release().ptr()};
   });
   // A kind of call: its key, the descriptions of a prepared call, and what to allocate.
   m.def("plain_known",
@@ -374,6 +401,7 @@ void bind_compiled(py::module_& m) {
           kind->threads = kind->forward.args.threads;
           kind->directions = static_cast<size_t>(kind->forward.args.directions);
           kind->kernels = &kernels();
+          kind->brief = x.shape[0] * x.shape[1] * w_hh.shape[0] * (x.shape[2] + w_hh.shape[1]) <= kBrief;
           kind->x = layout(outputs[0]);
           kind->y = layout(outputs[1]);
           kind->state = layout(outputs[2]);
@@ -383,12 +411,14 @@ void bind_compiled(py::module_& m) {
           if (known().size() >= kKinds) known().pop_back();
           known().insert(known().begin(), std::move(kind));
         });
-  static PyMethodDef functions[] = {fast("plain_forward", forward<false>),
-                                    fast("plain_forward_train", forward<true>),
+  static PyMethodDef functions[] = {fast("plain_forward", forward<Results::made>),
+                                    fast("plain_forward_train", forward<Results::taped>),
                                     fast("plain_backward", backward),
-                                    named("plain_forward_op", operation<0, 5, forward<false>>),
-                                    named("plain_forward_train_op", operation<1, 5, forward<true>>),
+                                    fast("plain_forward_into", forward<Results::given>),
+                                    named("plain_forward_op", operation<0, 5, forward<Results::made>>),
+                                    named("plain_forward_train_op", operation<1, 5, forward<Results::taped>>),
                                     named("plain_backward_op", operation<2, 14, backward>),
+                                    named("plain_forward_into_op", operation<3, 8, forward<Results::given>>),
                                     {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), functions) < 0) throw py::error_already_set();
 }

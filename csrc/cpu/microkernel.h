@@ -234,9 +234,11 @@ FASTRNN_INLINE void row_blocks(int64_t n, int nv, F&& f) {
 }
 
 // One row, or two, keep too few chains in flight to hide the latency of an FMA: they meet so many full panels at once, which lie one
-// after the other. With 32 registers a panel of one row has four chains of 16, as much as L2 delivers.
-constexpr int panels_at_once(int64_t rows, int nv) {
-  if (kRegisters == 32 || rows > 2) return 1;
+// after the other. With 32 registers a panel of one row has four chains of 16, as much as L2 delivers, and three where there are
+// three gates: two panels gain where weights lie in L1 or a panel is narrow, and lose from L3 where a matrix has one gate.
+constexpr int panels_at_once(int64_t rows, int nv, int gates = 4) {
+  if (kRegisters == 32) return rows == 1 && nv > 2 && gates > 1 ? 2 : 1;
+  if (rows > 2) return 1;
   if (nv == 2) return rows == 1 ? 4 : 2;
   return rows == 1 && nv > 2 ? 2 : 1;
 }

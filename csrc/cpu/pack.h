@@ -40,7 +40,7 @@ struct Panels {
 // Blocks [b0, b1), from the last to the first if `back`: f(b, n) for the n from b on that a step of `rows` rows takes at once.
 template <class E, class F>
 FASTRNN_INLINE void panel_runs(const Panels<E>& p, int64_t b0, int64_t b1, bool back, int64_t rows, F&& f) {
-  const int most = b0 < b1 ? panels_at_once(rows, p.vectors(b0)) : 1;
+  const int most = b0 < b1 ? panels_at_once(rows, p.vectors(b0), p.gates) : 1;
   for (int64_t left = b1 - b0; left > 0;) {
     const bool run =
         most > 1 && left >= most &&

@@ -16,6 +16,7 @@ __all__ = [
     "call_directly",
     "plain_backward",
     "plain_forward",
+    "plain_forward_into",
     "plain_forward_train",
     "setup",
 ]
@@ -66,6 +67,22 @@ def _forward(
     return [y, h_n] if c_n is None else [y, h_n, c_n]
 
 
+def _forward_into(
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    cell: str,
+    batch_first: bool,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor | None,
+    known: bool,
+) -> None:
+    results = _forward(x, states, weights, cell, batch_first, known)
+    for into, result in zip((y, h_n) if c_n is None else (y, h_n, c_n), results, strict=True):
+        into.copy_(result)
+
+
 def _forward_train(
     x: Tensor,
     states: list[Tensor],
@@ -113,7 +130,7 @@ def _backward(
     return [t for t in (dx, dh0, dc0, *dweights) if t is not None]
 
 
-FUNCTIONS = (_forward, _forward_train, _backward)  # what the library asks
+FUNCTIONS = (_forward, _forward_train, _backward, _forward_into)  # what the library asks
 
 
 # How a tensor says in one call what it is; None before torch 2.9.
@@ -145,7 +162,9 @@ def call_directly(*operators: Any) -> None:
         return
     native.plain_watch((Tensor, torch.nn.Parameter), quiet)
     native.plain_operators(tuple(operator._op for operator in operators))
-    names = ("plain_forward_op", "plain_forward_train_op", "plain_backward_op")
+    names = (
+        "plain_forward_op", "plain_forward_train_op", "plain_backward_op", "plain_forward_into_op"
+    )  # fmt: skip
     for operator, name in zip(operators, names, strict=True):
         operator._op = getattr(native, name)
 
@@ -153,5 +172,6 @@ def call_directly(*operators: Any) -> None:
 if cpu.LOADED:
     setup()
     plain_forward = cpu_prepared.library().plain_forward
+    plain_forward_into = cpu_prepared.library().plain_forward_into
     plain_forward_train = cpu_prepared.library().plain_forward_train
     plain_backward = cpu_prepared.library().plain_backward

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastrnn import ops
 from fastrnn.autograd import PlainLayer, distinct
 from fastrnn.kinds import KINDS
+from fastrnn.ops.plain import directions_of
 from fastrnn.sequence import Batch
 
 __all__ = ["compiles_plain", "forward_only", "is_exporting", "plain_layer"]
 
+_SMALL = 1 << 14  # values of y
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 # torch before 2.7 does not tell export from compile.
 _tells_export = hasattr(torch.compiler, "is_exporting")
 is_exporting = getattr(torch.compiler, "is_exporting", bool)
@@ -40,6 +44,17 @@ def compiles_plain(cell: str, batch: Batch) -> bool:
     )
 
 
+def _given_results(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the operator gets its results to fill: for a small layer of fixed size, which is
+    faster where inductor allocates them. It has no derivative, and vmap no rule, that would raise
+    where somebody wants one, so nobody may."""
+    if torch.is_grad_enabled() or _transformed() or getattr(forward_ad, "_current_level", 0) >= 0:
+        return False
+    steps, rows, _ = x.shape
+    fixed = type(steps) is int and type(rows) is int  # no guard of its own on a size
+    return fixed and steps * rows * directions_of(weights) * weights[1].size(1) <= _SMALL
+
+
 def plain_layer(
     x: Tensor,
     h: Tensor | None,
@@ -54,6 +69,13 @@ def plain_layer(
     if records:
         x, *tensors = distinct([x, *states, *weights])
         y, h_n, *rest = PlainLayer.apply(cell, batch_first, len(states), x, *tensors)
+    elif _given_results(x, weights):
+        directions, hidden = directions_of(weights), weights[1].size(1)
+        y = x.new_empty((x.size(0), x.size(1), directions * hidden))
+        shape = (directions, x.size(0 if batch_first else 1), hidden)
+        h_n, *rest = [x.new_empty(shape) for _ in range(2 if KINDS[cell].has_cell else 1)]
+        c_n = rest[0] if rest else None
+        ops.plain_forward_into(x, states, list(weights), cell, batch_first, y, h_n, c_n)
     else:
         y, h_n, *rest = ops.plain_forward(x, states, list(weights), cell, batch_first)
     return y, h_n, rest[0] if rest else None

@@ -10,7 +10,12 @@ from fastrnn.ops.layer import (
     state_dtype,
     unobserved,
 )
-from fastrnn.ops.plain import plain_backward, plain_forward, plain_forward_train
+from fastrnn.ops.plain import (
+    plain_backward,
+    plain_forward,
+    plain_forward_into,
+    plain_forward_train,
+)
 from fastrnn.ops.random import random_mask
 from fastrnn.ops.rhn import RHN_CPU, rhn_backward, rhn_forward, rhn_forward_train
 
@@ -26,6 +31,7 @@ __all__ = [
     "pack_weights",
     "plain_backward",
     "plain_forward",
+    "plain_forward_into",
     "plain_forward_train",
     "random_mask",
     "rhn_backward",

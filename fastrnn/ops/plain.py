@@ -16,7 +16,7 @@ asks for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,16 @@ from fastrnn.backends import cpu, cpu_plain
 from fastrnn.kinds import KINDS
 from fastrnn.ops.layer import forward_only, implement, state_dtype
 
-__all__ = ["plain_backward", "plain_forward", "plain_forward_train"]
+__all__ = ["plain_backward", "plain_forward", "plain_forward_into", "plain_forward_train"]
 
 _LAYER = "(Tensor x, Tensor[] states, Tensor[] weights, str cell, bool batch_first) -> Tensor[]"
 _SCHEMAS = {
     "plain_forward": _LAYER,  # y, h_n[, c_n]
+    # Into what is given: inductor allocates that itself, and checks no result of ours.
+    "plain_forward_into": (
+        "(Tensor x, Tensor[] states, Tensor[] weights, str cell, bool batch_first, Tensor(a!) y, "
+        "Tensor(b!) h_n, Tensor(c!)? c_n) -> ()"
+    ),
     "plain_forward_train": _LAYER,  # y, h_n[, c_n][, cells][, gates]
     # What is needed of dx, dh0[, dc0] and the gradient of each weight.
     "plain_backward": (
@@ -41,7 +46,7 @@ _SCHEMAS = {
 }
 
 
-def directions_of(weights: list[Tensor]) -> int:
+def directions_of(weights: Sequence[Tensor]) -> int:
     """How many directions these weights, or their matrices, are of."""
     return sum(w.dim() == 2 for w in weights) // 2
 
@@ -54,6 +59,19 @@ def _fake_forward(
     y = x.new_empty((*x.shape[:-1], directions * hidden))
     count = 2 if KINDS[cell].has_cell else 1
     return [y, *[x.new_empty((directions, size, hidden)) for _ in range(count)]]
+
+
+def _fake_forward_into(
+    x: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    cell: str,
+    batch_first: bool,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor | None,
+) -> None:
+    pass
 
 
 def _fake_forward_train(
@@ -101,14 +119,16 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fastrnn::{_name}", _schema)
 
 plain_forward = torch.ops.fastrnn.plain_forward.default
+plain_forward_into = torch.ops.fastrnn.plain_forward_into.default
 plain_forward_train = torch.ops.fastrnn.plain_forward_train.default
 plain_backward = torch.ops.fastrnn.plain_backward.default
 if cpu.LOADED:
     # Before anything else: an operator is known by this attribute too.
-    cpu_plain.call_directly(plain_forward, plain_forward_train, plain_backward)
+    cpu_plain.call_directly(plain_forward, plain_forward_train, plain_backward, plain_forward_into)
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "plain_forward": _fake_forward,
+    "plain_forward_into": _fake_forward_into,
     "plain_forward_train": _fake_forward_train,
     "plain_backward": _fake_backward,
 }
