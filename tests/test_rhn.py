@@ -79,6 +79,7 @@ LARGE = [  # several chunks of rows, several panels of units, odd all
     {"T": 6, "N": 1, "I": 30, "H": 340, "depth": 4},
     {"T": 3, "N": 9, "I": 30, "H": 340, "depth": 4},  # weights beyond L2: prefetched
     {"T": 300, "N": 3, "I": 2, "H": 17, "depth": 2},
+    {"T": 35, "N": 20, "I": 24, "H": 600, "depth": 2},  # one chunk, its rows met in two pieces
     {"T": 2, "N": 600, "I": 2, "H": 17, "depth": 2},  # one step is more than a chunk
 ]
 

@@ -50,16 +50,27 @@ static void outer_tile(const typename E::T* a, const typename E::T* b, int64_t K
   V acc[R][NV];
   FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
       V::zero();
-  FASTRNN_UNROLL_K for (int64_t k = 0; k < K; k++) {
-    V w[NV];
-    FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
-    FASTRNN_UNROLL for (int r = 0; r < R; r++) {
-      V x = V::set1(a[r]);
-      FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(x, w[v], acc[r][v]);
+  const auto multiply = [&](int64_t steps) {
+    FASTRNN_UNROLL_K for (int64_t k = 0; k < steps; k++) {
+      V w[NV];
+      FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] = V::load(b + v * W);
+      FASTRNN_UNROLL for (int r = 0; r < R; r++) {
+        V x = V::set1(a[r]);
+        FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = V::fma(x, w[v], acc[r][v]);
+      }
+      a += R;
+      b += NV * W;
     }
-    a += R;
-    b += NV * W;
+  };
+  // C is met once a chunk, and lies far away by then: its lines, one more a row than vectors, are asked for at an even pace.
+  constexpr int kLines = NV + 1;
+  const int64_t pace = K / (R * kLines), asked = pace ? rows * kLines : 0;
+  for (int64_t i = 0; i < asked; i++) {
+    const int64_t r = i / kLines, v = i % kLines;
+    __builtin_prefetch(c + r * ldc + imin(v * W, width - 1), 1);
+    multiply(pace);
   }
+  multiply(K - asked * pace);
   const int tail = width - (NV - 1) * W;
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
     if (r >= rows) break;

@@ -11,8 +11,6 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-constexpr int64_t kRhnGradRows = 512;
-
 template <class E>
 class RhnBackward {
   using T = typename E::T;
@@ -58,7 +56,8 @@ class RhnBackward {
   struct Direction {
     char* packed = nullptr;  // forward packing, only to recompute
     T *w_hh, *w_ih = nullptr;
-    T* dz;     // (depth, rows, G H), recomputed gates until they are gradients
+    int64_t lent = 0;  // micro-steps whose packed weights lie where their gradients will be
+    T* dz;             // (depth, rows, G H), recomputed gates until they are gradients
     T *s, *u;  // states before each micro-step (depth, rows, H), their masked copies (depth, groups, rows, H)
     T *carry, *ds;
     T *x_masked, *dx = nullptr;
@@ -82,12 +81,6 @@ class RhnBackward {
   size_t lane_bytes_ = 0;
   Barrier all_;
 
-  // Chunks of equal length: a short last one would read all weight gradients for little.
-  static int64_t chunk_steps(const RhnBackwardArgs& args) {
-    const int64_t most = imin(args.T, imax(1, kRhnGradRows / args.N));
-    return ceil_div(args.T, ceil_div(args.T, most));
-  }
-
   RhnBackward(const RhnBackwardArgs& args, Arena& arena)
       : args_(args),
         plan_(rhn_plan(args)),
@@ -95,7 +88,7 @@ class RhnBackward {
         cell_(RhnCell<E>::of(args.gates, args.linear)),
         seq_(args, arena),
         width_(args.gates * args.H),
-        steps_(chunk_steps(args)),
+        steps_(rhn_chunk_steps(args, args.want_weights)),
         capacity_(steps_ * args.N),
         recompute_(!args.tape),
         s_pieces_(args.s_groups > 1 ? args.gates : 1),
@@ -108,7 +101,10 @@ class RhnBackward {
     for (int d = 0; d < args.directions; d++) {
       Direction& r = dir_[d];
       if (recompute_) r.packed = arena.take<char>(layout_.bytes);
-      r.w_hh = arena.take<T>(L * hh_.elements(width_));
+      // One chunk's weights have served before a gradient is written; padding may make them longer.
+      const int64_t packed = hh_.elements(width_);
+      if (args.want_weights && steps_ == args.T) r.lent = L * width_ * H / packed;
+      r.w_hh = arena.take<T>((L - r.lent) * packed);
       if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(width_));
       r.dz = arena.take<T>(L * capacity_ * width_);
       r.s = arena.take<T>(L * capacity_ * H);
@@ -135,6 +131,10 @@ class RhnBackward {
   const T* mask_row(const void* mask, int groups, int64_t width, int d, int64_t n, int p = 0) const {
     return static_cast<const T*>(mask) + ((int64_t(d) * groups + p) * args_.N + n) * width;
   }
+  T* recurrent(int d, int64_t l) const {  // packed weights of micro-step l
+    const int64_t lent = dir_[d].lent, size = hh_.elements(width_);
+    return l < lent ? static_cast<T*>(args_.grads[d].w_hh) + l * size : dir_[d].w_hh + (l - lent) * size;
+  }
   const T* state_mask(int d, int64_t n) const {
     return args_.s_groups ? mask_row(args_.s_mask, args_.s_groups, args_.H, d, n) : zero_;
   }
@@ -144,8 +144,7 @@ class RhnBackward {
       const RhnWeights& w = args_.weights[d];
       for (int l = 0; l < args_.depth; l++)
         pack_rows<E, T>(hh_, static_cast<const T*>(w.w_hh) + l * width_ * args_.H, args_.H, width_,
-                        dir_[d].w_hh + l * hh_.elements(width_), hh_.blocks * tid / nt,
-                        hh_.blocks * (tid + 1) / nt);
+                        recurrent(d, l), hh_.blocks * tid / nt, hh_.blocks * (tid + 1) / nt);
       if (dir_[d].w_ih)
         pack_rows<E, T>(ih_, static_cast<const T*>(w.w_ih), args_.I, width_, dir_[d].w_ih,
                         ih_.blocks * tid / nt, ih_.blocks * (tid + 1) / nt);
@@ -193,12 +192,12 @@ class RhnBackward {
       dir.barrier.wait(share.count);
       keep_boundary(dir, share, lane);
       if (args_.dx.data) input_grad(d, share, lane);
+      if (begin == 0 && args_.dh0) initial_grads(d, lane, i0, i1);
       if (args_.want_weights)
         for (int l = 0; l < args_.depth; l++) weight_grads(d, l, share, lane, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
-    if (args_.dh0) initial_grads(d, lane, i0, i1);
   }
 
   void chunk_operands(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
@@ -339,7 +338,7 @@ class RhnBackward {
       lane.rows[q].dz += (args_.depth - 1) * C * width_;
     }
     for (int l = args_.depth - 1;; l--) {
-      micro_step(dir, (l + 1) % args_.depth, b0, b1, last - first, lane);
+      micro_step(d, (l + 1) % args_.depth, b0, b1, last - first, lane);
       if (split_units) dir.barrier.wait(share.count);
       if (l == 0) return;
       for (int64_t q = 0; q < last - first; q++) {
@@ -355,12 +354,12 @@ class RhnBackward {
   }
 
   // The product of lane.a_rows with the weights of micro-step `above`, then the pointwise part below it.
-  void micro_step(const Direction& dir, int above, int64_t b0, int64_t b1, int64_t count, Lane& lane) {
-    const T* w = dir.w_hh + above * hh_.elements(width_);
+  void micro_step(int d, int above, int64_t b0, int64_t b1, int64_t count, Lane& lane) {
+    const T* w = recurrent(d, above);
     const bool ahead =
         b1 > b0 && count >= kAheadRows &&
         args_.depth * (hh_.offset(b1 - 1) - hh_.offset(b0)) * width_ * sizeof(T) >= kAheadBytes;
-    const T* after = dir.w_hh + (above + args_.depth - 1) % args_.depth * hh_.elements(width_);
+    const T* after = recurrent(d, (above + args_.depth - 1) % args_.depth);
     panel_runs(hh_, b0, b1, false, count, [&](int64_t b, int run) {
       const bool last = b + run == b1;
       const int64_t cols = hh_.columns(b), next = last ? b0 : b + run;
@@ -446,21 +445,27 @@ class RhnBackward {
       OuterJob<E>& j = jobs[p];
       j.column = p * columns;
       j.columns = columns;
-      j.a = dir.dz + l * C * width_;
       j.lda = width_;
       if (out.bias) j.sums = static_cast<T*>(out.bias) + l * width_;
       const int x = x_pieces_ > 1 ? p : 0, s = s_pieces_ > 1 ? p : 0;
       if (l == 0) j.to[0] = {x, static_cast<T*>(out.w_ih) + j.column * I, I};
       j.to[1] = {inputs + s, static_cast<T*>(out.w_hh) + (l * width_ + j.column) * H, H};
     }
-    OuterOperand<E> operand[2 * kMaxParts];
-    for (int p = 0; p < inputs; p++)
-      operand[p] = {I, args_.x_groups ? nullptr : lane.x, dir.x_masked + p * C * I, dir.operand[p]};
-    for (int p = 0; p < s_pieces_; p++)
-      operand[inputs + p] = {H, nullptr, dir.u + (l * imax(1, args_.s_groups) + p) * C * H,
-                             dir.operand[x_pieces_ + p]};
-    outer_products<E>(jobs, parts, operand, inputs + s_pieces_, lane.list.rows, dir.outer, add, share.id,
-                      share.count, dir.barrier);
+    // Even pieces, each of one FMA chain an output: the gradients are still in L3 when the next one adds to them.
+    const int64_t M = lane.list.rows, pieces = ceil_div(M, kOuterK);
+    for (int64_t i = 0; i < pieces; i++) {
+      const int64_t m = M * i / pieces;
+      OuterOperand<E> operand[2 * kMaxParts];
+      for (int p = 0; p < inputs; p++)
+        operand[p] = {I, args_.x_groups ? nullptr : lane.x + m, dir.x_masked + (p * C + m) * I,
+                      dir.operand[p]};
+      for (int p = 0; p < s_pieces_; p++)
+        operand[inputs + p] = {H, nullptr, dir.u + ((l * imax(1, args_.s_groups) + p) * C + m) * H,
+                               dir.operand[x_pieces_ + p]};
+      for (int p = 0; p < parts; p++) jobs[p].a = dir.dz + (l * C + m) * width_;
+      outer_products<E>(jobs, parts, operand, inputs + s_pieces_, M * (i + 1) / pieces - m, dir.outer,
+                        add || i, share.id, share.count, dir.barrier);
+    }
   }
 
   // dh0 of rows [i0, i1): the product below the first micro-step, cut where the first step resets.
@@ -473,7 +478,7 @@ class RhnBackward {
     for (int64_t b = 0; b < hh_.blocks; b++) {
       const int64_t cols = hh_.columns(b), u0 = hh_.first(b);
       row_blocks(i1 - i0, hh_.vectors(b), [&](int64_t first, int r) {
-        product(lane.a_rows + i0 + first, r, dir.w_hh, b, 1, lane.tile);
+        product(lane.a_rows + i0 + first, r, recurrent(d, 0), b, 1, lane.tile);
         for (int q = 0; q < r; q++) {
           const int64_t n = i0 + first + q;
           T* dh0 = static_cast<T*>(args_.dh0) + (d * N + n) * H + u0;

@@ -92,5 +92,17 @@ inline Plan rhn_plan(const RhnProblem& p) {
                      recurrent * (p.type == Type::f64 ? 8 : 4), p.depth);
 }
 
+constexpr int64_t kRhnGradRows = 512;
+
+// Steps of a chunk of the backward. Chunks are of equal length: a short last one would read all weight gradients for
+// little. All steps are one where that takes no more memory: the packed weights then lie where their gradients will be.
+inline int64_t rhn_chunk_steps(const RhnProblem& p, bool want_weights) {
+  const int64_t most = imin(p.T, imax(1, kRhnGradRows / p.N));
+  const int64_t steps = ceil_div(p.T, ceil_div(p.T, most));
+  const int64_t row = p.gates + 1 + p.s_groups;  // gate gradients, state, masked states
+  const int64_t more = (p.T - steps) * p.N * row;
+  return want_weights && more <= p.gates * p.H ? p.T : steps;
+}
+
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

@@ -75,6 +75,22 @@ TEST(several_chunks) {
   });
 }
 
+// One chunk, although its rows are more than a weight gradient adds up at once; an odd width, so that not all micro-steps' packed
+// weights fit where their gradients will be.
+TEST(weights_packed_in_their_gradients) {
+  each_isa([] {
+    RhnOptions o;
+    o.depth = 2;
+    o.gates = 3;
+    o.threads = 2;
+    o.T = 514;
+    o.N = 1;
+    o.I = 5;
+    o.H = 343;
+    check_training(o, 24);
+  });
+}
+
 // Above the plan's thresholds for a team: units and rows, a thread without work among them.
 TEST(shapes_wide_enough_for_a_team) {
   each_isa([] {
