@@ -8,7 +8,7 @@
 namespace fastrnn {
 namespace {
 
-// DLPack's tensor and the table of functions by which a type gives it, from torch 2.9 on: one call instead of six
+// DLPack's tensor and the table of functions by which a type gives it, from torch 2.10 on: one call instead of six
 // attributes. The standard's names; only what is used here.
 struct DLTensor {
   void* data;
