@@ -120,8 +120,9 @@ def _of_this_thread() -> _Override | None:
     return _active.override
 
 
-if not hasattr(torch.compiler, "is_exporting"):
-    # torch 2.6 traces a thread local as its class: it has to ask, once for each state of _in_force.
+if not hasattr(torch.compiler, "_compile_session_context"):
+    # Before torch 2.13 (seen with 2.6 and 2.10) a thread local is traced as its class: dynamo has
+    # to ask, once for each state of _in_force.
     _of_this_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -20,7 +20,6 @@ from fastrnn.reference import Masks
 
 __all__ = [
     "DEFAULT_MODE",
-    "NONE",
     "Noise",
     "Regularisers",
     "check",
@@ -79,16 +78,14 @@ class Regularisers(NamedTuple):
         return ", ".join(words)
 
 
-NONE = Regularisers()
-
-
 def regularisers_of(
     cell: str, recurrent_dropout: Any, mode: str, per: str, zoneout: Any, weight_dropout: Any
-) -> Regularisers:
-    """``check``, without its cost where everything is off."""
+) -> Regularisers | None:
+    """``check``, without its cost where everything is off: None there, which every dynamo can
+    compare."""
     plain = not (recurrent_dropout or zoneout or weight_dropout)
     if plain and per == "step" and mode == DEFAULT_MODE[cell]:
-        return NONE
+        return None
     return check(cell, recurrent_dropout, mode, per, zoneout, weight_dropout)
 
 

@@ -173,7 +173,7 @@ class Counted:
 @pytest.fixture(autouse=True, params=["direct", "dispatched", "attributes"])
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """In grad mode the operators go through torch's dispatcher; without DLPack's table, as with
-    torch before 2.9, the library reads the attributes of tensors."""
+    torch before 2.10, the library reads the attributes of tensors."""
     Counted.exchange = None if request.param == "attributes" else cpu_plain.EXCHANGE
     cpu_plain.setup(exchange=Counted.exchange)
     with torch.set_grad_enabled(request.param == "dispatched"):

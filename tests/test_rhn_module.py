@@ -452,6 +452,7 @@ def assert_equal_to_eager(got: list[Tensor], eager: list[Tensor]) -> None:
         assert_close_by_rule(f"value {i}", a, b.detach().double(), b)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # torch 2.6
 @pytest.mark.compile
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("couple_carry", [True, False])

@@ -9,7 +9,7 @@
 namespace fastrnn {
 namespace {
 
-// The table of functions by which a type gives DLPack's view of it, from torch 2.9 on: one call instead of six attributes.
+// The table of functions by which a type gives DLPack's view of it, from torch 2.10 on: one call instead of six attributes.
 // The standard's names; only what is used here.
 struct DLPackExchangeAPI {
   struct {

@@ -133,7 +133,7 @@ def _backward(
 FUNCTIONS = (_forward, _forward_train, _backward, _forward_into)  # what the library asks
 
 
-# How a tensor says in one call what it is; None before torch 2.9.
+# How a tensor says in one call what it is; None before torch 2.10.
 EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in the library's order
 

@@ -21,7 +21,15 @@ _SMALL = 1 << 14  # values of y
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 # torch before 2.7 does not tell export from compile.
 _tells_export = hasattr(torch.compiler, "is_exporting")
-is_exporting = getattr(torch.compiler, "is_exporting", bool)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work. Asked while dynamo traces: that of torch 2.7 to 2.11 takes
+    torch's own function for True."""
+    return _tells_export and torch.compiler.is_exporting()
+
+
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward_only() -> bool:

@@ -20,7 +20,7 @@ from fastrnn.backends import reference, torch_nn
 from fastrnn.functional.checks import check_layer_norm, check_state, check_weights
 from fastrnn.functional.plain import compiles_plain, forward_only, plain_layer
 from fastrnn.kinds import KINDS
-from fastrnn.regularisers import NONE, Regularisers, draw_seed, drop_weights, regularisers_of
+from fastrnn.regularisers import Regularisers, draw_seed, drop_weights, regularisers_of
 from fastrnn.sequence import Batch, check_tensor, describe, flip_layout, sized_by
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
@@ -270,7 +270,7 @@ def _run(
     return_cells: bool,
     recompute: bool,
     cache: WeightCache | None,
-    regularisers: Regularisers = NONE,
+    regularisers: Regularisers | None = None,
 ) -> _Results:
     """Check all arguments, choose a backend, run the stack: output, h_n, c_n, cells."""
     batch = describe(
@@ -302,7 +302,9 @@ def _run(
         and not forward_only()
     )
     sizes = (hidden, proj_size, directions, num_layers)
-    active = regularisers is not NONE and regularisers.active(training)
+    active = None
+    if regularisers is not None and regularisers.active(training):
+        active = regularisers
     backend, plan = dispatch.choose(
         cell,
         input,
@@ -311,15 +313,16 @@ def _run(
         records,
         return_cells,
         recompute,
-        regularisers.names() if active else "",
+        "" if active is None else active.names(),
     )
-    seed = draw_seed() if active and training else None
-    if seed is not None and regularisers.weight:
-        flat_weights = drop_weights(flat_weights, seed, regularisers.weight, num_layers, directions)
+    seed = None if active is None or not training else draw_seed()
+    if active is not None and seed is not None and active.weight:
+        flat_weights = drop_weights(flat_weights, seed, active.weight, num_layers, directions)
     cells = None
     plain = (
         backend == "cpu"
-        and not (plan or active or return_cells or recompute or proj_size)
+        and active is None
+        and not (plan or return_cells or recompute or proj_size)
         and compiles_plain(cell, batch)
     )
     if h0 is None and not plain:
@@ -338,7 +341,7 @@ def _run(
         output, h_n, c_n, cells = _run_layers(
             backend, plan, cell, input, h0, c0, flat_weights, batch, num_layers, directions,
             dropout if training else 0.0, records, return_cells, recompute, plain, cache, seed,
-            [regularisers.noise(k, training) for k in range(num_layers)] if active else None,
+            None if active is None else [active.noise(k, training) for k in range(num_layers)],
         )  # fmt: skip
     if half is not None:
         output, h_n, c_n = _as_torch_autocasts(cell, proj_size, output, h_n, c_n, wide)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import CompileContext
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 
@@ -29,9 +32,27 @@ def as_leaf(module: nn.Module, input: Proxy, hx: Any, **options: Any) -> Proxy |
     return node
 
 
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Lets is_compiling() be true."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+# Whether torch.compile does that for all that runs while it is at work; not before torch 2.13.
+_holds_flag = hasattr(torch.compiler, "_compile_session_context")
+
+
 def _piece(name: str) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(functional, name)(*args, **kwargs)
+        # A backend that runs the graph as it is calls this too, when nothing is compiled.
+        held = _holds_flag or CompileContext.current_compile_id() is None
+        with nullcontext() if held else _compiling():
+            return getattr(functional, name)(*args, **kwargs)
 
     return call
 
