@@ -6,6 +6,8 @@
 // recurrent and of the input term stay in cache until they meet the weights and the operands.
 // Where all steps share the input term's statistics its gradient waits for the last step.
 #pragma once
+#include <atomic>
+
 #include "ahead.h"
 #include "bnlstm_gradients.h"
 #include "outer.h"
@@ -15,7 +17,7 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-constexpr int64_t kBnGradRows = 384;
+constexpr int64_t kBnGradRows = 512;
 
 // Rows of 4H gradients a power of two apart would all fall into the same few sets of L1.
 constexpr int64_t kRowPadding = 16;
@@ -67,6 +69,9 @@ class BnLstmBackward {
     BnSums<T> sum;
     T *outer = nullptr, *operand[2] = {};
     Barrier barrier;
+    struct {
+      alignas(64) std::atomic<int64_t> pieces{0};  // of the chunk's dx
+    } taken[2];                                    // a chunk's and the next one's
   };
 
   const BnLstmBackwardArgs& args_;
@@ -75,6 +80,7 @@ class BnLstmBackward {
   const BnSteps steps_of_;
   const int64_t steps_;
   const bool deferred_;   // dz of all steps is kept, the input term's gradient comes last
+  const bool far_;        // the tape lies beyond L2: asked for ahead
   const int64_t stride_;  // of a row of gate gradients
   Panels<E> hh_, ih_;
   T* zero_;
@@ -89,8 +95,10 @@ class BnLstmBackward {
         plan_(choose_plan(args)),
         seq_(args, arena),
         steps_of_(args, seq_, arena),
-        steps_(imin(args.T, imax(1, kBnGradRows / args.N))),
+        steps_(
+            ceil_div(args.T, ceil_div(args.T, imax(1, kBnGradRows / args.N)))),  // chunks as even as can be
         deferred_(args.sequence && args.batch),
+        far_(prefetches(8 * args.H * sizeof(T), args.N, args.T)),
         stride_(4 * args.H + kRowPadding),
         hh_(1, args.H, block_vectors(args.H, plan_.threads, args.directions)),
         ih_(1, args.I, kNarrow),
@@ -182,14 +190,18 @@ class BnLstmBackward {
     dir.barrier.wait(share.count);
 
     bool add = false;
-    for (int64_t end = args_.T; end > 0; end -= steps_) {
+    for (int64_t end = args_.T, chunk = 0; end > 0; end -= steps_, chunk++) {
+      std::atomic<int64_t>& taken = dir.taken[chunk % 2].pieces;
+      if (share.id == 0) dir.taken[(chunk + 1) % 2].pieces.store(0, std::memory_order_relaxed);
       const int64_t begin = imax(0, end - steps_), steps = end - begin;
       chunk_operands(d, lane, begin, steps);
       for (int64_t i = steps; i-- > 0;) {
         step(d, lane, b0, b1, begin, i);
-        dir.barrier.wait(share.count);
+        // Rows of dx that are due anyway fill the time until the others have come: of steps that all have left.
+        dir.barrier.wait(share.count,
+                         [&] { return take_input_piece(d, lane, taken, lane.list.start[i + 1]); });
       }
-      if (!deferred_) input_grad(d, share, lane, dir.db);
+      while (take_input_piece(d, lane, taken, 0)) continue;
       weight_grads(d, share, lane, dir.da, deferred_ ? nullptr : dir.db, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       keep_boundary(dir, lane, i0, i1);
@@ -277,12 +289,14 @@ class BnLstmBackward {
       const T* coming = ahead && k + 1 < b1 ? dir.w_hh + hh_.stream(next, G) : nullptr;
       const Coming<E> next_panel{coming, coming ? hh_.columns(next) * G : 0, count};
       row_blocks(count, hh_.vectors(b), [&](int64_t m, int r) {
+        if (far_) grad_.prefetch(d, lane.rows, hh_.first(b) / grad_.blocks.unit, first, m, r);
         multiply_tile<E>(next_panel, m, lane.a_rows + m, r, dir.w_hh + hh_.stream(b, G), G, hh_.vectors(b),
                          nullptr, 0, lane.dh + m * cols, cols);
       });
       for (int64_t u = 0; u < hh_.units(b); u += grad_.blocks.unit)
         grad_.block(d, lane.scratch, lane.rows, dir.sum, begin + i, count, first,
-                    (hh_.first(b) + u) / grad_.blocks.unit, lane.dh + u, cols);
+                    (hh_.first(b) + u) / grad_.blocks.unit, lane.dh + u, cols,
+                    far_ && u + grad_.blocks.unit < hh_.units(b));
     }
   }
 
@@ -295,21 +309,57 @@ class BnLstmBackward {
     }
   }
 
+  // dx comes in pieces: a few rows, from the last of the chunk on, times one panel, which so many rows meet in turn.
+  static constexpr int64_t kPieceRows = 8 * kMaxRows;
+  int64_t pieces(int64_t rows) const {
+    int64_t count = 0;
+    for (int64_t b = 0; b < ih_.blocks; b++) count += ceil_div(rows, max_rows(ih_.vectors(b)));
+    return count;
+  }
+
+  // Piece p, from gradients db of the chunk's rows: false if there is none, or if a row before `ready` is among them.
+  template <class Claim>
+  bool input_piece(int d, Lane& lane, const T* db, int64_t p, int64_t ready, Claim&& claim) {
+    const int64_t G = 4 * args_.H, whole = pieces(kPieceRows), last = lane.list.rows - p / whole * kPieceRows;
+    const int64_t first = imax(0, last - kPieceRows), rows = last - first;
+    if (!args_.dx.data || rows <= 0 || first < ready) return false;
+    int64_t b = 0, i = p % whole, tiles = 0;
+    for (; b < ih_.blocks; b++, i -= tiles) {
+      tiles = ceil_div(rows, max_rows(ih_.vectors(b)));
+      if (i < tiles) break;
+    }
+    if (b == ih_.blocks || !claim()) return false;
+    const int64_t m0 = first + rows * i / tiles, r = first + rows * (i + 1) / tiles - m0,
+                  cols = ih_.columns(b);
+    const T* a[kMaxRows];
+    for (int64_t q = 0; q < r; q++) a[q] = db + (m0 + q) * stride_;
+    tile_for<E>(static_cast<int>(r), ih_.vectors(b))(a, dir_[d].w_ih + ih_.stream(b, G), G, nullptr, 0,
+                                                     lane.tile, cols);
+    for (int64_t q = 0; q < r; q++)
+      std::memcpy(lane.dx[m0 + q] + ih_.first(b), lane.tile + q * cols, ih_.units(b) * sizeof(T));
+    return true;
+  }
+
+  // The next piece that no thread has taken; false if there is none yet.
+  bool take_input_piece(int d, Lane& lane, std::atomic<int64_t>& taken, int64_t ready) {
+    if (deferred_) return false;
+    int64_t p = taken.load(std::memory_order_relaxed);
+    for (;;) {
+      bool other = false;
+      const bool done = input_piece(d, lane, dir_[d].db, p, ready, [&] {
+        other = !taken.compare_exchange_strong(p, p + 1, std::memory_order_relaxed);
+        return !other;
+      });
+      if (!other) return done;
+    }
+  }
+
+  // Where the input term's gradient comes last: this thread's share of a chunk.
   void input_grad(int d, const Share& share, Lane& lane, const T* db) {
-    if (!args_.dx.data) return;
-    const int64_t G = 4 * args_.H, M = lane.list.rows;
-    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
-    for (int64_t m = m0; m < m1; m++) lane.a_rows[m] = db + m * stride_;
-    const int64_t kRows = 16 * kMaxRows;
-    for (int64_t from = m0; from < m1; from += kRows)
-      for (int64_t b = 0; b < ih_.blocks; b++)
-        row_blocks(imin(m1, from + kRows) - from, ih_.vectors(b), [&](int64_t k, int r) {
-          const int64_t cols = ih_.columns(b);
-          tile_for<E>(r, ih_.vectors(b))(lane.a_rows + from + k, dir_[d].w_ih + ih_.stream(b, G), G, nullptr,
-                                         0, lane.tile, cols);
-          for (int q = 0; q < r; q++)
-            std::memcpy(lane.dx[from + k + q] + ih_.first(b), lane.tile + q * cols, ih_.units(b) * sizeof(T));
-        });
+    const int64_t whole = lane.list.rows / kPieceRows, rest = lane.list.rows % kPieceRows;
+    const int64_t all = whole * pieces(kPieceRows) + pieces(rest);
+    for (int64_t p = all * share.id / share.count; p < all * (share.id + 1) / share.count; p++)
+      input_piece(d, lane, db, p, 0, [] { return true; });
   }
 
   void add_second_dx(int tid, int nt) {

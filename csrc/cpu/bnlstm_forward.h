@@ -156,7 +156,7 @@ class BnLstmForward {
     for (int64_t s0 = 0; s0 < args_.T; s0 += steps_) {
       const int64_t steps = list_rows(lane, s0);
       if (!ahead) input_term(d, own, lane, s0);
-      normalise_input(d, own, lane, s0, steps);
+      if (args_.sequence) normalise_input(d, own, lane, s0);
       for (int64_t i = 0; i < steps; i++) {
         step(d, own, lane, s0, i);
         dir.barrier.wait(share.count);
@@ -198,9 +198,11 @@ class BnLstmForward {
       lane.x_rows[m] = seq_.template at<const T>(args_.x, steps_of_.time(d, s0 + i, n), n);
     }
     const T* w = reinterpret_cast<const T*>(dir_[d].packed + layout_.stage[0].x);
-    for (int64_t b = own.first; b < own.last; b++)
+    for (int64_t b = own.first; b < own.last; b++) {
       panel<E>(lane.x_rows, M, w + panels_.stream(b, I), I, panels_.vectors(b), nullptr, 0,
                input_at(d, own, lane, b, s0, 0), panels_.columns(b));
+      if (!args_.sequence) normalise_steps(d, own, lane, b, s0);
+    }
   }
 
   // Where the statistics of a term are given, those of step s.
@@ -233,26 +235,27 @@ class BnLstmForward {
     }
   }
 
-  void normalise_input(int d, const Blocks& own, Lane& lane, int64_t s0, int64_t steps) {
-    for (int64_t b = own.first; b < own.last; b++) {
-      const int nv = panels_.vectors(b), units = panels_.units(b);
-      const int64_t cols = panels_.columns(b), u0 = panels_.first(b);
-      if (args_.sequence) {
-        dir_[d].shared[b].normalise(nv, input_at(d, own, lane, b, s0, 0), lane.list.rows, cols);
-        continue;
-      }
-      for (int64_t i = 0; i < steps; i++) {
-        const int64_t count = lane.list.count(i);
-        T* x = input_at(d, own, lane, b, s0, lane.list.start[i]);
-        Columns<E>& columns = *lane.columns;
-        if (steps_of_.input_measured(count))
-          columns.measure(nv, x, count, cols);
-        else
-          given(d, 0, s0 + i, 4, u0, units, columns);
-        report(d, 0, s0 + i, 4, u0, units, columns);
-        columns.finish(nv, T(args_.eps));
-        columns.normalise(nv, x, count, cols);
-      }
+  // The chunk's input term by the statistics that all steps share ...
+  void normalise_input(int d, const Blocks& own, Lane& lane, int64_t s0) {
+    for (int64_t b = own.first; b < own.last; b++)
+      dir_[d].shared[b].normalise(panels_.vectors(b), input_at(d, own, lane, b, s0, 0), lane.list.rows,
+                                  panels_.columns(b));
+  }
+  // ... or block b's by those of each step, as soon as it is there.
+  void normalise_steps(int d, const Blocks& own, Lane& lane, int64_t b, int64_t s0) {
+    const int nv = panels_.vectors(b), units = panels_.units(b);
+    const int64_t cols = panels_.columns(b), u0 = panels_.first(b), steps = imin(steps_, args_.T - s0);
+    Columns<E>& columns = *lane.columns;
+    for (int64_t i = 0; i < steps; i++) {
+      const int64_t count = lane.list.count(i);
+      T* x = input_at(d, own, lane, b, s0, lane.list.start[i]);
+      if (steps_of_.input_measured(count))
+        columns.measure(nv, x, count, cols);
+      else
+        given(d, 0, s0 + i, 4, u0, units, columns);
+      report(d, 0, s0 + i, 4, u0, units, columns);
+      columns.finish(nv, T(args_.eps));
+      columns.normalise(nv, x, count, cols);
     }
   }
 
@@ -292,11 +295,12 @@ class BnLstmForward {
         a = dir_[d].input + stored_ * (bnlstm_tape_width(H) / 2 + panels_.offset(b)) +
             (steps_of_.start[s0] + first) * cols;
       const Coming<E> next_panel{coming, coming ? panels_.columns(next) * H : 0, count};
+      const T* x = input_at(d, own, lane, b, s0, first);
       row_blocks(count, nv, [&](int64_t m, int r) {
         multiply_tile<E>(next_panel, m, lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, nullptr, 0,
                          a + m * cols, cols);
       });
-      block(d, lane, s, count, b, a, input_at(d, own, lane, b, s0, first));
+      block(d, lane, s, count, b, a, x);
     }
   }
 
@@ -331,13 +335,19 @@ class BnLstmForward {
       gamma_x[g] = load_as<V>(static_cast<const T*>(w.gamma_ih) + g * H + u0, n);
       bias[g] = load_as<V>((w.bias ? static_cast<const T*>(w.bias) : zero_) + g * H + u0, n);
     }
+    // Vectors in parts are normalised as wholes first: a load that follows the store of another part waits for it.
+    constexpr bool kWhole = !std::is_same<N, int>::value;
+    if (!kWhole) columns.normalise(nv, a, count, cols);
     const bool keep = args_.tape;
     for (int64_t r = 0; r < count; r++) {  // a row's four gates fill the registers
       V sig[3], cand[1];
       FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
         T* p = a + r * cols + g * n;
-        const V hat = (load_as<V>(p, n) - mean[g]) * factor[g];
-        if (keep) store_as<V>(p, hat, n);
+        V hat = load_as<V>(p, n);
+        if (kWhole) {
+          hat = (hat - mean[g]) * factor[g];
+          if (keep) V::store(p, hat);
+        }
         (g == 2 ? cand[0] : sig[g == 3 ? 2 : g]) =
             batch_norm_gate<Math>(hat, load_as<V>(x + r * cols + g * n, n), gamma_h[g], gamma_x[g], bias[g]);
       }

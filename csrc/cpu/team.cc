@@ -342,14 +342,18 @@ Kind kind_now() {
 
 }  // namespace
 
-void Barrier::meet(int count) {
+void Barrier::meet(int count) { linger(count, arrive(count)); }
+
+std::uint64_t Barrier::arrive(int count) {
   const std::uint64_t before = state_.fetch_add(1, std::memory_order_acq_rel);
   const std::uint64_t phase = before >> 32;
-  if (static_cast<std::uint32_t>(before) + 1 == static_cast<std::uint32_t>(count)) {
+  if (static_cast<std::uint32_t>(before) + 1 == static_cast<std::uint32_t>(count))
     state_.store((phase + 1) << 32, std::memory_order_release);
-  } else {
-    spin_in_run(count, [&] { return state_.load(std::memory_order_acquire) >> 32 != phase; });
-  }
+  return phase;
+}
+
+void Barrier::linger(int count, std::uint64_t phase) const {
+  if (!passed(phase)) spin_in_run(count, [&] { return passed(phase); });
 }
 
 void team_run(int threads, TeamJob job, void* arg) {

@@ -60,8 +60,23 @@ class Barrier {
     if (count > 1) meet(count);
   }
 
+  // As wait(count); meanwhile work() is called again and again, until it returns false for want of any. Who comes last
+  // waits for nobody: a piece of work that another thread is at holds up only that thread.
+  template <class F>
+  FASTRNN_ALWAYS_INLINE void wait(int count, F&& work) {
+    if (count <= 1) return;
+    const std::uint64_t phase = arrive(count);
+    while (!passed(phase))
+      if (!work()) return linger(count, phase);
+  }
+
  private:
   void meet(int count);
+  std::uint64_t arrive(int count);  // returns the phase that ends when all have arrived
+  FASTRNN_ALWAYS_INLINE bool passed(std::uint64_t phase) const {
+    return state_.load(std::memory_order_acquire) >> 32 != phase;
+  }
+  void linger(int count, std::uint64_t phase) const;
 
   // Phase in the high half, arrivals in the low half: one cache line travels instead of two (112
   // ns, not 274).
