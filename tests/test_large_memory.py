@@ -66,6 +66,16 @@ def test_small_ones_and_outputs_are_torchs() -> None:
     large.resize_(2 * LARGE)
 
 
+def test_results_of_inference_can_be_resized() -> None:
+    x = torch.randn(100, 64, 32)
+    with torch.no_grad():
+        results = fastrnn.LSTM(32, 64)(x, return_cells=True)
+        bn = fastrnn.BNLSTM(32, 64, max_length=100).eval()(x, return_cells=True)
+    for tensor in (results[0], results[2], bn[0], bn[2]):
+        assert tensor.nbytes > KEPT
+        tensor.resize_(2 * tensor.numel())
+
+
 def test_like() -> None:
     used = figures()[0]
     dense = torch.empty(LARGE // 4, 2)

@@ -249,14 +249,15 @@ def _forward(
 
     lead = x.shape[:-1]
     dtype = x.dtype
-    y = (kept if want_cells else output)((*lead, directions * width), dtype)
+    empty = kept if want_gates else output  # a caller may resize what no backward needs
+    y = empty((*lead, directions * width), dtype)
     h_n = torch.empty_like(h0)
     c_n = cells = gates = None
     compute = _compute_dtype(dtype)
     if lstm:
         c_n = torch.empty_like(c0)  # type: ignore[arg-type]
         if want_cells:
-            cells = kept((*lead, directions * hidden), compute)
+            cells = empty((*lead, directions * hidden), compute)
     slots = tape_slots(cell, noise) if want_gates else 0
     if slots:
         rows = x.size(0) if is_packed else shape[0] * shape[1]

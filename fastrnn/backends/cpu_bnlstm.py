@@ -105,10 +105,11 @@ def bnlstm_forward(
     batch_sizes, lengths, reset = cpu._prepare_sequence(batch_sizes, lengths, reset)
 
     lead = x.shape[:-1]
-    y = (kept if record else output)((*lead, directions * hidden), x.dtype)
+    empty = kept if record else output
+    y = empty((*lead, directions * hidden), x.dtype)
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     wanted = (*lead, directions * hidden) if return_cells or record else (0,)
-    cells = kept(wanted, x.dtype)
+    cells = empty(wanted, x.dtype)
     rows = (x.size(0) if is_packed else shape[0] * size) if record else 0
     tape = kept((directions, rows, _library().bnlstm_tape_width(hidden)), x.dtype)
     steps = shape[0] if batch_stats or record else 0
