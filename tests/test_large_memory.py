@@ -217,3 +217,24 @@ def test_the_variable(value: str, idle: int, said: str) -> None:
     )
     assert int(ran.stdout) == idle
     assert said in ran.stderr
+
+
+@pytest.mark.parametrize("kind", [fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN])
+def test_a_large_layer_is_prepared(kind: type[torch.nn.Module]) -> None:
+    """From the second step of a shape on: the first one's bits, in memory that is kept."""
+    layer = kind(24, 64)
+    x = torch.randn(70, 32, 24, requires_grad=True)
+
+    def step() -> list[Tensor]:
+        used = figures()[0]
+        y = layer(x)[0]
+        assert figures()[0] >= used + y.nbytes > KEPT
+        gradients = torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+        return [y.detach().clone(), *gradients]
+
+    first = step()
+    for _ in range(2):
+        for t, expected in zip(step(), first, strict=True):
+            assert torch.equal(t, expected)
+    call = layer._packed.training._layer  # which holds no buffer between the calls
+    assert all(t is None or t.is_meta for t in (call._y, call._cells, call._gates))

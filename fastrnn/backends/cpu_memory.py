@@ -11,7 +11,8 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ def kept_like(like: Tensor) -> Tensor:
     if like.nbytes < KEPT or not like.is_contiguous() or like.dtype not in _KINDS:
         return torch.empty_like(like)
     return kept(like.shape, like.dtype)
+
+
+def maker(like: Tensor) -> Callable[[], Tensor]:
+    """What makes empty tensors as ``kept`` does, of this one's shape and dtype again and again."""
+    if like.nbytes >= KEPT:
+        return partial(kept, like.shape, like.dtype)
+    return partial(torch.empty_like, torch.empty_like(like, device=CPU))  # the quickest way
 
 
 def read_limit() -> None:

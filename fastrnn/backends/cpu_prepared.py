@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends import cpu
-from fastrnn.backends.cpu_memory import CPU, kept_like
+from fastrnn.backends.cpu_memory import kept_like, maker
 from fastrnn.backends.cpu_plan import read_plan
 from fastrnn.kinds import KINDS
 
@@ -83,19 +83,22 @@ class LayerCall:
         self._cell, self._directions, self._norms = cell, directions, kind.norms
         # Of h only the sizes are read: the caller's own would stay alive, with all that led to it.
         self._dtype, self._shape, self._state = x.dtype, (steps, size), h.new_empty(h.shape)
-        lead = x.shape[:-1]  # tensors of our own: nothing else of the caller's lives on in them
-        self._y = torch.empty((*lead, directions * out), dtype=x.dtype, device=CPU)
+        lead = x.shape[:-1]  # of what the call makes, the layouts alone
+        self._y = torch.empty((*lead, directions * out), dtype=x.dtype, device="meta")
         self._cells = self._gates = None
         strides = [*cpu._strides(x, False, batch_first), *cpu._strides(self._y, False, batch_first)]
         if c is not None:
-            self._cells = torch.empty((*lead, directions * hidden), dtype=wide, device=CPU)
+            self._cells = torch.empty((*lead, directions * hidden), dtype=wide, device="meta")
             strides += cpu._strides(self._cells, False, batch_first)
         else:
             strides += (0, 0)
         self._strides = tuple(strides)
         if kind.tape:
             shape = (directions, steps * size, kind.tape * hidden)
-            self._gates = torch.empty(shape, dtype=wide, device=CPU)
+            self._gates = torch.empty(shape, dtype=wide, device="meta")
+        self._make_y = maker(self._y)
+        self._make_cells = None if self._cells is None else maker(self._cells)
+        self._make_gates = None if self._gates is None else maker(self._gates)
         self._setting = _Setting(0, "", None, None)
 
     def takes(self, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, gates: _Grad) -> bool:
@@ -144,13 +147,13 @@ class LayerCall:
     ) -> _Forward:
         """Without cells and gates unless it ``records``, for a backward."""
         setting = self._current(weights)
-        y, h_n = torch.empty_like(self._y), torch.empty_like(h0)
+        y, h_n = self._make_y(), torch.empty_like(h0)
         c_n = None if c0 is None else torch.empty_like(c0)
         cells = gates = None
-        if records and self._cells is not None:
-            cells = torch.empty_like(self._cells)
-        if records and self._gates is not None:
-            gates = torch.empty_like(self._gates)
+        if records and self._make_cells is not None:
+            cells = self._make_cells()
+        if records and self._make_gates is not None:
+            gates = self._make_gates()
         library().run_forward(setting.forward, x, y, cells, h0, c0, h_n, c_n, gates, weights)
         return _Forward(y, h_n, c_n, cells, gates)
 
@@ -179,7 +182,7 @@ class LayerCall:
         c0, cells, gates, dy, dh_n, dc_n, dcells = [
             t if t is None or t.is_contiguous() else t.contiguous() for t in optional
         ]
-        dx = torch.empty_like(x) if need_dx else None
+        dx = kept_like(x) if need_dx else None
         dh0 = torch.empty_like(h0) if need_dstate else None
         dc0 = torch.empty_like(c0) if need_dstate and c0 is not None else None
         dweights = [kept_like(w) for w in weights] if need_dw else []

@@ -153,8 +153,6 @@ class Steppable(RecurrentBase):
                 cache.seen_training = input.shape
                 return None
             layout = Layout.sequence(input, self.batch_first)
-            if not TrainingCall.pays(layout, self._sizes()):
-                return None
             training = TrainingCall(self._cell(), self._sizes(), input, layout)
             done = training(input, h, c, weights)
             if done is None:

@@ -25,7 +25,6 @@ from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 
 _Fields = tuple[int, ...]
-_SMALL = 1 << 16  # values of an output; above it a call with gradients gains nothing
 _TENSOR, _PLAIN = (Tensor,), (Tensor, torch.nn.Parameter)
 
 
@@ -114,8 +113,6 @@ class _Call:
         self._batch = Batch(layout.steps, layout.batch, first, None, None, None)
         self._x_shape = x.shape
         rows, out = layout.batch, proj or hidden
-        self._y_like = x.new_empty((*x.shape[:-1], directions * out))
-        self._large = self._y_like.nbytes >= LARGE
         lead = (layers * directions,) if stacked else ()
         if layout.batched:
             lead = (*lead, rows)
@@ -153,6 +150,9 @@ class NativeCall(_Call):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        (hidden, proj, directions, _), x = args[1:3]
+        self._y_like = x.new_empty((*x.shape[:-1], directions * (proj or hidden)))
+        self._large = self._y_like.nbytes >= LARGE
         self._prepared: _Prepared | None = None
         self._bf16: bool | None = None
         self._plan = ""
@@ -239,12 +239,6 @@ class TrainingCall(_Call):
         super().__init__(*args)
         self._layer: LayerCall | None = None
         self._shapes: list[torch.Size] = []
-
-    @staticmethod
-    def pays(layout: Layout, sizes: tuple[int, int, int, int]) -> bool:
-        """Whether there is one layer, and so little to do that Python's share can be seen."""
-        hidden, _, directions, layers = sizes
-        return layers == 1 and layout.steps * layout.batch * directions * hidden <= _SMALL
 
     def __call__(self, x: Any, h: Any, c: Any, weights: list[Any]) -> tuple[Tensor, ...] | None:
         """y, h_n[, c_n], or None: take the general way. h and c are None together for zeros."""
