@@ -73,6 +73,12 @@ def run_backward(
 def alike(
     tensor: object, types: tuple[type, ...], shape: tuple[int, ...], dtype: torch.dtype, /
 ) -> bool: ...
+def all_alike(
+    tensors: Sequence[object],
+    types: tuple[type, ...],
+    layouts: tuple[tuple[tuple[int, ...], torch.dtype], ...],
+    /,
+) -> bool: ...
 def unchanged(
     weights: Sequence[Tensor],
     refs: tuple[Any, ...],
@@ -159,6 +165,9 @@ def bnlstm_forward(
 def bnlstm_backward_workspace(problem: tuple[int, ...], tensors: tuple[float, ...]) -> int: ...
 def bnlstm_backward(
     problem: tuple[int, ...], tensors: tuple[float, ...], workspace: int
+) -> None: ...
+def bnlstm_follow(
+    kind: int, threads: int, weight: float, steps: int, fields: tuple[int, ...]
 ) -> None: ...
 
 version: str

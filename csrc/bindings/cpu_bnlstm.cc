@@ -91,6 +91,24 @@ BnLstmBackwardArgs backward_args(const py::tuple& problem, const py::tuple& tens
   return a;
 }
 
+// fields: per direction the addresses of its counts and, for each statistic, the address of the running one, of the one that was
+// found, and their elements.
+BnLstmFollowArgs follow_args(int type, int threads, double weight, int64_t steps, const py::tuple& fields) {
+  BnLstmFollowArgs a;
+  a.type = static_cast<Type>(type);
+  a.threads = threads;
+  a.weight = weight;
+  Fields f(fields);
+  a.steps = steps;
+  for (int64_t*& counts : a.counts) {
+    if (f.at_end()) break;
+    counts = static_cast<int64_t*>(f.address());
+    for (int i = 0; i < 2 * kBnTerms; i++) a.moves[a.count++] = {f.address(), f.address(), f.integer()};
+  }
+  f.end();
+  return a;
+}
+
 }  // namespace
 
 void bind_bnlstm(py::module_& m) {
@@ -118,5 +136,10 @@ void bind_bnlstm(py::module_& m) {
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
     kernels().bnlstm->backward(a);
+  });
+  m.def("bnlstm_follow", [](int type, int threads, double weight, int64_t steps, const py::tuple& fields) {
+    const BnLstmFollowArgs a = follow_args(type, threads, weight, steps, fields);
+    py::gil_scoped_release release;
+    kernels().bnlstm->follow(a);
   });
 }

@@ -5,22 +5,37 @@
 namespace fastrnn {
 namespace {
 
+bool is_alike(PyObject* tensor, PyObject* types, PyObject* shape, PyObject* dtype) {
+  bool known = false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types); i++)
+    known |= reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == PyTuple_GET_ITEM(types, i);
+  if (!known) return false;
+  const Names& n = names();
+  if (attribute(tensor, n.is_nested).ptr() != Py_False) return false;  // which has no shape
+  const int same = PyObject_RichCompareBool(attribute(tensor, n.shape).ptr(), shape, Py_EQ);
+  if (same < 0) throw py::error_already_set();
+  return same && attribute(tensor, n.dtype).ptr() == dtype && attribute(tensor, n.is_cpu).ptr() == Py_True &&
+         method(tensor, n.is_contiguous).ptr() == Py_True &&
+         method(tensor, n.is_neg).ptr() == Py_False;  // a lazy sign is torch's to carry out
+}
+
 // alike(tensor, types, shape, dtype): whether it is exactly of one of these types, and dense on the CPU.
 PyObject* alike(PyObject*, Arguments a, Py_ssize_t count) {
-  return guarded(count, 4, [&]() -> PyObject* {
-    PyObject* const tensor = a[0];
-    bool known = false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[1]); i++)
-      known |= reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == PyTuple_GET_ITEM(a[1], i);
-    if (!known) Py_RETURN_FALSE;
-    const Names& n = names();
-    if (attribute(tensor, n.is_nested).ptr() != Py_False) Py_RETURN_FALSE;  // which has no shape
-    const int same = PyObject_RichCompareBool(attribute(tensor, n.shape).ptr(), a[2], Py_EQ);
-    if (same < 0) throw py::error_already_set();
-    return PyBool_FromLong(
-        same && attribute(tensor, n.dtype).ptr() == a[3] && attribute(tensor, n.is_cpu).ptr() == Py_True &&
-        method(tensor, n.is_contiguous).ptr() == Py_True &&
-        method(tensor, n.is_neg).ptr() == Py_False);  // a lazy sign is torch's to carry out
+  return guarded(count, 4, [&]() -> PyObject* { return PyBool_FromLong(is_alike(a[0], a[1], a[2], a[3])); });
+}
+
+// all_alike(tensors, types, layouts): whether each is alike; `layouts` are pairs of a shape and a dtype.
+PyObject* all_alike(PyObject*, Arguments a, Py_ssize_t count) {
+  return guarded(count, 3, [&]() -> PyObject* {
+    const auto tensors = checked(PySequence_Fast(a[0], "tensors: expected a sequence"));
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(tensors.ptr());
+    bool all = size == PyTuple_GET_SIZE(a[2]);
+    for (Py_ssize_t i = 0; all && i < size; i++) {
+      PyObject* const layout = PyTuple_GET_ITEM(a[2], i);
+      all = is_alike(PySequence_Fast_GET_ITEM(tensors.ptr(), i), a[1], PyTuple_GET_ITEM(layout, 0),
+                     PyTuple_GET_ITEM(layout, 1));
+    }
+    return PyBool_FromLong(all);
   });
 }
 
@@ -127,6 +142,7 @@ void bind_tensors(py::module_& m) {
     return described(backward_args(problem, tensors));
   });
   static PyMethodDef functions[] = {fast("alike", alike),
+                                    fast("all_alike", all_alike),
                                     fast("unchanged", unchanged),
                                     fast("run_forward", run_forward),
                                     fast("run_backward", run_backward),

@@ -54,6 +54,21 @@ struct BnLstmBackwardArgs : BnLstmProblem {
   void* workspace = nullptr;
 };
 
+// Running statistics that follow those of a batch: running += weight * (found - running), n elements each, and the counts of
+// batches of `steps` steps.
+struct BnLstmFollowArgs {
+  Type type = Type::f32;
+  int threads = 1, count = 0;
+  double weight = 0;
+  struct {
+    void* running;
+    const void* found;
+    int64_t n;
+  } moves[2 * 2 * kBnTerms] = {};
+  int64_t* counts[2] = {};
+  int64_t steps = 0;
+};
+
 // Elements a row of the tape: enough for every instruction set's blocks.
 inline int64_t bnlstm_tape_width(int64_t H) { return 2 * ((4 * H + 15) / 16 * 16); }
 
@@ -63,6 +78,7 @@ struct BnLstmKernels {
   void (*forward)(const BnLstmForwardArgs&);
   size_t (*backward_workspace)(const BnLstmBackwardArgs&);
   void (*backward)(const BnLstmBackwardArgs&);
+  void (*follow)(const BnLstmFollowArgs&);
 };
 
 }  // namespace fastrnn

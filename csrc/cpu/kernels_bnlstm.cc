@@ -1,6 +1,7 @@
 // The batch-normalised LSTM's kernels of one instruction set (see kernels.cc).
 #include "bnlstm_backward.h"
 #include "bnlstm_forward.h"
+#include "bnlstm_statistics.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -37,7 +38,8 @@ void backward(const BnLstmBackwardArgs& a) {
 }  // namespace
 
 extern const BnLstmKernels bnlstm_table;
-const BnLstmKernels bnlstm_table = {threads, forward_workspace, forward, backward_workspace, backward};
+const BnLstmKernels bnlstm_table = {threads,  forward_workspace, forward, backward_workspace,
+                                    backward, follow_statistics};
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

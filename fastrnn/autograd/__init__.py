@@ -1,6 +1,6 @@
 """Gradients: one differentiable ``torch.autograd.Function`` per kind of layer."""
 
-from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward
+from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward, PreparedBNLSTMLayer
 from fastrnn.autograd.layer import Layer, LayerBackward, PreparedLayer, distinct
 from fastrnn.autograd.plain import PlainLayer
 from fastrnn.autograd.rhn import RhnLayer, RhnLayerBackward
@@ -11,6 +11,7 @@ __all__ = [
     "Layer",
     "LayerBackward",
     "PlainLayer",
+    "PreparedBNLSTMLayer",
     "PreparedLayer",
     "RhnLayer",
     "RhnLayerBackward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.compiler import is_compiling
 from fastrnn import ops
 from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, hooked, unpacked
 from fastrnn.backends import reference, reference_bnlstm
+from fastrnn.backends.cpu_bnlstm import BNLSTMCall
 
-__all__ = ["BNLSTMLayer", "BNLSTMLayerBackward"]
+__all__ = ["BNLSTMLayer", "BNLSTMLayerBackward", "PreparedBNLSTMLayer"]
 
 _Grad = Tensor | None
 # batch_stats, sequence, batch_first and the plan.
@@ -64,45 +66,89 @@ class BNLSTMLayer(Function):
     def backward(
         ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad, dcells: _Grad, *_: _Grad
     ) -> tuple[_Grad, ...]:
-        x, h0, c0, y, cells, tape, *rest = unpacked(ctx)
-        used, (batch_sizes, lengths, reset), weights = rest[:3], rest[3:6], rest[6:]
-        eps, (batch_stats, sequence, batch_first, plan) = ctx.eps, ctx.options
+        dx, dh0, dc0, *dweights = _layer_gradients(
+            ctx, ctx.needs_input_grad[:3], ctx.needs_input_grad[9:], dy, dh_n, dc_n, dcells
+        )
+        return dx, dh0, dc0, None, None, None, None, None, None, *dweights, *[None] * ctx.rest
+
+
+class PreparedBNLSTMLayer(Function):
+    """``BNLSTMLayer`` for a call whose fields were prepared.
+
+    ``PreparedBNLSTMLayer.apply(call, used, running, x, h0, c0, *weights)`` returns y, h_n, c_n, and
+    puts the used statistics into the list ``used``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: BNLSTMCall,
+        used: list[Tensor],
+        running: list[Tensor],
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y, h_n, c_n, cells, tape, *found = call.forward(x, h0, c0, weights, running)
+        used += found
+        ctx.set_materialize_grads(False)
+        saved = (x, h0, c0, y, cells, tape, *found, None, None, None, *weights)
+        ctx.save_for_backward(*saved)
+        ctx.expected = hooked(saved)
+        ctx.eps, ctx.options = call.eps, (True, call.sequence, call.batch_first, "")
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, dy: _Grad, dh_n: _Grad, dc_n: _Grad) -> tuple[_Grad, ...]:
         needs = ctx.needs_input_grad
-        need_dx, need_dstate = needs[0], needs[1] or needs[2]
-        need_dw = any(needs[9 : 9 + len(weights)])
-        if batched(dy, dh_n, dc_n, dcells):
-            dx, dh0, dc0, *dweights = by_reference(
-                lambda x, h0, c0, *weights: reference_bnlstm.layer(
-                    x, h0, c0, weights, _per_direction(used), batch_sizes, lengths, reset, eps,
-                    batch_stats, sequence, batch_first,
-                )[:4],
-                [x, h0, c0, *weights],
-                (dy, dh_n, dc_n, dcells),
-            )  # fmt: skip
-        elif torch.is_grad_enabled() and not is_compiling():
-            dx, dh0, dc0, *dweights = BNLSTMLayerBackward.apply(
-                dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), cells.detach(), tape, *used,
-                batch_sizes, lengths, reset, eps, ctx.options, need_dx, need_dstate, need_dw,
-                *weights,
-            )  # fmt: skip
-        else:
-            direct = ops.unobserved(dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset, *weights)
-            run = ops.BNLSTM_CPU["bnlstm_backward"] if direct else ops.bnlstm_backward
-            dx, dh0, dc0, dweights = run(
-                dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, tape, used, weights, batch_sizes,
-                lengths, reset, eps, batch_stats, sequence, batch_first, need_dx, need_dstate,
-                need_dw, plan,
-            )  # fmt: skip
-        if not need_dw:
-            dweights = [None] * len(weights)
-        return (
-            dx if need_dx else None,
-            dh0 if needs[1] else None,
-            dc0 if needs[2] else None,
-            None, None, None, None, None, None,
-            *dweights,
-            *[None] * ctx.rest,
+        gradients = _layer_gradients(ctx, needs[3:6], needs[6:], dy, dh_n, dc_n, None)
+        return None, None, None, *gradients
+
+
+def _layer_gradients(
+    ctx: Any,
+    needs: Sequence[bool],
+    weights_need: Sequence[bool],
+    dy: _Grad,
+    dh_n: _Grad,
+    dc_n: _Grad,
+    dcells: _Grad,
+) -> list[_Grad]:
+    """dx, dh0, dc0 and those of the weights; ``needs``: which of x, h0 and c0 want one."""
+    x, h0, c0, y, cells, tape, *rest = unpacked(ctx)
+    used, (batch_sizes, lengths, reset), weights = rest[:3], rest[3:6], rest[6:]
+    eps, (batch_stats, sequence, batch_first, plan) = ctx.eps, ctx.options
+    need_dx, need_dstate = needs[0], needs[1] or needs[2]
+    need_dw = any(weights_need[: len(weights)])
+    if batched(dy, dh_n, dc_n, dcells):
+        dx, dh0, dc0, *dweights = by_reference(
+            lambda x, h0, c0, *weights: reference_bnlstm.layer(
+                x, h0, c0, weights, _per_direction(used), batch_sizes, lengths, reset, eps,
+                batch_stats, sequence, batch_first,
+            )[:4],
+            [x, h0, c0, *weights],
+            (dy, dh_n, dc_n, dcells),
         )  # fmt: skip
+    elif torch.is_grad_enabled() and not is_compiling():
+        dx, dh0, dc0, *dweights = BNLSTMLayerBackward.apply(
+            dy, dh_n, dc_n, dcells, x, h0, c0, y.detach(), cells.detach(), tape, *used,
+            batch_sizes, lengths, reset, eps, ctx.options, need_dx, need_dstate, need_dw,
+            *weights,
+        )  # fmt: skip
+    else:
+        direct = ops.unobserved(dy, dh_n, dc_n, dcells, x, h0, c0, lengths, reset, *weights)
+        run = ops.BNLSTM_CPU["bnlstm_backward"] if direct else ops.bnlstm_backward
+        dx, dh0, dc0, dweights = run(
+            dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, tape, used, weights, batch_sizes,
+            lengths, reset, eps, batch_stats, sequence, batch_first, need_dx, need_dstate,
+            need_dw, plan,
+        )  # fmt: skip
+    if not need_dw:
+        dweights = [None] * len(weights)
+    return [
+        dx if need_dx else None, dh0 if needs[1] else None, dc0 if needs[2] else None, *dweights
+    ]  # fmt: skip
 
 
 class BNLSTMLayerBackward(Function):

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastrnn.backends import cpu
-from fastrnn.backends.cpu_memory import kept, kept_like, output
+from fastrnn.backends.cpu_memory import kept, kept_like, maker, output
 
-__all__ = ["bnlstm_backward", "bnlstm_forward", "plan"]
+__all__ = ["BNLSTMCall", "bnlstm_backward", "bnlstm_forward", "follow", "plan"]
 
 _TERMS = 3  # input term, recurrent term, cell
+_STATISTICS = 2 * _TERMS + 1  # means, variances and a count of batches, per direction
+_NONE = (0,) * 5  # no packed rows, lengths or resets
 
 
 def _library() -> Any:
@@ -78,6 +81,37 @@ def plan(
     return f"{cpu.isa()}, {split}, all steps in one call"
 
 
+def _forward_fields(
+    strides: tuple[int, ...],
+    tensors: Sequence[Tensor | None],
+    sequence: Sequence[int],
+    weights: Sequence[Tensor],
+    running: Sequence[Tensor],
+    directions: int,
+) -> tuple[int, ...]:
+    """What the library reads: layouts of x, y and cells, ``tensors`` in its order (x, y, cells, h0,
+    c0, h_n, c_n, packed, tape and the used statistics), lengths and the like, parameters."""
+    per = len(running) // directions
+    addresses = _addresses(weights, directions)
+    fields = [*strides, *(cpu._pointer(t) for t in tensors), *sequence]
+    for d in range(directions):
+        fields += addresses[7 * d : 7 * d + 7]
+        for i in range(_TERMS):
+            mean, var = running[per * d + 2 * i : per * d + 2 * i + 2]
+            fields += (mean.data_ptr(), var.data_ptr(), mean.size(0))
+    return tuple(fields)
+
+
+def _used_shapes(directions: int, steps: int, hidden: int, sequence: bool) -> list[tuple[int, ...]]:
+    """Of the used statistics: mean and variance of the input term, recurrent term and cell."""
+    first = min(steps, 1) if sequence else steps
+    return [
+        (directions, 2, first, 4 * hidden),
+        (directions, 2, steps, 4 * hidden),
+        (directions, 2, steps, hidden),
+    ]
+
+
 def bnlstm_forward(
     x: Tensor,
     h0: Tensor,
@@ -113,39 +147,19 @@ def bnlstm_forward(
     rows = (x.size(0) if is_packed else shape[0] * size) if record else 0
     tape = kept((directions, rows, _library().bnlstm_tape_width(hidden)), x.dtype)
     steps = shape[0] if batch_stats or record else 0
-    widths = (4 * hidden, 4 * hidden, hidden)
-    used = [
-        x.new_empty((directions, 2, min(steps, 1) if sequence and i == 0 else steps, width))
-        for i, width in enumerate(widths)
-    ]
+    used = [x.new_empty(each) for each in _used_shapes(directions, steps, hidden, sequence)]
     if size == 0:
         return y, h_n, c_n, cells, tape, *(t.zero_() for t in used)  # type: ignore[return-value]
-    with_cells = cells.numel() > 0
-    per = len(running) // directions
-    addresses = _addresses(weights, directions)
-    fields: list[int] = []
-    for d in range(directions):
-        fields += addresses[7 * d : 7 * d + 7]
-        for i in range(_TERMS):
-            mean, var = running[per * d + 2 * i : per * d + 2 * i + 2]
-            fields += (mean.data_ptr(), var.data_ptr(), mean.size(0))
-    tensors = (
+    strides = (
         *cpu._strides(x, is_packed, batch_first),
         *cpu._strides(y, is_packed, batch_first),
-        *(cpu._strides(cells, is_packed, batch_first) if with_cells else (0, 0)),
-        x.data_ptr(),
-        y.data_ptr(),
-        cpu._pointer(cells),
-        h0.data_ptr(),
-        c0.data_ptr(),
-        h_n.data_ptr(),
-        c_n.data_ptr(),
-        cpu._pointer(packed),
-        cpu._pointer(tape),
-        *(cpu._pointer(t) for t in used),
-        *cpu._sequence_fields(batch_sizes, lengths, reset, batch_first),
-        *fields,
+        *(cpu._strides(cells, is_packed, batch_first) if cells.numel() else (0, 0)),
     )
+    tensors = _forward_fields(
+        strides, (x, y, cells, h0, c0, h_n, c_n, packed, tape, *used),
+        cpu._sequence_fields(batch_sizes, lengths, reset, batch_first), weights, running,
+        directions,
+    )  # fmt: skip
     size = _library().bnlstm_forward_workspace(problem, tensors) + 64
     workspace = kept((size,), torch.uint8)
     _library().bnlstm_forward(problem, tensors, cpu._aligned(workspace))
@@ -221,3 +235,100 @@ def bnlstm_backward(
     workspace = kept((size,), torch.uint8)
     _library().bnlstm_backward(problem, tensors, cpu._aligned(workspace))
     return dx, dh0, dc0, dweights
+
+
+class BNLSTMCall:
+    """A layer that records and normalises by the statistics of the batch, for inputs like ``x``
+    (dense, contiguous): what only the shapes decide. The results are ``bnlstm_forward``'s."""
+
+    def __init__(
+        self, x: Tensor, hidden: int, directions: int, batch_first: bool, sequence: bool, eps: float
+    ) -> None:
+        lead = x.shape[:-1]
+        self.batch_first, self.sequence, self.eps = batch_first, sequence, eps
+        self._shape = (lead[1], lead[0]) if batch_first else (lead[0], lead[1])
+        self._hidden, self._directions = hidden, directions
+        steps, size = self._shape
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=x.dtype, device="meta")
+
+        y = empty(*lead, directions * hidden)
+        self._make_y = maker(y)
+        self._make_tape = maker(
+            empty(directions, steps * size, _library().bnlstm_tape_width(hidden))
+        )
+        self._make_used = [
+            maker(empty(*shape)) for shape in _used_shapes(directions, steps, hidden, sequence)
+        ]
+        layout = cpu._strides(y, False, batch_first)
+        self._strides = (*cpu._strides(x, False, batch_first), *layout, *layout)
+        self._problem: tuple[float, ...] = ()
+        self._bytes: dict[Any, int] = {}
+
+    def forward(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weights: Sequence[Tensor],
+        running: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """y, h_n, c_n, cells, tape and the used statistics; ``running`` with the counts."""
+        y, cells, tape = self._make_y(), self._make_y(), self._make_tape()
+        h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+        used = [make() for make in self._make_used]
+        tensors = _forward_fields(
+            self._strides, (x, y, cells, h0, c0, h_n, c_n, None, tape, *used), _NONE, weights,
+            running, self._directions,
+        )  # fmt: skip
+        library = _library()
+        key = (torch.get_num_threads(), library.isa())
+        size = self._bytes.get(key)
+        if size is None:
+            self._problem = _problem(
+                x, self._shape, self._directions, self._hidden, True, self.sequence, self.eps, ""
+            )
+            self._bytes = {key: library.bnlstm_forward_workspace(self._problem, tensors) + 64}
+            size = self._bytes[key]
+        workspace = kept((size,), torch.uint8)
+        library.bnlstm_forward(self._problem, tensors, cpu._aligned(workspace))
+        return y, h_n, c_n, cells, tape, *used
+
+
+def follow(
+    statistics: Sequence[Tensor], used: Sequence[Tensor], first: int, momentum: float
+) -> bool:
+    """Move running statistics from row ``first`` on towards those that a batch of two rows or more
+    used: ``running.lerp_(used, momentum)``, and the counts. False: nothing done, for tensors that
+    the library does not read.
+
+    statistics: per direction as ``fastrnn.functional.bnlstm`` has them, seven.
+    used: as ``bnlstm_forward`` returns them.
+    """
+    dtype = used[0].dtype
+    if dtype not in cpu._TYPES or dtype.itemsize < 4:
+        return False
+    for i, t in enumerate(statistics):
+        floats = i % _STATISTICS < _STATISTICS - 1
+        if not t.is_contiguous() or t.dtype is not (dtype if floats else torch.int64):
+            return False
+    fields: list[int] = []
+    item, found = dtype.itemsize, [u.data_ptr() for u in used]
+    given = used[1].size(2)
+    steps = min(given, statistics[_STATISTICS - 1].size(0) - first)
+    if steps <= 0:
+        return True
+    for d in range(len(statistics) // _STATISTICS):
+        *own, counts = statistics[_STATISTICS * d : _STATISTICS * (d + 1)]
+        fields.append(counts.data_ptr() + 8 * first)
+        for i, buffer in enumerate(own):
+            width, rows = buffer.size(1), used[i // 2].size(2)
+            shared = i < 2 and buffer.size(0) == 1
+            skipped = 0 if shared else first * width * item
+            at = found[i // 2] + (2 * d + i % 2) * rows * width * item
+            fields += (buffer.data_ptr() + skipped, at, (1 if shared else steps) * width)
+    threads = torch.get_num_threads()
+    _library().bnlstm_follow(cpu._TYPES[dtype], threads, momentum, steps, tuple(fields))
+    increment_version(statistics)
+    return True

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from fastrnn import dispatch, ops
 from fastrnn.autograd import BNLSTMLayer, distinct
-from fastrnn.backends import reference_bnlstm
+from fastrnn.backends import cpu_bnlstm, reference_bnlstm
 from fastrnn.functional.checks import check_settings, check_state
 from fastrnn.functional.plain import forward_only, is_exporting
 from fastrnn.functional.stack import WeightCache, _pair
@@ -86,8 +86,10 @@ def bnlstm(
     batch = sized_by(batch, h0)
     directions = 2 if bidirectional else 1
     autocast = dispatch.autocast_dtype(input)
-    hidden = _check(input, flat_weights, flat_statistics, bias, num_layers, directions,
-                    input_stats == "sequence", autocast is not None)  # fmt: skip
+    hidden = check_layers(
+        input, flat_weights, flat_statistics, bias, num_layers, directions,
+        input_stats == "sequence", autocast is not None,
+    )  # fmt: skip
     dtype = input.dtype if autocast is None else autocast
     grad = torch.is_grad_enabled() and not forward_only()
     h0_c0 = () if hx is None else (h0, c0)
@@ -95,15 +97,20 @@ def bnlstm(
     # Statistics of 16-bit values need more digits than those have: all is computed in float32, but
     # where kernels keep statistics, cells and sums in it on their own.
     wide = ops.state_dtype(dtype)
-    problem = _problem(input, dtype, batch, hidden, directions, num_layers, records, return_cells,
-                       batch_stats and process_group is not None)  # fmt: skip
+    problem = describe_problem(
+        input, dtype, batch, hidden, directions, num_layers, records, return_cells,
+        batch_stats and process_group is not None,
+    )  # fmt: skip
     backend = dispatch.settle(problem)
     compute = dtype if backend == "cuda" else wide
     shape = (num_layers * directions, batch.size, hidden)
     for name, state in (("hidden[0]", h0), ("hidden[1]", c0)):
         if state is not None:
             check_state(name, state, shape, input if autocast is None else input.to(state.dtype))
-    x, weights = input.to(compute), [w.to(compute) for w in flat_weights]
+    x, weights = (
+        input.to(compute),
+        [w if w.dtype is compute else w.to(compute) for w in flat_weights],
+    )
     h0 = x.new_zeros(shape) if h0 is None else h0.to(compute)
     c0 = x.new_zeros(shape) if c0 is None else c0.to(compute)
     if h0_noise:
@@ -136,16 +143,22 @@ def bnlstm(
         with torch.no_grad():
             live = _live_rows(batch, updates[0][1][1].size(2), x.device, process_group)
             for statistics, found in updates:
+                if backend == "cpu" and _followed(statistics, found, live, momentum, first_step):
+                    continue
                 for d in range(directions):
                     _update(
                         statistics[STATISTICS * d : STATISTICS * (d + 1)],
                         [part[d] for part in found], live, momentum, first_step,
                     )  # fmt: skip
-    results = (x, torch.cat(h_n), torch.cat(c_n), *([cells] if return_cells else []))
+    results = (x, _joined(h_n), _joined(c_n), *([cells] if return_cells else []))
     return tuple(t.to(dtype) for t in results)
 
 
-def _problem(
+def _joined(states: list[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def describe_problem(
     input: Tensor,
     dtype: torch.dtype,
     batch: Batch,
@@ -232,7 +245,8 @@ def _given(statistics: Sequence[Tensor], first: int, dtype: torch.dtype) -> list
         if i % STATISTICS == STATISTICS - 1:
             continue
         at = min(first, buffer.size(0) - 1)
-        rows.append((buffer[at:] if at else buffer).to(dtype))
+        row = buffer[at:] if at else buffer
+        rows.append(row if row.dtype is dtype else row.to(dtype))
     return rows
 
 
@@ -251,6 +265,21 @@ def _live_rows(batch: Batch, steps: int, device: torch.device, group: Any) -> Te
     if group is not None:
         torch.distributed.all_reduce(live, group=group)
     return live
+
+
+def _followed(
+    statistics: Sequence[Tensor],
+    used: _Used,
+    live: Tensor | int,
+    momentum: float | None,
+    first: int,
+) -> bool:
+    """Whether the CPU library has moved the statistics of a layer as ``_update`` would."""
+    if momentum is None or isinstance(live, Tensor) or live < 2:
+        return False
+    return ops.unobserved(*statistics, *used) and cpu_bnlstm.follow(
+        statistics, used, first, momentum
+    )
 
 
 def _update(
@@ -294,7 +323,7 @@ def _update(
             target.copy_(target.to(found.dtype).lerp(found[:rows], mine))
 
 
-def _check(
+def check_layers(
     input: Tensor,
     weights: Sequence[Tensor],
     statistics: Sequence[Tensor],

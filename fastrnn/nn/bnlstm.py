@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, functional
 from fastrnn.backends import PLANS
-from fastrnn.functional.bnlstm import _check, _problem
+from fastrnn.functional.bnlstm import check_layers, describe_problem
 from fastrnn.functional.checks import check_number, check_settings
 from fastrnn.nn.base import Parts, RecurrentBase
+from fastrnn.nn.bnlstm_call import natively_recorded
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.statistics import RunningStatistics
@@ -325,7 +326,7 @@ class BNLSTM(RunningStatistics):
     _check_rank: Any = RecurrentBase._check_rank
     _forward_packed: Any = RecurrentBase._forward_packed
     _natively: Any = RecurrentBase._natively
-    _natively_recorded: Any = RecurrentBase._natively_recorded
+    _natively_recorded: Any = natively_recorded
     _rank_message: Any = RecurrentBase._rank_message
 
     def _initial(
@@ -462,12 +463,12 @@ class BNLSTM(RunningStatistics):
         tensors = [input, *states, *self.parameters()]
         records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         half, sequence = dispatch.autocast_dtype(input), self.input_stats == "sequence"
-        _check(input, self._weights(), self._statistics(), self.bias, self.num_layers,
+        check_layers(input, self._weights(), self._statistics(), self.bias, self.num_layers,
                2 if self.bidirectional else 1, sequence, half is not None)  # fmt: skip
         dtype = half or input.dtype
         wide = torch.float32 if dtype.itemsize == 2 else dtype
         over_group = self.training and self.process_group is not None
-        problem = _problem(
+        problem = describe_problem(
             input, dtype, batch, self.hidden_size, 2 if self.bidirectional else 1,
             self.num_layers, records, return_cells, over_group,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 
 _Fields = tuple[int, ...]
-_TENSOR, _PLAIN = (Tensor,), (Tensor, torch.nn.Parameter)
+TENSOR, PLAIN = (Tensor,), (Tensor, torch.nn.Parameter)
 
 
 class Layout(NamedTuple):
@@ -128,17 +128,17 @@ class _Call:
         it made this call: what is made here is not for them to see."""
         alike, dtype = library().alike, self._dtype
         return (
-            alike(x, _TENSOR, self._x_shape, dtype)
+            alike(x, TENSOR, self._x_shape, dtype)
             and not torch._C._autograd._profiler_enabled()  # which shows operators
             and not torch._C._is_any_autocast_enabled()
             and (
                 h is None
                 or (
-                    alike(h, _TENSOR, self._h_shape, dtype)
+                    alike(h, TENSOR, self._h_shape, dtype)
                     and (
                         c is None
                         if self._c_like is None
-                        else alike(c, _TENSOR, self._c_like.shape, dtype)
+                        else alike(c, TENSOR, self._c_like.shape, dtype)
                     )
                 )
             )
@@ -250,7 +250,7 @@ class TrainingCall(_Call):
             h, c = self._h_like, self._c_like
         records = x.requires_grad or h.requires_grad
         for w in weights:
-            if type(w) not in _PLAIN or not library().alike(w, _PLAIN, w.shape, self._dtype):
+            if type(w) not in PLAIN or not library().alike(w, PLAIN, w.shape, self._dtype):
                 return None
             records = records or w.requires_grad
         if not (records or (c is not None and c.requires_grad)):
