@@ -174,6 +174,32 @@ static void pack_gates(const Panels<E>& p, const Src* w, int64_t K, typename E::
   for (int64_t b = first; b < last; b++) pack_block<E, Src>(p, w, K, dst + p.stream(b, K), b);
 }
 
+// Whether vectors from p on are cache lines that stream_as() may write.
+template <class V>
+FASTRNN_INLINE bool streamable(const void* p) {
+  return sizeof(V) == 64 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+// Past the caches where a vector is a cache line: memory is not read before it is written.
+template <class V>
+FASTRNN_INLINE void stream_as(typename V::T* p, V a) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<V, Vec<float>>::value)
+    _mm512_stream_ps(p, a.v);
+  else
+    _mm512_stream_pd(p, a.v);
+#else
+  V::store(p, a);
+#endif
+}
+
+// What went past the caches is there for whoever sees what this thread writes next.
+FASTRNN_INLINE void end_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // f(G, i) for groups of G, a constant and as large as fit, over [i, end).
 template <class F>
 FASTRNN_INLINE void in_groups(int64_t i, int64_t end, F&& f) {
@@ -183,10 +209,11 @@ FASTRNN_INLINE void in_groups(int64_t i, int64_t end, F&& f) {
 }
 
 // Matrix already stored [k][width] (row stride ld): the operand of gradients. One gate and strip, no transpose. Several blocks at a
-// time, so that a row is read in long runs: one block of it is a cache line, and its rows are pages apart.
+// time, so that a row is read in long runs: one block of it is a cache line, and its rows are pages apart. `past`: the caches, where
+// more is packed than they hold; end_streams() is the caller's.
 template <class E, class Src>
 static void pack_rows(const Panels<E>& p, const Src* w, int64_t ld, int64_t K, typename E::A* dst,
-                      int64_t first, int64_t last) {
+                      int64_t first, int64_t last, bool past = false) {
   static_assert(E::kPair == 1, "gradients are computed in the compute type");
   using V = typename E::V;
   in_groups(first, last, [&](auto group, int64_t b) {
@@ -196,10 +223,16 @@ static void pack_rows(const Panels<E>& p, const Src* w, int64_t ld, int64_t K, t
     const int64_t cols = p.columns(b), apart = cols * K;
     const int units = p.units(b + G - 1);  // of the last, which may be narrower
     if (p.columns(b + G - 1) == cols && units % E::W == 0) {
+      const bool streams = past && streamable<V>(out);
       for (int64_t k = 0; k < K; k++, s += ld, out += cols)
         for (int g = 0; g < G; g++)
-          for (int64_t u = 0; u < cols; u += E::W)
-            V::store(out + g * apart + u, load_as<V>(s + g * cols + u, E::W));
+          for (int64_t u = 0; u < cols; u += E::W) {
+            const V v = load_as<V>(s + g * cols + u, E::W);
+            if (streams)
+              stream_as<V>(out + g * apart + u, v);
+            else
+              V::store(out + g * apart + u, v);
+          }
       return;
     }
     for (int g = 0; g < G; g++) {

@@ -24,7 +24,7 @@ struct RhnForwardArgs : RhnProblem {
   void* h_n = nullptr;
   RhnWeights weights[2];
   const void* packed = nullptr;  // from pack(), or null: packed inside the call; none with a mask per gate
-  void* tape = nullptr;          // activated gates (D, depth, rows, G H), or null
+  void* tape = nullptr;          // activated gates, D depth rows G H of them, or null
   void* workspace = nullptr;
 };
 

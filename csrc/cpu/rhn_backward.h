@@ -38,6 +38,7 @@ class RhnBackward {
     const T** first;
     T** dx;
     RhnGradRow<T>* rows;
+    RhnStateRow<T>* states;
     RhnRow<T>* forward;  // only to recompute
     const T** operand;
     T* tile;
@@ -49,6 +50,7 @@ class RhnBackward {
           first(a.take<const T*>(b.capacity_)),
           dx(a.take<T*>(b.capacity_)),
           rows(a.take<RhnGradRow<T>>(b.args_.N)),
+          states(a.take<RhnStateRow<T>>(b.args_.N)),
           forward(a.take<RhnRow<T>>(b.recompute_ ? b.capacity_ : 0)),
           operand(a.take<const T*>(b.recompute_ ? 2 * kMaxParts * b.capacity_ : 0)),
           tile(a.take<T>(2 * kMaxParts * kTile)) {}
@@ -70,6 +72,7 @@ class RhnBackward {
   const RhnLayout<E> layout_;
   const RhnCell<E> cell_;
   const Sequence seq_;
+  const RhnTapes<const T> tapes_;
   const int64_t width_;             // G H
   const int64_t steps_, capacity_;  // of a chunk: steps, rows
   const bool recompute_;
@@ -87,6 +90,7 @@ class RhnBackward {
         layout_(args),
         cell_(RhnCell<E>::of(args.gates, args.linear)),
         seq_(args, arena),
+        tapes_(args, seq_),
         width_(args.gates * args.H),
         steps_(rhn_chunk_steps(args, args.want_weights)),
         capacity_(steps_ * args.N),
@@ -140,16 +144,19 @@ class RhnBackward {
   }
 
   void work(int tid, int nt) {
+    const bool past =
+        int64_t(sizeof(T)) * args_.directions * args_.depth * hh_.elements(width_) >= kStreamedWeights;
     for (int d = 0; d < args_.directions; d++) {
       const RhnWeights& w = args_.weights[d];
       for (int l = 0; l < args_.depth; l++)
         pack_rows<E, T>(hh_, static_cast<const T*>(w.w_hh) + l * width_ * args_.H, args_.H, width_,
-                        recurrent(d, l), hh_.blocks * tid / nt, hh_.blocks * (tid + 1) / nt);
+                        recurrent(d, l), hh_.blocks * tid / nt, hh_.blocks * (tid + 1) / nt, past);
       if (dir_[d].w_ih)
         pack_rows<E, T>(ih_, static_cast<const T*>(w.w_ih), args_.I, width_, dir_[d].w_ih,
                         ih_.blocks * tid / nt, ih_.blocks * (tid + 1) / nt);
       if (recompute_) pack_rhn<E>(layout_, w, dir_[d].packed, tid, nt);
     }
+    end_streams();
     all_.wait(nt);
     Arena mine{lanes_.base + tid * lane_bytes_, 0};
     Lane lane(mine, *this);
@@ -222,24 +229,16 @@ class RhnBackward {
     }
   }
 
-  RhnStates<T> states_of(int d, Lane& lane, int64_t m, int64_t n, const T* tape, int64_t tape_stride) const {
+  RhnStateRow<T> state_row(int d, const Lane& lane, int64_t m, int64_t number) const {
     const Direction& dir = dir_[d];
-    const int64_t H = args_.H, groups = args_.s_groups;
-    return {lane.first[m],
-            tape,
-            dir.s + m * H,
-            state_mask(d, n),
-            dir.u + m * H,
-            tape_stride,
-            capacity_ * H,
-            groups * capacity_ * H,
-            args_.N * H,
-            capacity_ * H,
-            args_.s_groups,
-            args_.depth,
-            0,
-            H,
-            H};
+    const int64_t H = args_.H;
+    return {lane.first[m], number, dir.s + m * H, state_mask(d, lane.list.n[m]), dir.u + m * H};
+  }
+  RhnStates<T> states_of(const RhnStateRow<T>* row, int64_t rows, const RhnTape<const T>& tape,
+                         int64_t tape_stride, int depth, int64_t u0, int64_t u1) const {
+    const int64_t CH = capacity_ * args_.H;
+    return {row, rows,           tape,  tape_stride, CH, args_.s_groups * CH, args_.N * args_.H,
+            CH,  args_.s_groups, depth, u0,          u1};
   }
 
   // Gates, states and their masked copies of this thread's share of the chunk's rows.
@@ -252,9 +251,8 @@ class RhnBackward {
     const T** x_rows = lane.operand;
     const T** u_rows = lane.operand + kMaxParts * C;
     for (int64_t m = m0; m < m1; m++) {
-      RhnStates<T> s = states_of(d, lane, m, lane.list.n[m], nullptr, 0);
-      s.depth = 1;
-      cell_.states(s);
+      const RhnStateRow<T> row = state_row(d, lane, m, m);
+      cell_.states(states_of(&row, 1, {}, 0, 1, 0, H));
       for (int p = 0; p < x_pieces_; p++)
         x_rows[p * C + m] = args_.x_groups ? dir.x_masked + (p * C + m) * I : lane.x[m];
     }
@@ -265,8 +263,8 @@ class RhnBackward {
         for (int64_t m = from; m < to; m++) {
           const bool top = l + 1 == args_.depth;
           lane.forward[m] = {
-              dir.s + (l * C + m) * H, top ? nullptr : dir.s + ((l + 1) * C + m) * H,
-              dir.dz + (l * C + m) * width_, state_mask(d, lane.list.n[m]),
+              dir.s + (l * C + m) * H, top ? nullptr : dir.s + ((l + 1) * C + m) * H, m,
+              state_mask(d, lane.list.n[m]),
               top || !args_.s_groups ? nullptr : dir.u + ((l + 1) * args_.s_groups * C + m) * H};
           for (int p = 0; p < s_pieces_; p++)
             u_rows[p * C + m] = dir.u + ((l * imax(1, args_.s_groups) + p) * C + m) * H;
@@ -288,7 +286,8 @@ class RhnBackward {
                  lane.tile + part * kTile, cols);
             }
             cell_.finish({lane.forward + m, r, lane.tile, cols, layout_.parts > 1 ? kTile : units,
-                          panels.first(b), units, H, args_.s_groups, args_.N * H, C * H});
+                          panels.first(b), units, H, args_.s_groups, args_.N * H, C * H,
+                          RhnTape<T>{dir.dz + l * C * width_, kOneGroup, C, args_.gates, H}, false});
           });
         }
       }
@@ -309,44 +308,41 @@ class RhnBackward {
     const int64_t b1 = split_units ? hh_.blocks * (share.id + 1) / share.count : hh_.blocks;
     const int64_t u0 = hh_.first(b0), u1 = b1 > b0 ? hh_.first(b1 - 1) + hh_.units(b1 - 1) : u0;
     const int64_t tape_stride = (recompute_ ? C : seq_.rows()) * width_;
+    RhnTape<const T> tape = tapes_.at(args_.tape, d, 0, t);
+    if (recompute_) tape = {dir.dz, kOneGroup, C, args_.gates, H};
     for (int64_t m = first; m < last; m++) {
       const int64_t n = lane.list.n[m], q = m - first;
       const bool ends = !lane.next[n];  // no later step of this row: h_n is its state
       const bool cut = !ends && seq_.resets(time(d, begin + i + 1), n);
       lane.a_rows[q] = ends || cut ? zero_ : lane.next[n];
       lane.next[n] = dir.dz + m * width_;
-      const T* tape = recompute_ ? dir.dz + m * width_
-                                 : static_cast<const T*>(args_.tape) +
-                                       (d * args_.depth * seq_.rows() + seq_.index(t, n)) * width_;
       T* ds = dir.ds + n * H;
       lane.rows[q] = {args_.dy.data ? seq_.at<const T>(args_.dy, t, n) + d * H : nullptr,
                       cut ? zero_ : ds,
                       ds,
-                      tape,
+                      recompute_ ? m : n,
                       dir.s + m * H,
                       dir.dz + m * width_,
                       state_mask(d, n)};
-      if (recompute_ || u1 == u0) continue;
-      RhnStates<T> states = states_of(d, lane, m, n, tape, tape_stride);
-      states.u0 = u0;
-      states.u1 = u1;
-      cell_.states(states);
+      lane.states[q] = state_row(d, lane, m, n);
     }
+    if (!recompute_)
+      cell_.states(states_of(lane.states, last - first, tape, tape_stride, args_.depth, u0, u1));
+    tape.data += (args_.depth - 1) * tape_stride;
     for (int64_t q = 0; q < last - first; q++) {  // to the last micro-step
-      lane.rows[q].tape += (args_.depth - 1) * tape_stride;
       lane.rows[q].s += (args_.depth - 1) * C * H;
       lane.rows[q].dz += (args_.depth - 1) * C * width_;
     }
     for (int l = args_.depth - 1;; l--) {
-      micro_step(d, (l + 1) % args_.depth, b0, b1, last - first, lane);
+      micro_step(d, (l + 1) % args_.depth, b0, b1, last - first, tape, lane);
       if (split_units) dir.barrier.wait(share.count);
       if (l == 0) return;
+      tape.data -= tape_stride;
       for (int64_t q = 0; q < last - first; q++) {
         RhnGradRow<T>& row = lane.rows[q];
         lane.a_rows[q] = row.dz;
         row.dy = nullptr;
         row.ds_in = row.ds;
-        row.tape -= tape_stride;
         row.s -= C * H;
         row.dz -= C * width_;
       }
@@ -354,7 +350,8 @@ class RhnBackward {
   }
 
   // The product of lane.a_rows with the weights of micro-step `above`, then the pointwise part below it.
-  void micro_step(int d, int above, int64_t b0, int64_t b1, int64_t count, Lane& lane) {
+  void micro_step(int d, int above, int64_t b0, int64_t b1, int64_t count, const RhnTape<const T>& tape,
+                  Lane& lane) {
     const T* w = recurrent(d, above);
     const bool ahead =
         b1 > b0 && count >= kAheadRows &&
@@ -372,7 +369,7 @@ class RhnBackward {
           product(lane.a_rows + m, r, w, b, run, lane.tile);
         for (int q = 0; q < run; q++)
           cell_.grad({lane.rows + m, r, lane.tile + q * r * cols, cols, kTile, hh_.first(b + q),
-                      hh_.units(b + q), args_.H, args_.s_groups, args_.N * args_.H});
+                      hh_.units(b + q), args_.H, args_.s_groups, args_.N * args_.H, tape});
       });
     });
   }

@@ -3,7 +3,7 @@
 #pragma once
 #include "../cells/rhn.h"
 #include "cells_cpu.h"
-#include "sequence.h"
+#include "rhn_tape.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -37,10 +37,10 @@ static void add_direction(const Sequence& seq, const Grid& dst, const typename E
 template <class T>
 struct RhnRow {
   const T* s;
-  T* out;         // s of the next micro-step, or null
-  T* tape;        // activated gates, H apart, or null
-  const T* mask;  // first group's row, or null
-  T* masked;      // first group's masked copy of out, or null
+  T* out;          // s of the next micro-step, or null
+  int64_t number;  // in the tape
+  const T* mask;   // first group's row, or null
+  T* masked;       // first group's masked copy of out, or null
 };
 
 // Pre-activations of a few rows and one block of units: gate g of unit u of row r is
@@ -53,13 +53,16 @@ struct RhnTile {
   int64_t stride, gate_stride, first_unit;
   int units;
   int64_t H;
-  int groups;             // masks, each group_stride after the one before
-  int64_t group_stride;   // of masks
-  int64_t masked_stride;  // of masked copies
+  int groups;              // masks, each group_stride after the one before
+  int64_t group_stride;    // of masks
+  int64_t masked_stride;   // of masked copies
+  const RhnTape<T>& tape;  // without data: none
+  bool stream;             // past the caches
 };
 
 template <class E, bool Coupled, bool Linear, int Q>
-FASTRNN_INLINE void rhn_rows(const RhnTile<typename E::T>& t, int r, int u, int n) {
+FASTRNN_INLINE void rhn_rows(const RhnTile<typename E::T>& t,
+                             const typename RhnTape<typename E::T>::Place& tape, int r, int u, int n) {
   using V = typename E::V;
   using T = typename E::T;
   using Math = Act<V, Linear>;
@@ -74,10 +77,16 @@ FASTRNN_INLINE void rhn_rows(const RhnTile<typename E::T>& t, int r, int u, int 
   FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
     const RhnRow<T>& row = t.row[r + i];
     const int64_t at = t.first_unit + u;
-    if (row.tape) {
-      store_as<V>(row.tape + at, h[i], n);
-      FASTRNN_UNROLL for (int k = 0; k < S; k++)
-          store_as<V>(row.tape + (k + 1) * t.H + at, gate[S * i + k], n);
+    if (t.tape.data) {
+      T* to = tape.first + row.number * tape.row;
+      const auto put = [&](T* p, V a) {
+        if (t.stream && tape.gate == kTapeGroup)
+          stream_as<V>(p, a);
+        else
+          store_as<V>(p, a, n);
+      };
+      put(to, h[i]);
+      FASTRNN_UNROLL for (int k = 0; k < S; k++) put(to + (k + 1) * tape.gate, gate[S * i + k]);
     }
     if (!row.out) continue;
     const V s = load_as<V>(row.s + at, n);
@@ -96,45 +105,60 @@ FASTRNN_INLINE void rhn_rows(const RhnTile<typename E::T>& t, int r, int u, int 
 
 template <class E, bool Coupled, bool Linear>
 static void rhn_finish(const RhnTile<typename E::T>& t) {
+  static_assert(kTapeGroup % E::W == 0, "no vector crosses a group's end");
   each_vector<typename E::V>(t.units, [&](int u, auto n) {
+    typename RhnTape<typename E::T>::Place tape{};
+    if (t.tape.data) tape = t.tape.of(t.first_unit + u);
     side_by_side(t.rows,
-                 [&](auto q, int r) { rhn_rows<E, Coupled, Linear, decltype(q)::value>(t, r, u, n); });
+                 [&](auto q, int r) { rhn_rows<E, Coupled, Linear, decltype(q)::value>(t, tape, r, u, n); });
   });
 }
 
-// One row's states of all micro-steps from its tape: units [u0, u1) of s_1 .. s_{depth-1} and the masked copies.
 template <class T>
-struct RhnStates {
+struct RhnStateRow {
   const T* first;  // s_0
-  const T* tape;
+  int64_t number;  // in the tape
   T* s;
   const T* mask;
   T* masked;
+};
+
+// States of all micro-steps from the first one's tape on: units [u0, u1) of s_0 .. s_{depth-1} and the masked copies.
+template <class T>
+struct RhnStates {
+  const RhnStateRow<T>* row;
+  int64_t rows;
+  const RhnTape<const T>& tape;
   int64_t tape_stride, s_stride, masked_stride;  // from one micro-step to the next
   int64_t group_stride, masked_group_stride;     // from one group to the next
   int groups, depth;
-  int64_t u0, u1, H;
+  int64_t u0, u1;
 };
 
 template <class E, bool Coupled, bool Linear>
-static void rhn_states(const RhnStates<typename E::T>& r) {
+static void rhn_states(const RhnStates<typename E::T>& t) {
   using V = typename E::V;
   using Math = Act<V, Linear>;
-  each_vector<V>(static_cast<int>(r.u1 - r.u0), [&](int u, auto n) {
-    const int64_t at = r.u0 + u;
-    V s = load_as<V>(r.first + at, n);
-    for (int l = 0;; l++) {
-      store_as<V>(r.s + l * r.s_stride + at, s, n);
-      for (int p = 0; p < r.groups; p++)
-        store_as<V>(r.masked + l * r.masked_stride + p * r.masked_group_stride + at,
-                    s * load_as<V>(r.mask + p * r.group_stride + at, n), n);
-      if (l + 1 == r.depth) return;
-      const auto* tape = r.tape + l * r.tape_stride + at;
-      const V h = load_as<V>(tape, n), t = load_as<V>(tape + r.H, n);
-      if constexpr (Coupled)
-        s = rhn_state<Math>(h, t, s);
-      else
-        s = rhn_state<Math>(h, t, load_as<V>(tape + 2 * r.H, n), s);
+  each_vector<V>(static_cast<int>(t.u1 - t.u0), [&](int u, auto n) {
+    const int64_t at = t.u0 + u;
+    typename RhnTape<const typename E::T>::Place place{};
+    if (t.depth > 1) place = t.tape.of(at);
+    for (int64_t i = 0; i < t.rows; i++) {
+      const auto& row = t.row[i];
+      V s = load_as<V>(row.first + at, n);
+      for (int l = 0;; l++) {
+        store_as<V>(row.s + l * t.s_stride + at, s, n);
+        for (int p = 0; p < t.groups; p++)
+          store_as<V>(row.masked + l * t.masked_stride + p * t.masked_group_stride + at,
+                      s * load_as<V>(row.mask + p * t.group_stride + at, n), n);
+        if (l + 1 == t.depth) break;
+        const auto* tape = place.first + l * t.tape_stride + row.number * place.row;
+        const V h = load_as<V>(tape, n), gate = load_as<V>(tape + place.gate, n);
+        if constexpr (Coupled)
+          s = rhn_state<Math>(h, gate, s);
+        else
+          s = rhn_state<Math>(h, gate, load_as<V>(tape + 2 * place.gate, n), s);
+      }
     }
   });
 }
@@ -144,8 +168,8 @@ struct RhnGradRow {
   const T* dy;     // gradient of y's row where this micro-step ends a time step, or null
   const T* ds_in;  // what reaches s beside dy and the matmul
   T* ds;           // carried on
-  const T* tape;
-  const T* s;  // before the micro-step
+  int64_t number;  // in the tape
+  const T* s;      // before the micro-step
   T* dz;
   const T* mask;  // of the operand whose gradient the matmul is
 };
@@ -161,6 +185,7 @@ struct RhnGradTile {
   int64_t H;
   int groups;
   int64_t group_stride;
+  const RhnTape<const T>& tape;
 };
 
 // Gradient of a state from the products: the mask of each stands between them.
@@ -180,26 +205,28 @@ template <class E, bool Coupled, bool Linear>
 static void rhn_grad(const RhnGradTile<typename E::T>& t) {
   using V = typename E::V;
   using Math = Act<V, Linear>;
-  for (int r = 0; r < t.rows; r++) {
-    const auto& row = t.row[r];
-    each_vector<V>(t.units, [&](int u, auto n) {
-      const int64_t at = t.first_unit + u;
+  each_vector<V>(t.units, [&](int u, auto n) {
+    const int64_t at = t.first_unit + u;
+    const auto place = t.tape.of(at);
+    for (int r = 0; r < t.rows; r++) {
+      const auto& row = t.row[r];
+      const auto* tape = place.first + row.number * place.row;
       V ds = load_as<V>(row.ds_in + at, n) + rhn_incoming<E>(t.acc + r * t.stride + u, t.part_stride,
                                                              row.mask + at, t.groups, t.group_stride, n);
       if (row.dy) ds = ds + load_as<V>(row.dy + at, n);
-      const V h = load_as<V>(row.tape + at, n), gate = load_as<V>(row.tape + t.H + at, n);
+      const V h = load_as<V>(tape, n), gate = load_as<V>(tape + place.gate, n);
       const V s = load_as<V>(row.s + at, n);
       RhnGrad<V> g;
       if constexpr (Coupled)
         g = rhn_backward<Math>(h, gate, s, ds);
       else
-        g = rhn_backward<Math>(h, gate, load_as<V>(row.tape + 2 * t.H + at, n), s, ds);
+        g = rhn_backward<Math>(h, gate, load_as<V>(tape + 2 * place.gate, n), s, ds);
       store_as<V>(row.dz + at, g.h, n);
       store_as<V>(row.dz + t.H + at, g.t, n);
       if constexpr (!Coupled) store_as<V>(row.dz + 2 * t.H + at, g.c, n);
       store_as<V>(row.ds + at, g.s, n);
-    });
-  }
+    }
+  });
 }
 
 // The pointwise parts of one variant.

@@ -64,6 +64,7 @@ class RhnForward {
   const Sequence seq_;
   const int64_t steps_;  // per chunk
   const int x_parts_, u_parts_;
+  const RhnTapes<T> tapes_;
   T* zero_;
   Direction dir_[2];
   Arena lanes_;
@@ -78,7 +79,8 @@ class RhnForward {
         seq_(args, arena),
         steps_(imin(args.T, imax(1, kChunkRows / args.N))),
         x_parts_(args.x_groups ? args.x_groups : 1),
-        u_parts_(args.s_groups ? args.s_groups : 1) {
+        u_parts_(args.s_groups ? args.s_groups : 1),
+        tapes_(args, seq_) {
     const int64_t NH = args.N * args.H;
     zero_ = arena.take<T>(args.H);
     if (arena.base) std::memset(zero_, 0, args.H * sizeof(T));
@@ -105,6 +107,7 @@ class RhnForward {
     Lane lane(mine, *this);
     const Share share(args_.directions, tid, nt);
     for (int d = share.direction_first; d < share.direction_last; d++) direction(d, share, lane);
+    end_streams();
   }
 
   int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
@@ -185,7 +188,7 @@ class RhnForward {
   void gather(int d, Lane& lane, int64_t s, int l, int64_t first, int64_t count) {
     const Direction& dir = dir_[d];
     const int64_t t = time(d, s), before = time(d, s - 1), H = args_.H, N = args_.N, NH = N * H;
-    const int64_t tape_rows = seq_.rows(), width = args_.gates * H, turn = s * args_.depth + l;
+    const int64_t turn = s * args_.depth + l;
     const T* masked = dir.u + turn % 2 * args_.s_groups * NH;
     T* masks_next = dir.u + (turn + 1) % 2 * args_.s_groups * NH;
     for (int64_t i = 0; i < count; i++) {
@@ -198,9 +201,7 @@ class RhnForward {
               : l == 0 ? seq_.at<const T>(args_.y, before, n) + d * H
                        : dir.s + l % 2 * NH + n * H;
       row.out = l + 1 == args_.depth ? seq_.at<T>(args_.y, t, n) + d * H : dir.s + (l + 1) % 2 * NH + n * H;
-      row.tape = args_.tape ? static_cast<T*>(args_.tape) +
-                                  ((d * args_.depth + l) * tape_rows + seq_.index(t, n)) * width
-                            : nullptr;
+      row.number = n;
       row.mask = row.masked = nullptr;
       lane.u_rows[i] = row.s;
       if (!args_.s_groups) continue;
@@ -223,6 +224,8 @@ class RhnForward {
     alignas(64) T tile_out[kMaxParts * kTile];
     for (int l = 0; l < args_.depth; l++) {
       gather(d, lane, s0 + i, l, first, count);
+      const RhnTape<T> tape = tapes_.at(args_.tape, d, l, time(d, s0 + i));
+      const bool stream = tapes_.template streams<typename E::V>(tape);
       panel_runs(panels, b0, b1, false, count, [&](int64_t b, int run) {
         const int64_t cols = panels.columns(b);
         const int nv = panels.vectors(b);
@@ -249,7 +252,7 @@ class RhnForward {
           for (int q = 0; q < run; q++)
             cell_.finish({lane.rows + m, r, tile_out + q * r * cols, cols,
                           layout_.parts > 1 ? kTile : panels.units(b + q), panels.first(b + q),
-                          panels.units(b + q), H, args_.s_groups, N * H, N * H});
+                          panels.units(b + q), H, args_.s_groups, N * H, N * H, tape, stream});
         });
       });
       if (split_units) dir_[d].barrier.wait(share.count);

@@ -93,6 +93,7 @@ inline Plan rhn_plan(const RhnProblem& p) {
 }
 
 constexpr int64_t kRhnGradRows = 512;
+constexpr int64_t kStreamedWeights = 24 << 20;  // bytes of which caches keep little until they are used
 
 // Steps of a chunk of the backward. Chunks are of equal length: a short last one would read all weight gradients for
 // little. All steps are one where that takes no more memory: the packed weights then lie where their gradients will be.

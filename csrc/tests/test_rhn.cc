@@ -91,6 +91,29 @@ TEST(weights_packed_in_their_gradients) {
   });
 }
 
+// A tape in groups of units that goes past the caches; the last group is narrower, and steps begin within cache lines or at them.
+TEST(large_tape) {
+  each_isa([] {
+    for (Rows rows : {Rows::dense, Rows::lengths, Rows::packed}) {
+      if (kSanitizer && rows != Rows::packed) continue;
+      RhnOptions o;
+      o.type = rows == Rows::lengths ? Type::f64 : Type::f32;
+      o.rows = rows;
+      o.reset = rows == Rows::lengths;
+      o.depth = 6;
+      o.gates = rows == Rows::dense ? 2 : 3;
+      o.s_groups = rows == Rows::dense ? 0 : 1;
+      o.directions = 2;
+      o.threads = 2;
+      o.T = rows == Rows::dense ? 104 : rows == Rows::packed ? 150 : 69;
+      o.N = rows == Rows::dense ? 58 : 61;
+      o.I = 5;
+      o.H = 30;
+      check_training(o, 25);
+    }
+  });
+}
+
 // Above the plan's thresholds for a team: units and rows, a thread without work among them.
 TEST(shapes_wide_enough_for_a_team) {
   each_isa([] {
