@@ -11,7 +11,7 @@
 #include "../cells/zoneout.h"
 #include "math.h"
 #include "noise.h"
-#include "pack.h"
+#include "weave.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -86,6 +86,31 @@ FASTRNN_INLINE void put_state(const TileRows<E>& tile, int r, int64_t at, typena
   }
 }
 
+// finish() of a plain cell in parts, for a tile of whole vectors (weave.h): C::part<J>(tile, row, first of its units in the tile, H),
+// and C::ask<J>(row, unit, H, writes) for what the next tile's will read and write.
+template <class E, class C>
+struct WovenTile {
+  static constexpr int kParts = C::kParts;
+  static constexpr bool weaves(int nv) { return nv == C::kWovenVectors; }
+  TileRows<E> tile;
+  int64_t H;
+  const RowState<E>* next;
+  int64_t next_rows, next_unit;
+  bool writes;  // asks for what will be written
+  Asks asks;
+  int64_t pieces() const { return tile.rows * C::kWovenUnits; }
+  template <int J>
+  FASTRNN_INLINE_MEMBER void part(int64_t piece) const {
+    int64_t r = piece, u = 0;
+    if constexpr (C::kWovenUnits > 1) {  // several vectors of units to a row
+      r = piece / C::kWovenUnits;
+      u = piece % C::kWovenUnits * E::W;
+    }
+    if (r < next_rows) C::template ask<J>(next[r], next_unit + u, H, writes);
+    C::template part<J>(tile, r, u, H);
+  }
+};
+
 // h_t of a tile that a projection has made.
 template <class E, class Math, class M>
 FASTRNN_INLINE void put_projected(const TileRows<E>& tile, const M& masks) {
@@ -103,6 +128,39 @@ struct LstmCpu {
   using Math = Act<V, Linear>;
   static constexpr bool kCellState = true, kApart = false;
   static constexpr int kSlots = 4, kStages = 1;
+
+  static constexpr int kParts = 5, kWovenVectors = 4, kWovenUnits = 1;
+  // What a part hands to the next stays in the tile.
+  template <int J>
+  FASTRNN_INLINE void part(const TileRows<E>& tile, int64_t r, int64_t, int64_t H) {
+    constexpr int W = V::W;
+    T* const acc = tile.row(r);
+    const RowState<E>& st = tile.state[r];
+    const int64_t at = tile.first_unit;
+    if constexpr (J < 4) {
+      const V x = J == 2 ? Math::tanh(V::load(acc + J * W)) : Math::sigmoid(V::load(acc + J * W));
+      if (st.tape) V::store(st.tape + J * H + at, x);
+      V::store(acc + J * W, x);
+      if constexpr (J == 3) {
+        const V c_prev = load_as<V>(st.c_prev + at, W);
+        const V c = lstm_cell<Math>(V::load(acc), V::load(acc + W), V::load(acc + 2 * W), c_prev);
+        V::store(st.c + at, c);
+        V::store(acc, c);
+      }
+    } else {
+      put_state<E, Math>(tile, r, at, V::load(acc + 3 * W) * Math::tanh(V::load(acc)), W, Quiet{});
+    }
+  }
+  template <int J>
+  FASTRNN_INLINE void ask(const RowState<E>& st, int64_t at, int64_t H, bool writes) {
+    if (J == 0 && writes) prefetch_write(st.y + at);
+    if (J == 1 && writes) prefetch_write(st.c + at);
+    if constexpr (J == 2) __builtin_prefetch(st.c_prev + at);
+    if (J > 2 && writes && st.tape) {
+      prefetch_write(st.tape + (J == 3 ? 0 : 2) * H + at);
+      prefetch_write(st.tape + (J == 3 ? 1 : 3) * H + at);
+    }
+  }
 
   template <class M>
   static void finish(int stage, bool projected, const TileRows<E>& tile, int64_t H, const M& masks) {
@@ -162,6 +220,39 @@ struct GruCpu {
   static constexpr bool kCellState = false, kApart = true;
   static constexpr int kSlots = 4, kStages = 1;
 
+  static constexpr int kParts = 3, kWovenVectors = 3, kWovenUnits = 1;
+  template <int J>
+  FASTRNN_INLINE void part(const TileRows<E>& tile, int64_t r, int64_t, int64_t H) {
+    constexpr int W = V::W;
+    T* const acc = tile.row(r);
+    const T* const gx = tile.input(r);
+    const RowState<E>& st = tile.state[r];
+    const int64_t at = tile.first_unit;
+    if constexpr (J < 2) {
+      const V x = Math::sigmoid(V::load(acc + J * W) + V::load(gx + J * W));
+      if (st.tape) V::store(st.tape + J * H + at, x);
+      V::store(acc + J * W, x);
+    } else {
+      const V un = V::load(acc + 2 * W);
+      const V n = Math::tanh(gru_candidate<Math>(V::load(acc), un, V::load(gx + 2 * W)));
+      const V h = gru_output<Math>(V::load(acc + W), n, load_as<V>(st.h_prev + at, W));
+      put_state<E, Math>(tile, r, at, h, W, Quiet{});
+      if (st.tape) {
+        V::store(st.tape + 2 * H + at, n);
+        V::store(st.tape + 3 * H + at, un);
+      }
+    }
+  }
+  template <int J>
+  FASTRNN_INLINE void ask(const RowState<E>& st, int64_t at, int64_t H, bool writes) {
+    if (J == 0 && writes) prefetch_write(st.y + at);
+    if constexpr (J == 0) __builtin_prefetch(st.h_prev + at);
+    if (J > 0 && writes && st.tape) {
+      prefetch_write(st.tape + (J == 1 ? 0 : 2) * H + at);
+      prefetch_write(st.tape + (J == 1 ? 1 : 3) * H + at);
+    }
+  }
+
   template <class M>
   static void finish(int, bool, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
@@ -209,6 +300,8 @@ struct GruResetBeforeCpu {
   static constexpr bool kCellState = false, kApart = false;
   static constexpr int kSlots = 3, kStages = 2;
 
+  static constexpr int kParts = 0;
+
   template <class M>
   static void finish(int stage, bool, const TileRows<E>& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
@@ -252,6 +345,17 @@ struct RnnCpu {
   using Math = Act<V, Linear>;
   static constexpr bool kCellState = false, kApart = false;
   static constexpr int kSlots = 0, kStages = 1;
+
+  static constexpr int kParts = 1, kWovenVectors = 4, kWovenUnits = 4;
+  template <int J>
+  FASTRNN_INLINE void part(const TileRows<E>& tile, int64_t r, int64_t u, int64_t) {
+    const V x = V::load(tile.row(r) + u), h = Relu ? Math::relu(x) : Math::tanh(x);
+    put_state<E, Math>(tile, r, tile.first_unit + u, h, V::W, Quiet{});
+  }
+  template <int J>
+  FASTRNN_INLINE void ask(const RowState<E>& st, int64_t at, int64_t, bool writes) {
+    if (writes) prefetch_write(st.y + at);
+  }
 
   template <class M>
   static void finish(int, bool, const TileRows<E>& tile, int64_t, const M& masks) {

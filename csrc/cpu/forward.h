@@ -6,15 +6,17 @@
 // part, from an L1-resident tile). Threads own blocks of units, with one barrier per stage, or rows of
 // the batch, with none.
 #pragma once
-#include "ahead.h"
 #include "cells_cpu.h"
 #include "norm.h"
 #include "plan.h"
 #include "sequence.h"
 #include "team.h"
+#include "weave.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
+
+constexpr int64_t kFarBytes = 8 << 20;  // inputs of so many bytes come from memory
 
 template <class E, class C>
 class Forward {
@@ -37,6 +39,11 @@ class Forward {
   }
 
  protected:
+  // Where the asking for the next chunk's inputs has come to.
+  struct InputsAhead {
+    int64_t s = 0, row = 0, rows = 0, n0 = 0, width = 0;
+    Lines left;
+  };
   struct Lane {  // per thread
     RowList list;
     const A** x_rows;
@@ -48,6 +55,7 @@ class Forward {
     MaskBits<E> masks;
     UnitRange units;  // what this thread computes of a row
     A* panel;         // the block of weights in use, where each is used once
+    InputsAhead inputs;
     Lane(Arena& a, const Forward& f)
         : list(a, f.steps_, f.args_.N),
           x_rows(a.take<const A*>(f.steps_ * f.args_.N)),
@@ -73,6 +81,8 @@ class Forward {
   const Sequence seq_;
   const int64_t steps_;  // per chunk
   const MaskPlan<T> noise_;
+  const bool own_lines_;  // no cache line of a row belongs to two threads
+  const bool far_;        // the inputs of a sequence are too many to stay in cache
   size_t scratch_ = 0;
   Arena lanes_;
   size_t lane_bytes_ = 0;
@@ -87,7 +97,9 @@ class Forward {
         layout_(args, !once_),
         seq_(args, arena),
         steps_(imin(args.T, imax(1, kChunkRows / args.N))),
-        noise_(args, C::kStages == 2) {
+        noise_(args, C::kStages == 2),
+        own_lines_(!plan_.units || args.H * int64_t(sizeof(T)) % 64 == 0),
+        far_(args.T * args.N * args.I * int64_t(sizeof(IO)) >= kFarBytes) {
     const int64_t NH = args.N * args.H, NO = args.N * args.O;
     zero_ = arena.take<char>(imax(args.H, args.O) * sizeof(double));
     if (arena.base) std::memset(zero_, 0, imax(args.H, args.O) * sizeof(double));
@@ -140,6 +152,8 @@ class Forward {
       const int64_t steps = imin(steps_, args_.T - s0);
       lane.list.fill(seq_, steps, n0, n1, [&](int64_t i) { return time(d, s0 + i); });
       input_term(d, share, split_units, lane, s0, steps);
+      const int64_t coming = far_ ? imin(steps_, args_.T - s0 - steps) : 0;
+      lane.inputs = {s0 + steps, 0, coming * (n1 - n0), n0, n1 - n0, {}};
       for (int64_t i = 0; i < steps; i++) step(d, share, split_units, lane, s0, i);
     }
     final_states(d, i0, i1);
@@ -281,6 +295,20 @@ class Forward {
     }
   }
 
+  // Up to `most` lines of the next chunk's inputs: they come from far away where there are many.
+  Lines next_inputs(int d, InputsAhead& ahead, int64_t most) const {
+    if (!ahead.left.count) {
+      if (ahead.row == ahead.rows) return {};
+      const int64_t i = ahead.row / ahead.width, n = ahead.n0 + ahead.row % ahead.width;
+      const IO* x = seq_.at<const IO>(args_.x, time(d, ahead.s + i), n);
+      ahead.left = {reinterpret_cast<const char*>(x), ceil_div(args_.I * sizeof(IO), 64)};
+      ahead.row++;
+    }
+    const Lines lines{ahead.left.at, imin(most, ahead.left.count)};
+    ahead.left = {lines.at + lines.count * 64, ahead.left.count - lines.count};
+    return lines;
+  }
+
   // f(block, how many from it on, their recurrent weights, first row, rows, what is coming) over blocks [b0, b1) of a stage at step
   // s, tile by tile.
   template <class F>
@@ -298,31 +326,72 @@ class Forward {
     });
   }
 
+  // Whether a stage's tiles are woven; `ahead`: its weights come from beyond L2, where a tape must be waited for to gain by it.
+  bool weaves_steps(const Stage<E>& st, int64_t count, bool ahead) const {
+    if constexpr (kWeaves<E> && C::kParts > 0) {
+      constexpr int kMost = max_rows(C::kWovenVectors) * C::kWovenUnits * C::kParts;
+      return count >= kWovenRows && st.Kh >= kWovenSteps * kMost && st.panels.unit == C::kWovenUnits * E::W &&
+             !noise_.on && !args_.projected && !once_ && (!ahead || (args_.gates && own_lines_));
+    }
+    return false;
+  }
+
+  // The product of a tile with the pointwise part of the one before, where it can be woven in.
+  void product_woven(int d, const Stage<E>& st, const A* w, const A* const* rows, const T* init,
+                     int64_t init_stride, const TileRows<E>& tile, const Lines& near, const Coming<E>& coming,
+                     int64_t m, Lane& lane, const TileRows<E>& before) {
+    const int nv = static_cast<int>(tile.stride / E::W);
+    if (before.rows && before.units == st.panels.unit) {
+      WovenTile<E, C> work{before, args_.H, tile.state, tile.rows, tile.first_unit, own_lines_, {}};
+      const Lines inputs = next_inputs(d, lane.inputs, work.pieces() * C::kParts / 2);
+      work.asks = {share_of(coming, m, tile.rows), near, inputs};
+      if (multiply_woven<E>(rows, tile.rows, w, st.Kh, nv, init, init_stride, tile.acc, tile.stride, work))
+        return;
+    }
+    if (before.rows) C::finish(0, false, before, args_.H, Quiet{});
+    multiply_tile<E>(coming, m, rows, tile.rows, w, st.Kh, nv, init, init_stride, tile.acc, tile.stride);
+  }
+
   void step(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t i) {
     const int64_t first = lane.list.start[i], count = lane.list.count(i);
     gather(d, lane, s0 + i, first, count);
     const T* term = lane.scratch;
-    alignas(64) T tile_out[kMaxRows * kMaxVectors * E::W];
+    constexpr int kTile = kMaxRows * kMaxVectors * E::W;
+    alignas(64) T tiles[2 * kTile];
+    T* tile_out = tiles;
+    TileRows<E> waiting{};  // a tile whose pointwise part comes with the next one's product
     for (int j = 0; j < layout_.stages; j++) {
       const Stage<E>& st = layout_.stage[j];
       const T* h_bias = reinterpret_cast<const T*>(dir_[d].packed + st.h_bias);
       const A* const* rows = j == 0 ? lane.h_rows : lane.mid_rows;
       const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
       const int64_t base = st.panels.offset(b0), M = lane.list.rows;
+      const bool weaves = weaves_steps(st, count, asks_ahead(st.panels, b0, b1, st.Kh, count));
       sweep(d, st, b0, b1, s0 + i, count, lane,
             [&](int64_t b, int panels, const A* w, int64_t m, int r, const Coming<E>& coming) {
               const int64_t cols = st.panels.columns(b);
               const T* gx = term + M * (st.panels.offset(b) - base) + (first + m) * cols;
-              if (st.from_x && !C::kApart) {
-                // The next block's products start from its input terms, which the scratch has lost from L1.
-                const int64_t next = (s0 + i) % 2 ? b - 1 : b + panels;
-                if (next >= b0 && next < b1)
-                  prefetch_lines(
-                      term + M * (st.panels.offset(next) - base) + (first + m) * st.panels.columns(next),
-                      r * st.panels.columns(next));
+              // The next block's products start from its input terms, which the scratch has lost from L1.
+              Lines near;
+              const int64_t next = (s0 + i) % 2 ? b - 1 : b + panels;
+              if (st.from_x && !C::kApart && next >= b0 && next < b1) {
+                const int64_t wide = st.panels.columns(next);
+                const T* at = term + M * (st.panels.offset(next) - base) + (first + m) * wide;
+                near = {reinterpret_cast<const char*>(at), r * wide * int64_t(sizeof(T)) / 64};
               }
               const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx;
               const int64_t init_stride = C::kApart ? 0 : cols;
+              if constexpr (kWeaves<E> && C::kParts > 0) {
+                if (weaves) {
+                  const TileRows<E> tile{lane.states + m,   r, tile_out, gx, cols, st.panels.first(b),
+                                         st.panels.units(b)};
+                  product_woven(d, st, w, rows + m, init, init_stride, tile, near, coming, m, lane, waiting);
+                  waiting = tile;
+                  tile_out = tile_out == tiles ? tiles + kTile : tiles;
+                  return;
+                }
+              }
+              for (int64_t l = 0; l < near.count; l++) __builtin_prefetch(near.at + l * 64);
               auto finish = [&](int64_t block, T* acc, const T* input) {
                 const TileRows<E> rows_of{lane.states + m,       r, acc, input, cols, st.panels.first(block),
                                           st.panels.units(block)};
@@ -340,6 +409,7 @@ class Forward {
                                  init_stride, C::kApart ? cols : M * cols, tile_out, cols, r * cols);
               for (int p = 0; p < panels; p++) finish(b + p, tile_out + p * r * cols, gx + p * M * cols);
             });
+      if (waiting.rows) C::finish(j, false, waiting, args_.H, Quiet{});
       if (st.from_x && b1 > b0) term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
       if (split_units) dir_[d].barrier.wait(share.count);
     }
