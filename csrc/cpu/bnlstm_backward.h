@@ -7,10 +7,11 @@
 // Where all steps share the input term's statistics its gradient waits for the last step.
 #pragma once
 #include <atomic>
+#include <initializer_list>
 
-#include "ahead.h"
+#include "bnlstm_ahead.h"
 #include "bnlstm_gradients.h"
-#include "outer.h"
+#include "bnlstm_outer.h"
 #include "plan.h"
 #include "team.h"
 
@@ -50,6 +51,7 @@ class BnLstmBackward {
     const T** h_prev;
     T** dx;
     T *dh, *tile;
+    const char** wanted;
     typename BnGradients<E, Linear>::Scratch scratch;
     Lane(Arena& a, const BnLstmBackward& b)
         : list(a, b.steps_, b.args_.N),
@@ -60,6 +62,7 @@ class BnLstmBackward {
           dx(a.take<T*>(b.steps_ * b.args_.N)),
           dh(a.take<T>(b.args_.N * kBlockColumns<E>)),
           tile(a.take<T>(kMaxRows * kBlockColumns<E>)),
+          wanted(a.take<const char*>(b.far_ ? b.wanted_pieces() : 0)),
           scratch(a, b.args_.N) {}
   };
   struct Direction {
@@ -67,7 +70,7 @@ class BnLstmBackward {
     T *da, *db, *carry, *dc;
     T* dx = nullptr;
     BnSums<T> sum;
-    T *outer = nullptr, *operand[2] = {};
+    T* operand[2] = {};
     Barrier barrier;
     struct {
       alignas(64) std::atomic<int64_t> pieces{0};  // of the chunk's dx
@@ -119,10 +122,8 @@ class BnLstmBackward {
       // The second direction's dx is added when both are complete.
       if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
       if (args.want_weights) {
-        const int64_t K = imin(kOuterK, M);
-        r.outer = arena.take<T>(outer_elements(plan_.threads, K));
-        r.operand[0] = arena.take<T>((I + kBlockColumns<E>)*K);
-        r.operand[1] = arena.take<T>((H + kBlockColumns<E>)*K);
+        r.operand[0] = arena.take<T>((H + kBlockColumns<E>)*M);
+        r.operand[1] = arena.take<T>((I + kBlockColumns<E>)*M);
       }
     }
     Arena sizing;
@@ -195,6 +196,8 @@ class BnLstmBackward {
       if (share.id == 0) dir.taken[(chunk + 1) % 2].pieces.store(0, std::memory_order_relaxed);
       const int64_t begin = imax(0, end - steps_), steps = end - begin;
       chunk_operands(d, lane, begin, steps);
+      // What the weight gradients meet is known: the steps' barriers come before them.
+      pack_operands(d, share, lane, true, !deferred_);
       for (int64_t i = steps; i-- > 0;) {
         step(d, lane, b0, b1, begin, i);
         // Rows of dx that are due anyway fill the time until the others have come: of steps that all have left.
@@ -217,8 +220,11 @@ class BnLstmBackward {
       for (int64_t begin = 0; begin < args_.T; begin += steps_) {
         chunk_operands(d, lane, begin, imin(steps_, args_.T - begin));
         T* db = dir.db + steps_of_.start[begin] * stride_;
+        pack_operands(d, share, lane, false, true);
+        dir.barrier.wait(share.count);
         input_grad(d, share, lane, db);
         weight_grads(d, share, lane, nullptr, db, add);
+        dir.barrier.wait(share.count);
         add = true;
       }
     }
@@ -288,16 +294,57 @@ class BnLstmBackward {
       const int64_t cols = hh_.columns(b);
       const T* coming = ahead && k + 1 < b1 ? dir.w_hh + hh_.stream(next, G) : nullptr;
       const Coming<E> next_panel{coming, coming ? hh_.columns(next) * G : 0, count};
-      row_blocks(count, hh_.vectors(b), [&](int64_t m, int r) {
-        if (far_) grad_.prefetch(d, lane.rows, hh_.first(b) / grad_.blocks.unit, first, m, r);
-        multiply_tile<E>(next_panel, m, lane.a_rows + m, r, dir.w_hh + hh_.stream(b, G), G, hh_.vectors(b),
-                         nullptr, 0, lane.dh + m * cols, cols);
+      const int nv = hh_.vectors(b);
+      const bool asks = far_ && count > 0;
+      const Wanted wants = asks ? wanted(d, lane, b, first, count, next_panel) : Wanted{};
+      row_blocks(count, nv, [&](int64_t m, int r) {
+        const T* w = dir.w_hh + hh_.stream(b, G);
+        if (asks)
+          multiply_wanting<E>(lane.a_rows + m, r, w, G, nv, lane.dh + m * cols, cols,
+                              wants.part(m, r, count));
+        else
+          multiply_tile<E>(next_panel, m, lane.a_rows + m, r, w, G, nv, nullptr, 0, lane.dh + m * cols, cols);
       });
       for (int64_t u = 0; u < hh_.units(b); u += grad_.blocks.unit)
         grad_.block(d, lane.scratch, lane.rows, dir.sum, begin + i, count, first,
-                    (hh_.first(b) + u) / grad_.blocks.unit, lane.dh + u, cols,
-                    far_ && u + grad_.blocks.unit < hh_.units(b));
+                    (hh_.first(b) + u) / grad_.blocks.unit, lane.dh + u, cols);
     }
+  }
+
+  // Pieces of all that the passes over a block meet.
+  int64_t wanted_pieces() const {
+    const int64_t unit = grad_.blocks.unit, blocks = ceil_div(hh_.unit, unit);
+    return 2 * blocks * pieces_of<E>(args_.N * grad_.blocks.columns(0)) +
+           10 * args_.N * pieces_of<E>(hh_.unit) + pieces_of<E>(hh_.unit * 4 * args_.H);
+  }
+  // What the passes over block b will read and write, and the next block's panel where it comes from beyond L2: tiles of its product
+  // ask for it. In L2 a block's share of 64 rows is 300 KiB.
+  Wanted wanted(int d, Lane& lane, int64_t b, int64_t first, int64_t count, const Coming<E>& coming) const {
+    const int64_t u0 = hh_.first(b), units = hh_.units(b), H = args_.H, unit = grad_.blocks.unit;
+    constexpr int64_t kPiece = kPieceBytes<E>;
+    const char** at = lane.wanted;
+    for (int64_t t = u0 / unit; t * unit < u0 + units; t++) {
+      const T* x_hat = grad_.tape(d, t, first);
+      want<E>(at, x_hat + grad_.rows * (bnlstm_tape_width(H) / 2), count * grad_.blocks.columns(t));
+      want<E>(at, x_hat, count * grad_.blocks.columns(t));
+    }
+    const int64_t wide = pieces_of<E>(units);
+    for (int64_t p = 0; p < wide; p++) {
+      const int64_t u = u0 + p * (kPiece / int64_t(sizeof(T)));
+      for (int64_t i = 0; i < count; i++) *at++ = reinterpret_cast<const char*>(lane.rows[i].c_prev + u);
+      if (args_.dy.data)
+        for (int64_t i = 0; i < count; i++) *at++ = reinterpret_cast<const char*>(lane.rows[i].dy + u);
+    }
+    want<E>(at, coming.panel, coming.elements);
+    const int64_t reads = at - lane.wanted;
+    for (const T* to : {lane.rows[0].da, lane.rows[0].db})
+      for (int g = 0; g < 4; g++)
+        for (int64_t p = 0; p < wide; p++) {
+          const char* from = reinterpret_cast<const char*>(to + g * H + u0) + p * kPiece;
+          for (int64_t i = 0; i < count; i++) *at++ = from + i * stride_ * int64_t(sizeof(T));
+        }
+    const int64_t lines = ceil_div(units * int64_t(sizeof(T)), 64);
+    return {lane.wanted, reads, 0, at - lane.wanted, static_cast<int>(imin(lines, kPieceLines<E>))};
   }
 
   // The chunk after this one reads the gradients of its first step.
@@ -375,9 +422,22 @@ class BnLstmBackward {
       }
   }
 
+  // Operands of the weight gradients, of the jobs' order: states, inputs.
+  struct Operands {
+    OuterOperand<E> of[2];
+  };
+  Operands operands(int d, const Lane& lane, bool states, bool inputs) const {
+    return {{{states ? args_.H : 0, lane.h_prev, nullptr, dir_[d].operand[0]},
+             {inputs ? args_.I : 0, lane.x, nullptr, dir_[d].operand[1]}}};
+  }
+  void pack_operands(int d, const Share& share, const Lane& lane, bool states, bool inputs) {
+    if (!args_.want_weights) return;
+    const Operands o = operands(d, lane, states, inputs);
+    pack_outer_operands<E>(o.of, 2, lane.list.rows, share.id, share.count);
+  }
+
   // The chunk's share of dW_hh = dA^T H_prev and dW_ih = dB^T X; either gradient may be null.
   void weight_grads(int d, const Share& share, Lane& lane, const T* da, const T* db, bool add) {
-    Direction& dir = dir_[d];
     if (!args_.want_weights) return;
     const int64_t G = 4 * args_.H;
     OuterJob<E> jobs[2];
@@ -390,13 +450,10 @@ class BnLstmBackward {
       j.lda = stride_;
       j.to[0] = {operand, static_cast<T*>(c), ldc};
     };
-    job(da, 1, args_.grads[d].w_hh, args_.H);
-    job(db, 0, args_.grads[d].w_ih, args_.I);
-    OuterOperand<E> operands[2];
-    operands[0] = {db ? args_.I : 0, lane.x, nullptr, dir.operand[0]};
-    operands[1] = {da ? args_.H : 0, lane.h_prev, nullptr, dir.operand[1]};
-    outer_products<E>(jobs, count, operands, 2, lane.list.rows, dir.outer, add, share.id, share.count,
-                      dir.barrier);
+    job(da, 0, args_.grads[d].w_hh, args_.H);
+    job(db, 1, args_.grads[d].w_ih, args_.I);
+    outer_products_rows<E>(jobs, count, operands(d, lane, da, db).of, lane.list.rows, add, share.id,
+                           share.count);
   }
 
   // dh0 and dc0 of rows [i0, i1): one more step of the recurrent matmul, cut where the first step resets.

@@ -6,6 +6,7 @@
 #include "bnlstm.h"
 #include "cells_cpu.h"
 #include "sequence.h"
+#include "team.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -76,9 +77,9 @@ struct Columns {
     const int columns = nv * E::W;
     if (rows <= kSumRows) {
       sum_columns<E, false>(nv, x, rows, stride, nullptr, mean);
-      for (int c = 0; c < columns; c++) mean[c] /= T(rows);
+      divide(mean, columns, rows);
       sum_columns<E, true>(nv, x, rows, stride, mean, var);
-      for (int c = 0; c < columns; c++) var[c] /= T(rows);
+      divide(var, columns, rows);
     } else {
       in_pieces<false>(nv, x, rows, stride, mean);
       in_pieces<true>(nv, x, rows, stride, var);
@@ -92,7 +93,8 @@ struct Columns {
     }
     for (int c = gates * units; c % E::W; c++) mean[c] = var[c] = T(0);
   }
-  void write(T* mean_row, T* var_row, int gates, int64_t width, int units) const {
+  template <class N>
+  FASTRNN_ALWAYS_INLINE void write(T* mean_row, T* var_row, int gates, int64_t width, N units) const {
     for (int g = 0; g < gates; g++) {
       std::memcpy(mean_row + g * width, mean + g * units, units * sizeof(T));
       std::memcpy(var_row + g * width, var + g * units, units * sizeof(T));
@@ -112,6 +114,14 @@ struct Columns {
   }
 
  private:
+  // By a power of two a product is the quotient, for a fraction of the time.
+  static void divide(T* x, int columns, int64_t rows) {
+    const T inverse = T(1) / T(rows);
+    if (rows & (rows - 1))
+      for (int c = 0; c < columns; c++) x[c] /= T(rows);
+    else
+      for (int c = 0; c < columns; c++) x[c] *= inverse;
+  }
   template <bool Squares>
   void in_pieces(int nv, const T* x, int64_t rows, int64_t stride, T* out) {
     double total[kBlockColumns<E>] = {};

@@ -7,7 +7,7 @@
 // With a tape the normalised terms are written to it in the order of the blocks, so nothing is copied.
 #pragma once
 #include "../cells/bnlstm.h"
-#include "ahead.h"
+#include "bnlstm_ahead.h"
 #include "bnlstm_columns.h"
 #include "plan.h"
 #include "team.h"
@@ -47,6 +47,7 @@ class BnLstmForward {
     Row* rows;
     T *input, *recurrent, *gate, *cell;
     Columns<E>* columns;
+    const char** wanted;
     Lane(Arena& a, const BnLstmForward& f)
         : list(a, f.steps_, f.args_.N),
           x_rows(a.take<const T*>(f.steps_ * f.args_.N)),
@@ -56,7 +57,10 @@ class BnLstmForward {
           recurrent(a.take<T>(f.args_.tape ? 0 : f.args_.N * kBlockColumns<E>)),
           gate(a.take<T>(f.args_.N * W)),
           cell(a.take<T>(f.args_.N * W)),
-          columns(a.take<Columns<E>>(1)) {}
+          columns(a.take<Columns<E>>(1)),
+          wanted(a.take<const char*>(imax(f.steps_ * f.args_.N * pieces_of<E>(f.args_.I),
+                                          2 * pieces_of<E>(f.args_.N * kBlockColumns<E>) +
+                                              pieces_of<E>(f.args_.H * kBlockColumns<E>)))) {}
   };
   struct Direction {
     char* packed;
@@ -76,6 +80,7 @@ class BnLstmForward {
   const BnSteps steps_of_;
   const int64_t steps_;   // per chunk
   const int64_t stored_;  // rows of a whole-sequence buffer
+  const bool far_;        // the tape lies beyond L2: asked for ahead
   const bool whole_;      // the input term of all steps is kept: for the tape, or for its statistics
   T* zero_;
   Direction dir_[2];
@@ -92,6 +97,7 @@ class BnLstmForward {
         steps_of_(args, seq_, arena),
         steps_(imin(args.T, imax(1, kChunkRows / args.N))),
         stored_(args.tape ? seq_.rows() : args.T * args.N),
+        far_(args.tape && prefetches(8 * args.H * sizeof(T), args.N, args.T)),
         whole_(args.tape || (args.sequence && args.batch)) {
     const int64_t H = args.H;
     zero_ = arena.take<T>(4 * H);
@@ -198,9 +204,24 @@ class BnLstmForward {
       lane.x_rows[m] = seq_.template at<const T>(args_.x, steps_of_.time(d, s0 + i, n), n);
     }
     const T* w = reinterpret_cast<const T*>(dir_[d].packed + layout_.stage[0].x);
+    // The first block's products meet rows that come from far, the others panels that the steps have driven out of L2.
+    const int64_t wide = pieces_of<E>(I);
+    const char** wanted = lane.wanted;
+    for (int64_t m = 0; kWanting && m < M; m++) want<E>(wanted, lane.x_rows[m], I);
     for (int64_t b = own.first; b < own.last; b++) {
-      panel<E>(lane.x_rows, M, w + panels_.stream(b, I), I, panels_.vectors(b), nullptr, 0,
-               input_at(d, own, lane, b, s0, 0), panels_.columns(b));
+      const int nv = panels_.vectors(b);
+      const int64_t cols = panels_.columns(b);
+      const T* at = w + panels_.stream(b, I);
+      T* out = input_at(d, own, lane, b, s0, 0);
+      const T* next = M >= kAheadRows && b + 1 < own.last ? w + panels_.stream(b + 1, I) : nullptr;
+      const Coming<E> coming{next, next ? panels_.columns(b + 1) * I : 0, M};
+      row_blocks(M, nv, [&](int64_t m, int r) {
+        if (kWanting && b == own.first)
+          return multiply_wanting<E>(
+              lane.x_rows + m, r, at, I, nv, out + m * cols, cols,
+              {lane.wanted, M * wide, (m + r) * wide, imin(M, m + 2 * r + 1) * wide, 0});
+        multiply_tile<E>(coming, m, lane.x_rows + m, r, at, I, nv, nullptr, 0, out + m * cols, cols);
+      });
       if (!args_.sequence) normalise_steps(d, own, lane, b, s0);
     }
   }
@@ -213,7 +234,8 @@ class BnLstmForward {
             units);
   }
   // Reports the statistics that step s used.
-  void report(int d, int term, int64_t s, int gates, int64_t u0, int units, const Columns<E>& from) const {
+  template <class N>
+  void report(int d, int term, int64_t s, int gates, int64_t u0, N units, const Columns<E>& from) const {
     if (!args_.used[term]) return;
     const int64_t steps = term == 0 && args_.sequence ? 1 : args_.T, size = steps * gates * args_.H;
     T* mean = static_cast<T*>(args_.used[term]) + 2 * d * size + s * gates * args_.H + u0;
@@ -243,7 +265,15 @@ class BnLstmForward {
   }
   // ... or block b's by those of each step, as soon as it is there.
   void normalise_steps(int d, const Blocks& own, Lane& lane, int64_t b, int64_t s0) {
-    const int nv = panels_.vectors(b), units = panels_.units(b);
+    const int n = panels_.units(b);
+    if (n == W)
+      normalise_steps(d, own, lane, b, s0, std::integral_constant<int, W>{});
+    else
+      normalise_steps(d, own, lane, b, s0, n);
+  }
+  template <class N>
+  void normalise_steps(int d, const Blocks& own, Lane& lane, int64_t b, int64_t s0, N units) {
+    const int nv = panels_.vectors(b);
     const int64_t cols = panels_.columns(b), u0 = panels_.first(b), steps = imin(steps_, args_.T - s0);
     Columns<E>& columns = *lane.columns;
     for (int64_t i = 0; i < steps; i++) {
@@ -283,7 +313,7 @@ class BnLstmForward {
     const int64_t s = s0 + i, first = lane.list.start[i], count = lane.list.count(i), H = args_.H;
     gather(d, lane, s, first, count);
     const T* w = reinterpret_cast<const T*>(dir_[d].packed + layout_.stage[0].h);
-    const bool ahead = asks_ahead(panels_, own.first, own.last, H, count);
+    const bool ahead = asks_ahead(panels_, own.first, own.last, H, count) || (i == 0 && count >= kAheadRows);
     for (int64_t k = own.first; k < own.last; k++) {
       // Every other step walks the blocks backwards: what the last step left in cache comes first.
       const int64_t b = s % 2 ? own.last - 1 - (k - own.first) : k, next = s % 2 ? b - 1 : b + 1;
@@ -296,9 +326,23 @@ class BnLstmForward {
             (steps_of_.start[s0] + first) * cols;
       const Coming<E> next_panel{coming, coming ? panels_.columns(next) * H : 0, count};
       const T* x = input_at(d, own, lane, b, s0, first);
+      const bool asks = kWanting && far_ && count > 0;
+      Wanted wants;
+      if (asks) {  // the normalised input term, perhaps the next panel, and the tape that is written
+        const char** at = lane.wanted;
+        want<E>(at, x, count * cols);
+        want<E>(at, next_panel.panel, next_panel.elements);
+        const int64_t reads = at - lane.wanted;
+        want<E>(at, a, count * cols);
+        wants = {lane.wanted, reads, 0, at - lane.wanted, kPieceLines<E>};
+      }
       row_blocks(count, nv, [&](int64_t m, int r) {
-        multiply_tile<E>(next_panel, m, lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, nullptr, 0,
-                         a + m * cols, cols);
+        if (asks)
+          multiply_wanting<E>(lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, a + m * cols, cols,
+                              wants.part(m, r, count));
+        else
+          multiply_tile<E>(next_panel, m, lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, nullptr, 0,
+                           a + m * cols, cols);
       });
       block(d, lane, s, count, b, a, x);
     }

@@ -46,49 +46,19 @@ class BnGradients {
         : gates(a.take<T>(N * kBlockColumns<E>)), m(a.take<T>(N * W)), hat(a.take<T>(N * W)) {}
   };
 
-  // The tape's next block, and what of other arrays lies beside it.
-  struct Coming {
-    const T *a_hat = nullptr, *x_hat = nullptr;
-    int64_t cols = 0, u0 = 0;
-    Coming() = default;
-    Coming(const BnGradients& g, int d, int64_t b, int64_t first)
-        : a_hat(g.tape(d, b, first) + g.rows * (bnlstm_tape_width(g.args.H) / 2)),
-          x_hat(g.tape(d, b, first)),
-          cols(g.blocks.columns(b)),
-          u0(g.blocks.first(b)) {}
-    // What only prefetches has no effect in g++'s eyes: a call of it would be left out.
-    FASTRNN_ALWAYS_INLINE void recurrent(int64_t r) const { prefetch_lines(a_hat + r * cols, cols); }
-    FASTRNN_ALWAYS_INLINE void input(int64_t r) const { prefetch_lines(x_hat + r * cols, cols); }
-    FASTRNN_ALWAYS_INLINE void rest(const BnGradRow<T>& row) const {
-      __builtin_prefetch(row.c_prev + u0);
-      if (row.dy) __builtin_prefetch(row.dy + u0);
-    }
-  };
-
   const T* tape(int d, int64_t b, int64_t first) const {
     return static_cast<const T*>(args.tape) + d * rows * bnlstm_tape_width(args.H) + rows * blocks.offset(b) +
            first * blocks.columns(b);
   }
 
-  // Asks for what units() will read of block b: rows [m, m + r) of the step whose rows begin at `first`.
-  FASTRNN_ALWAYS_INLINE void prefetch(int d, const BnGradRow<T>* row_of, int64_t b, int64_t first, int64_t m,
-                                      int r) const {
-    const Coming next(*this, d, b, first);
-    for (int64_t i = m; i < m + r; i++) {
-      next.recurrent(i);
-      next.input(i);
-      next.rest(row_of[i]);
-    }
-  }
-
   // All rows of one of the tape's blocks at step s, from the gradient dh of their outputs.
   void block(int d, const Scratch& lane, const BnGradRow<T>* row_of, const BnSums<T>& sums, int64_t s,
-             int64_t count, int64_t first, int64_t b, const T* dh, int64_t dh_stride, bool more) const {
+             int64_t count, int64_t first, int64_t b, const T* dh, int64_t dh_stride) const {
     const int n = blocks.units(b);
     if (n == W)
-      units(d, lane, row_of, sums, s, count, first, b, dh, dh_stride, more, std::integral_constant<int, W>{});
+      units(d, lane, row_of, sums, s, count, first, b, dh, dh_stride, std::integral_constant<int, W>{});
     else
-      units(d, lane, row_of, sums, s, count, first, b, dh, dh_stride, more, n);
+      units(d, lane, row_of, sums, s, count, first, b, dh, dh_stride, n);
   }
 
   // Shared statistics: dz of all rows, one `stride` apart, becomes the gradient of block b's input term.
@@ -115,13 +85,12 @@ class BnGradients {
   // block() with n units, a constant where the vectors are whole.
   template <class N>
   void units(int d, const Scratch& lane, const BnGradRow<T>* row_of, const BnSums<T>& sums, int64_t s,
-             int64_t count, int64_t first, int64_t b, const T* dh, int64_t dh_stride, bool more, N n) const {
+             int64_t count, int64_t first, int64_t b, const T* dh, int64_t dh_stride, N n) const {
     const BnLstmWeights& w = args.weights[d];
     const int64_t H = args.H, u0 = blocks.first(b), cols = blocks.columns(b);
     const T* x_hat = tape(d, b, first);
     const T* a_hat = x_hat + rows * (bnlstm_tape_width(H) / 2);
 
-    const Coming next = more ? Coming(*this, d, b + 1, first) : Coming();
     V scale_a[4], scale_x[4], gamma_h[4], gamma_x[4], bias[4], mean[4], c_mean, c_factor;
     used(d, 2, s, 1, u0, n, &c_mean, &c_factor);
     used(d, 1, s, 4, u0, n, mean, scale_a);
@@ -140,7 +109,6 @@ class BnGradients {
     V sum_m = none, sum_c = none;
     for (int64_t r = 0; r < count; r++) {  // a row's five activations fill the registers
       const BnGradRow<T>& row = row_of[r];
-      if (more) next.recurrent(r);
       V sig[3], act[2];
       FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
         const int64_t at = r * cols + g * n;
@@ -175,7 +143,6 @@ class BnGradients {
     FASTRNN_UNROLL for (int g = 0; g < 4; g++) sum_z[g] = sum_a[g] = sum_x[g] = none;
     for (int64_t r = 0; r < count; r++) {
       const BnGradRow<T>& row = row_of[r];
-      if (more) next.input(r);
       T* gates = lane.gates + r * 4 * W;
       V dc = batch_norm_backward<Math>(V::load(lane.m + r * W), V::load(lane.hat + r * W), c_scale, m_mean,
                                        c_hat_mean) +
@@ -206,7 +173,6 @@ class BnGradients {
     }
     for (int64_t r = 0; r < count; r++) {
       const BnGradRow<T>& row = row_of[r];
-      if (more) next.rest(row);
       FASTRNN_UNROLL for (int g = 0; g < 4; g++) {
         const int64_t at = r * cols + g * n;
         const V dz = V::load(lane.gates + r * 4 * W + g * W);

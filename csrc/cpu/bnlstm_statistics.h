@@ -8,7 +8,7 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-constexpr int64_t kPiece = 2048;  // elements that a thread takes at a time
+constexpr int64_t kFollowed = 2048;  // elements that a thread takes at a time
 
 template <class T>
 static void follow_part(const BnLstmFollowArgs& a, int tid, int nt) {
@@ -16,11 +16,11 @@ static void follow_part(const BnLstmFollowArgs& a, int tid, int nt) {
   const V weight = V::set1(static_cast<T>(a.weight)), rest = V::set1(T(1) - static_cast<T>(a.weight));
   for (int i = 0; i < a.count; i++) {
     const auto& move = a.moves[i];
-    const int64_t pieces = ceil_div(move.n, kPiece);
+    const int64_t pieces = ceil_div(move.n, kFollowed);
     for (int64_t piece = pieces * tid / nt; piece < pieces * (tid + 1) / nt; piece++) {
-      T* running = static_cast<T*>(move.running) + piece * kPiece;
-      const T* found = static_cast<const T*>(move.found) + piece * kPiece;
-      each_vector<V>(static_cast<int>(imin(kPiece, move.n - piece * kPiece)), [&](int u, auto n) {
+      T* running = static_cast<T*>(move.running) + piece * kFollowed;
+      const T* found = static_cast<const T*>(move.found) + piece * kFollowed;
+      each_vector<V>(static_cast<int>(imin(kFollowed, move.n - piece * kFollowed)), [&](int u, auto n) {
         const V from = load_as<V>(running + u, n), to = load_as<V>(found + u, n), way = to - from;
         store_as<V>(running + u, a.weight < 0.5 ? V::fma(weight, way, from) : V::fnma(way, rest, to), n);
       });

@@ -100,7 +100,7 @@ struct WovenTile {
   Asks asks;
   int64_t pieces() const { return tile.rows * C::kWovenUnits; }
   template <int J>
-  FASTRNN_INLINE_MEMBER void part(int64_t piece) const {
+  FASTRNN_ALWAYS_INLINE void part(int64_t piece) const {
     int64_t r = piece, u = 0;
     if constexpr (C::kWovenUnits > 1) {  // several vectors of units to a row
       r = piece / C::kWovenUnits;

@@ -4,8 +4,7 @@
 // its time. Between the products of the next tile, which need nothing of it, it costs little more than its own multiplications.
 #pragma once
 #include "ahead.h"
-
-#define FASTRNN_INLINE_MEMBER inline __attribute__((always_inline))
+#include "team.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -21,16 +20,6 @@ struct Lines {
   const char* at = nullptr;
   int64_t count = 0;
 };
-
-// Asks for a line that will be written: it comes as the core's own.
-FASTRNN_INLINE void prefetch_write(const void* p) {
-#if defined(__AVX512F__)
-  // Every machine with these vectors has it, but g++ takes it for an extension of its own.
-  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
-#else
-  __builtin_prefetch(p, 1);
-#endif
-}
 
 // What is asked for beside a tile: at every step of k lines of a coming panel, which are for L2, and by each part a line of what is
 // `near`, the next tile's, and of `inputs`, the next chunk's.
