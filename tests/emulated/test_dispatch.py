@@ -21,11 +21,12 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every problem is said to be on a GPU, where nothing is verified yet."""
-    for name in ("dispatch", "functional.bnlstm", "nn.bnlstm"):
+    users = ("functional.bnlstm", "nn.bnlstm", "nn.bnlstm_call")
+    for name, what in (("dispatch", "_problem"), *((user, "describe_problem") for user in users)):
         place = importlib.import_module(f"fastrnn.{name}")
-        made = place._problem
+        made = getattr(place, what)
         monkeypatch.setattr(
-            place, "_problem", lambda *a, made=made, **k: made(*a, **k)._replace(device="cuda")
+            place, what, lambda *a, made=made, **k: made(*a, **k)._replace(device="cuda")
         )
     # `choose` takes what is on the CPU for granted.
     monkeypatch.setattr(dispatch, "CPU_MISSING", "this is a GPU")
