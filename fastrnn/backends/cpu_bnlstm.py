@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -237,6 +237,16 @@ def bnlstm_backward(
     return dx, dh0, dc0, dweights
 
 
+class _Setting(NamedTuple):
+    """What the number of threads and the instruction set decide: the library's numbers of a call
+    and its scratch. Replaced whole, since callers may be concurrent."""
+
+    threads: int
+    isa: str
+    problem: tuple[float, ...]
+    bytes: int
+
+
 class BNLSTMCall:
     """A layer that records and normalises by the statistics of the batch, for inputs like ``x``
     (dense, contiguous): what only the shapes decide. The results are ``bnlstm_forward``'s."""
@@ -263,8 +273,7 @@ class BNLSTMCall:
         ]
         layout = cpu._strides(y, False, batch_first)
         self._strides = (*cpu._strides(x, False, batch_first), *layout, *layout)
-        self._problem: tuple[float, ...] = ()
-        self._bytes: dict[Any, int] = {}
+        self._setting = _Setting(0, "", (), 0)
 
     def forward(
         self,
@@ -282,17 +291,16 @@ class BNLSTMCall:
             self._strides, (x, y, cells, h0, c0, h_n, c_n, None, tape, *used), _NONE, weights,
             running, self._directions,
         )  # fmt: skip
-        library = _library()
-        key = (torch.get_num_threads(), library.isa())
-        size = self._bytes.get(key)
-        if size is None:
-            self._problem = _problem(
+        library, setting = _library(), self._setting
+        threads, isa = torch.get_num_threads(), library.isa()
+        if setting.threads != threads or setting.isa != isa:
+            problem = _problem(
                 x, self._shape, self._directions, self._hidden, True, self.sequence, self.eps, ""
             )
-            self._bytes = {key: library.bnlstm_forward_workspace(self._problem, tensors) + 64}
-            size = self._bytes[key]
-        workspace = kept((size,), torch.uint8)
-        library.bnlstm_forward(self._problem, tensors, cpu._aligned(workspace))
+            size = library.bnlstm_forward_workspace(problem, tensors) + 64
+            self._setting = setting = _Setting(threads, isa, problem, size)
+        workspace = kept((setting.bytes,), torch.uint8)
+        library.bnlstm_forward(setting.problem, tensors, cpu._aligned(workspace))
         return y, h_n, c_n, cells, tape, *used
 
 

@@ -107,10 +107,8 @@ def bnlstm(
     for name, state in (("hidden[0]", h0), ("hidden[1]", c0)):
         if state is not None:
             check_state(name, state, shape, input if autocast is None else input.to(state.dtype))
-    x, weights = (
-        input.to(compute),
-        [w if w.dtype is compute else w.to(compute) for w in flat_weights],
-    )
+    x = input.to(compute)
+    weights = [w if w.dtype is compute else w.to(compute) for w in flat_weights]
     h0 = x.new_zeros(shape) if h0 is None else h0.to(compute)
     c0 = x.new_zeros(shape) if c0 is None else c0.to(compute)
     if h0_noise:
@@ -150,12 +148,11 @@ def bnlstm(
                         statistics[STATISTICS * d : STATISTICS * (d + 1)],
                         [part[d] for part in found], live, momentum, first_step,
                     )  # fmt: skip
-    results = (x, _joined(h_n), _joined(c_n), *([cells] if return_cells else []))
+    # The reference's state after no step is the one it was given, which is the caller's.
+    alone = num_layers == 1 and backend == "cpu"
+    h, c = (h_n[0], c_n[0]) if alone else (torch.cat(h_n), torch.cat(c_n))
+    results = (x, h, c, *([cells] if return_cells else []))
     return tuple(t.to(dtype) for t in results)
-
-
-def _joined(states: list[Tensor]) -> Tensor:
-    return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def describe_problem(
