@@ -3,7 +3,7 @@
 from fastrnn.autograd.bnlstm import BNLSTMLayer, BNLSTMLayerBackward, PreparedBNLSTMLayer
 from fastrnn.autograd.layer import Layer, LayerBackward, PreparedLayer, distinct
 from fastrnn.autograd.plain import PlainLayer
-from fastrnn.autograd.rhn import RhnLayer, RhnLayerBackward
+from fastrnn.autograd.rhn import PreparedRhnLayer, RhnLayer, RhnLayerBackward
 
 __all__ = [
     "BNLSTMLayer",
@@ -13,6 +13,7 @@ __all__ = [
     "PlainLayer",
     "PreparedBNLSTMLayer",
     "PreparedLayer",
+    "PreparedRhnLayer",
     "RhnLayer",
     "RhnLayerBackward",
     "distinct",

@@ -23,9 +23,14 @@ from fastrnn.backends.cpu import (
     _sequence_fields,
     _shape,
     _strides,
+    _workspace,
 )
-from fastrnn.backends.cpu_memory import kept, kept_like, output
+from fastrnn.backends.cpu_memory import kept, kept_like, maker, output
 from fastrnn.backends.cpu_plan import read_plan
+
+_NONE = (0,) * 5  # no packed rows, lengths or resets
+_forward_bytes: dict[tuple[object, ...], int] = {}
+_backward_bytes: dict[tuple[object, ...], int] = {}
 
 
 def _library() -> Any:
@@ -63,7 +68,14 @@ def plan(
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous()
+    # Asked first, since torch's functions cost more than the answers.
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _narrow(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    return [t if t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
 def _wide_or_none(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -125,6 +137,50 @@ def pack_weights(weights: Sequence[Tensor]) -> Tensor:
     return packed
 
 
+def _run_forward(
+    problem: tuple[int, ...],
+    strides: Sequence[int],
+    tensors: Sequence[Tensor | None],
+    sequence: Sequence[int],
+    weights: Sequence[Tensor],
+) -> None:
+    """``strides`` of x and y; ``tensors``: x, y, x_mask, s_mask, h0, h_n, packed and the tape."""
+    addresses = _addresses(weights, problem[4])
+    fields = (*strides, *[_pointer(t) for t in tensors], *sequence, *addresses)
+    library = _library()
+    # What the size of the scratch follows from: with the problem whether there are packed weights,
+    # packed rows and a tape.
+    key = (problem, library.isa(), not fields[10], not fields[12], not fields[11])
+    workspace = _workspace(_forward_bytes, key, library.rhn_forward_workspace, problem, fields)
+    library.rhn_forward(problem, fields, _aligned(workspace))
+
+
+def _run_backward(
+    problem: tuple[int, ...],
+    strides: Sequence[int],
+    tensors: Sequence[Tensor | None],
+    sequence: Sequence[int],
+    weights: Sequence[Tensor],
+    dweights: Sequence[Tensor],
+) -> None:
+    """``tensors``: x, y, dx, dy, x_mask, s_mask, h0, dh_n, dh0 and the tape; no ``dweights`` where
+    they are not wanted."""
+    directions = problem[4]
+    fields = (
+        *strides,
+        *[_pointer(t) for t in tensors],
+        len(dweights) > 0,
+        *sequence,
+        *_addresses(weights, directions),
+        *(_addresses(dweights, directions) if dweights else ()),
+    )
+    library = _library()
+    # As in _run_forward: dx, the tape, the weights' gradients and packed rows.
+    key = (problem, library.isa(), not fields[6], not fields[13], fields[14], not fields[15])
+    workspace = _workspace(_backward_bytes, key, library.rhn_backward_workspace, problem, fields)
+    library.rhn_backward(problem, fields, _aligned(workspace))
+
+
 def _forward(
     x: Tensor,
     h0: Tensor,
@@ -140,7 +196,7 @@ def _forward(
     plan_text: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     given, dtype = x.dtype, _compute_dtype(x.dtype)
-    x, h0 = _rows(x.to(dtype)), _wide(h0, dtype)
+    x, h0 = _rows(x if given is dtype else x.to(dtype)), _wide(h0, dtype)
     weights = [_wide(w, dtype) for w in weights]
     x_mask, s_mask = _wide_or_none(x_mask, dtype), _wide_or_none(s_mask, dtype)
     directions, _, hidden = h0.shape
@@ -155,25 +211,13 @@ def _forward(
     depth, width, _ = weights[1].shape
     gates = kept((directions, depth, rows, width if want_gates else 0), dtype)
     if shape[1]:
-        tensors = (
-            *_strides(x, is_packed, batch_first),
-            *_strides(y, is_packed, batch_first),
-            x.data_ptr(),
-            y.data_ptr(),
-            _pointer(x_mask),
-            _pointer(s_mask),
-            h0.data_ptr(),
-            h_n.data_ptr(),
-            _pointer(packed),
-            _pointer(gates),
-            *_sequence_fields(batch_sizes, lengths, reset, batch_first),
-            *_addresses(weights, directions),
-        )
-        library = _library()
-        size = library.rhn_forward_workspace(problem, tensors) + 64
-        workspace = kept((size,), torch.uint8)
-        library.rhn_forward(problem, tensors, _aligned(workspace))
-    return y.to(given), h_n.to(given), gates
+        strides = (*_strides(x, is_packed, batch_first), *_strides(y, is_packed, batch_first))
+        _run_forward(
+            problem, strides, (x, y, x_mask, s_mask, h0, h_n, packed, gates),
+            _sequence_fields(batch_sizes, lengths, reset, batch_first), weights,
+        )  # fmt: skip
+    y, h_n = _narrow(given, y, h_n)
+    return y, h_n, gates
 
 
 def rhn_forward(
@@ -261,28 +305,71 @@ def rhn_backward(
     dh0 = torch.empty_like(h0) if need_dstate else empty
     dweights = [kept_like(w) for w in weights] if need_dw else []
     if shape[1]:
-        tensors = (
-            *_strides(x, is_packed, batch_first),
-            *_strides(y, is_packed, batch_first),
-            x.data_ptr(),
-            y.data_ptr(),
-            _pointer(dx),
-            _pointer(dy),
-            _pointer(x_mask),
-            _pointer(s_mask),
-            h0.data_ptr(),
-            _pointer(dh_n),
-            _pointer(dh0),
-            _pointer(gates),
-            need_dw,
-            *_sequence_fields(batch_sizes, lengths, reset, batch_first),
-            *_addresses(weights, directions),
-            *(_addresses(dweights, directions) if need_dw else ()),
-        )
-        library = _library()
-        size = library.rhn_backward_workspace(problem, tensors) + 64
-        workspace = kept((size,), torch.uint8)
-        library.rhn_backward(problem, tensors, _aligned(workspace))
+        strides = (*_strides(x, is_packed, batch_first), *_strides(y, is_packed, batch_first))
+        _run_backward(
+            problem, strides, (x, y, dx, dy, x_mask, s_mask, h0, dh_n, dh0, gates),
+            _sequence_fields(batch_sizes, lengths, reset, batch_first), weights, dweights,
+        )  # fmt: skip
     else:
         dweights = [w.zero_() for w in dweights]
-    return dx.to(given), dh0.to(given), [w.to(given) for w in dweights]
+    dx, dh0, *dweights = _narrow(given, dx, dh0, *dweights)
+    return dx, dh0, dweights
+
+
+class RhnCall:
+    """A layer that records, without masks, for inputs like ``x`` (dense, contiguous, float32 or
+    float64), states like ``h`` (D, N, H) and weights of these shapes: what only the shapes decide.
+    The results are those of ``rhn_forward_train`` and ``rhn_backward``."""
+
+    def __init__(self, x: Tensor, h: Tensor, weights: Sequence[Tensor], batch_first: bool) -> None:
+        lead, dtype, (directions, _, hidden) = x.shape[:-1], x.dtype, h.shape
+        depth, width, _ = weights[1].shape
+        self.batch_first, self._directions = batch_first, directions
+        self._shape = _shape(x, None, batch_first, h)
+        y = torch.empty((*lead, directions * hidden), dtype=dtype, device="meta")
+        tape = (directions, depth, lead[0] * lead[1], width)
+        gates = torch.empty(tape, dtype=dtype, device="meta")
+        self._make_y, self._make_gates = maker(y), maker(gates)
+        self._strides = (*_strides(x, False, batch_first), *_strides(y, False, batch_first))
+        self._layouts = tuple((t.shape, dtype) for t in (x, h, y, gates, *weights))
+        self._problems: dict[int, tuple[int, ...]] = {}
+
+    def _problem(self, weights: Sequence[Tensor]) -> tuple[int, ...]:
+        threads = torch.get_num_threads()
+        problem = self._problems.get(threads)
+        if problem is None:
+            problem = _problem("", weights, self._shape, self._directions, None, None)
+            self._problems[threads] = problem
+        return problem
+
+    def forward(
+        self, x: Tensor, h0: Tensor, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, h_n and the tape."""
+        y, h_n, gates = self._make_y(), torch.empty_like(h0), self._make_gates()
+        tensors = (x, y, None, None, h0, h_n, None, gates)
+        _run_forward(self._problem(weights), self._strides, tensors, _NONE, weights)
+        return y, h_n, gates
+
+    def takes(self, saved: Sequence[Tensor]) -> bool:
+        """Whether x, h0, y, the tape and the weights are what ``forward`` had: a hook on saved
+        tensors may have given them other strides, and a parameter's data may be another."""
+        return bool(_library().all_alike(saved, (Tensor, torch.nn.Parameter), self._layouts))
+
+    def backward(
+        self,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        saved: Sequence[Tensor],
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+        """dx, dh0 and those of the weights; ``needs`` says which of the three."""
+        x, h0, y, gates, *weights = saved
+        need_dx, need_dstate, need_dw = needs
+        dy, dh_n = _wide_or_none(dy, x.dtype), _wide_or_none(dh_n, x.dtype)
+        dx = kept_like(x) if need_dx else None
+        dh0 = torch.empty_like(h0) if need_dstate else None
+        dweights = [kept_like(w) for w in weights] if need_dw else []
+        tensors = (x, y, dx, dy, None, None, h0, dh_n, dh0, gates)
+        _run_backward(self._problem(weights), self._strides, tensors, _NONE, weights, dweights)
+        return dx, dh0, dweights

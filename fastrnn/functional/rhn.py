@@ -86,7 +86,7 @@ def rhn(
         input, flat_weights = input.to(half), [w.to(half) for w in flat_weights]
         hx = None if hx is None else hx.to(half)
     directions = 2 if bidirectional else 1
-    hidden = _check_weights(input, flat_weights, couple_carry, bias, num_layers, directions)
+    hidden = check_weights(input, flat_weights, couple_carry, bias, num_layers, directions)
     h_shape = (num_layers * directions, batch.size, hidden)
     if hx is None:
         hx = input.new_zeros(h_shape)
@@ -199,7 +199,7 @@ def _run_layers(
     return x, torch.cat(h_n) if last else h_n[0]
 
 
-def _check_weights(
+def check_weights(
     input: Tensor,
     weights: Sequence[Tensor],
     couple_carry: bool,

@@ -12,7 +12,9 @@ from fastrnn import functional
 from fastrnn.functional.checks import check_number
 from fastrnn.functional.rhn import check_probability
 from fastrnn.nn.base import Parts
+from fastrnn.nn.rhn_call import RhnTrainingCall
 from fastrnn.nn.step import Steppable
+from fastrnn.nn.stepper import Layout
 
 
 class RHN(Steppable):
@@ -207,6 +209,23 @@ class RHN(Steppable):
 
     def _cell(self) -> str:
         return "rhn"
+
+    def _natively_recorded(self, input: Any, hx: Any) -> Any:
+        # The general way draws masks, and says what is wrong with a probability.
+        if not self.variational_input == self.variational_state == self.dropout == 0:
+            return None
+        return super()._natively_recorded(input, hx)
+
+    def _training_call(self, input: Tensor, layout: Layout) -> RhnTrainingCall:
+        return RhnTrainingCall(self._options(), self._cell(), self._sizes(), input, layout)
+
+    def _still(self, call: Any, sequence: bool) -> Any:
+        known = super()._still(call, sequence)
+        return known if known is not None and known.options == self._options() else None
+
+    def _options(self) -> tuple[bool, bool, bool]:
+        """What of the module's options decides what weights it has."""
+        return self.couple_carry, self.bias, self.bidirectional
 
     def _call(self, input: Tensor, parts: Parts | None, **options: Any) -> Any:
         options.pop("return_cells", None)

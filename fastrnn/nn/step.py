@@ -16,7 +16,7 @@ from fastrnn.nn.traced import in_one_piece
 class Steppable(RecurrentBase):
     """Adds `step`, and the short way to the CPU library for calls of a shape seen before."""
 
-    _prepares = True  # prepared calls exist for the cells of torch.nn
+    _prepares = True  # calls without gradients: for the cells of torch.nn
 
     def _cell(self) -> str:
         """The name the operators know the cell by."""
@@ -92,6 +92,8 @@ class Steppable(RecurrentBase):
     def _step_natively(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any] | None:
         """`step` without gradients on the CPU library; None: take the general way, which also
         says what is wrong with an argument."""
+        if not self._prepares:
+            return None
         parts, cache = self._parts(state), self._cache()
         if parts is None or cache is None or self.bidirectional or self._draws():
             return None
@@ -113,6 +115,8 @@ class Steppable(RecurrentBase):
         return y, (h_n, c_n) if self.mode == "LSTM" else h_n
 
     def _natively(self, input: Any, hx: Any) -> Any:
+        if not self._prepares:
+            return None
         parts, cache = self._parts(hx), self._cache()
         if parts is None or cache is None or self._draws():
             return None
@@ -152,13 +156,15 @@ class Steppable(RecurrentBase):
             if cache.seen_training != input.shape:
                 cache.seen_training = input.shape
                 return None
-            layout = Layout.sequence(input, self.batch_first)
-            training = TrainingCall(self._cell(), self._sizes(), input, layout)
+            training = self._training_call(input, Layout.sequence(input, self.batch_first))
             done = training(input, h, c, weights)
             if done is None:
                 return None
             cache.training = training
         return done[0], done[1:] if self.mode == "LSTM" else done[1]
+
+    def _training_call(self, input: Tensor, layout: Layout) -> TrainingCall:
+        return TrainingCall(self._cell(), self._sizes(), input, layout)
 
     def _still(self, call: Any, sequence: bool) -> Any:
         """A prepared call, or None if it was made for other settings of the module."""
@@ -180,8 +186,6 @@ class Steppable(RecurrentBase):
 
     def _parts(self, hx: Any) -> tuple[Any, Any] | None:
         """h and c (None but for an LSTM); both None for the default; None if hx is neither."""
-        if not self._prepares:
-            return None
         if hx is None:
             return None, None
         if self.mode != "LSTM":

@@ -118,7 +118,8 @@ class _Call:
             lead = (*lead, rows)
         self._h_like = x.new_zeros((*lead, out))
         self._h_shape = self._h_like.shape
-        self._c_like = x.new_zeros((*lead, hidden)) if KINDS[cell].has_cell else None
+        kind = KINDS.get(cell)  # an RHN has operators of its own, and no c
+        self._c_like = None if kind is None or not kind.has_cell else x.new_zeros((*lead, hidden))
         item = x.element_size() * directions * rows
         self._h_bytes, self._c_bytes = out * item, hidden * item
 
@@ -237,7 +238,7 @@ class TrainingCall(_Call):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._layer: LayerCall | None = None
+        self._layer: Any = None
         self._shapes: list[torch.Size] = []
 
     def __call__(self, x: Any, h: Any, c: Any, weights: list[Any]) -> tuple[Tensor, ...] | None:
@@ -259,20 +260,24 @@ class TrainingCall(_Call):
             self._layer = self._prepare(x, weights)
             if self._layer is None:
                 return None
+            self._shapes = [w.shape for w in weights]
         elif [w.shape for w in weights] != self._shapes:
             return None
-        return PreparedLayer.apply(
-            self._layer, self.cell, self.layout.batch_first, x, h, c, *weights
-        )
+        return self._run(self._layer, x, h, c, weights)
 
-    def _prepare(self, x: Tensor, weights: list[Tensor]) -> LayerCall | None:
-        """None where another backend runs the call; raises if the weights do not fit."""
+    def _run(
+        self, layer: Any, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        return PreparedLayer.apply(layer, self.cell, self.layout.batch_first, x, h, c, *weights)
+
+    def _prepare(self, x: Tensor, weights: list[Tensor]) -> Any:
+        """What ``_run`` takes; None where another backend runs the call; raises if the weights do
+        not fit."""
         chosen = dispatch.choose(self.cell, x, self._batch, self.sizes, True, False, False)
         if chosen != ("cpu", ""):
             return None
         _, proj, directions, layers = self.sizes
         bias = len(weights) // directions - KINDS[self.cell].norms >= 4
         check_weights(self.cell, x, weights, bias, layers, directions, proj)
-        self._shapes = [w.shape for w in weights]
         h, c = self._h_like, self._c_like
         return LayerCall(self.cell, x, h, c, weights, self.layout.batch_first)
