@@ -30,6 +30,7 @@ except ImportError as error:  # a source tree without a build: every other backe
 LOADED = _import_error is None
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _F32_BF16 = 3
+_DENSE = (0,) * 5  # _sequence_fields without packed rows, lengths and resets
 _Fields = tuple[float, ...]
 
 

@@ -16,7 +16,6 @@ __all__ = ["BNLSTMCall", "bnlstm_backward", "bnlstm_forward", "follow", "plan"]
 
 _TERMS = 3  # input term, recurrent term, cell
 _STATISTICS = 2 * _TERMS + 1  # means, variances and a count of batches, per direction
-_NONE = (0,) * 5  # no packed rows, lengths or resets
 
 
 def _library() -> Any:
@@ -288,7 +287,7 @@ class BNLSTMCall:
         h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
         used = [make() for make in self._make_used]
         tensors = _forward_fields(
-            self._strides, (x, y, cells, h0, c0, h_n, c_n, None, tape, *used), _NONE, weights,
+            self._strides, (x, y, cells, h0, c0, h_n, c_n, None, tape, *used), cpu._DENSE, weights,
             running, self._directions,
         )  # fmt: skip
         library, setting = _library(), self._setting

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.backends.cpu import (
+    _DENSE,
     _TYPES,
     _aligned,
     _compute_dtype,
@@ -28,7 +29,6 @@ from fastrnn.backends.cpu import (
 from fastrnn.backends.cpu_memory import kept, kept_like, maker, output
 from fastrnn.backends.cpu_plan import read_plan
 
-_NONE = (0,) * 5  # no packed rows, lengths or resets
 _forward_bytes: dict[tuple[object, ...], int] = {}
 _backward_bytes: dict[tuple[object, ...], int] = {}
 
@@ -348,7 +348,7 @@ class RhnCall:
         """y, h_n and the tape."""
         y, h_n, gates = self._make_y(), torch.empty_like(h0), self._make_gates()
         tensors = (x, y, None, None, h0, h_n, None, gates)
-        _run_forward(self._problem(weights), self._strides, tensors, _NONE, weights)
+        _run_forward(self._problem(weights), self._strides, tensors, _DENSE, weights)
         return y, h_n, gates
 
     def takes(self, saved: Sequence[Tensor]) -> bool:
@@ -371,5 +371,5 @@ class RhnCall:
         dh0 = torch.empty_like(h0) if need_dstate else None
         dweights = [kept_like(w) for w in weights] if need_dw else []
         tensors = (x, y, dx, dy, None, None, h0, dh_n, dh0, gates)
-        _run_backward(self._problem(weights), self._strides, tensors, _NONE, weights, dweights)
+        _run_backward(self._problem(weights), self._strides, tensors, _DENSE, weights, dweights)
         return dx, dh0, dweights
