@@ -82,6 +82,9 @@ LARGE = [  # more rows than a chunk of the input product, more columns than a bl
     {"T": 6, "N": 1, "I": 30, "H": 520},
     {"T": 300, "N": 3, "I": 2, "H": 17},
     {"T": 20, "N": 5, "I": 64, "H": 128},  # packed weights lie where their gradients will be
+    # One step of so many rows packs weight_ih as it goes: with 16 registers, with 32.
+    {"T": 1, "N": 37, "I": 140, "H": 72},
+    {"T": 1, "N": 139, "I": 600, "H": 40},
 ]
 
 
@@ -208,7 +211,16 @@ def test_absent_gradients(cell: str, directions: int, recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
-@pytest.mark.parametrize("case", [Case(c, T=4, N=7, H=18, directions=2) for c in CELLS], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(cell, T=4, N=7, H=18, directions=2) for cell in CELLS),
+        # In one step weight_hh serves the gradients of initial states alone.
+        *(Case(cell, T=1, N=37, I=140, H=18) for cell in CELLS),
+        *(Case(cell, T=1, N=3, I=40, H=18) for cell in CELLS),
+    ],
+    ids=str,
+)
 def test_needs(case: Case, needs: tuple[bool, bool, bool]) -> None:
     """What is not asked for is empty; what is asked for does not depend on the rest."""
     p = Problem(case)

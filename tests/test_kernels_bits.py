@@ -37,6 +37,7 @@ SHAPES = [
     {"T": 7, "N": 23, "I": 40, "H": 64, "layout": "packed", "directions": 2},
     {"T": 3, "N": 64, "I": 9, "H": 48},
     {"T": 1, "N": 1, "I": 128, "H": 128},
+    {"T": 1, "N": 40, "I": 150, "H": 48},
 ]
 CASES = [
     *(Case(cell, **shape) for cell in CELLS for shape in SHAPES),

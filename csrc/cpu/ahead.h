@@ -7,6 +7,9 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
+// Rows of k between two groups of prefetches. With 16 registers a row has too few products to hide the counting of eight.
+constexpr int64_t kAheadStep = kRegisters == 32 ? 8 : 64;
+
 // As tile(); besides, `lines` cache lines from `ahead` on are prefetched to L2.
 template <class E, int R, int NV>
 static void tile_ahead(const typename E::A* const* rows, const typename E::A* b, int64_t K,
@@ -23,7 +26,6 @@ static void tile_ahead(const typename E::A* const* rows, const typename E::A* b,
     }
     return;
   }
-  constexpr int64_t kStep = 8;  // rows of k between two groups of prefetches
   V acc[R][NV];
   const typename E::A* a[R];
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
@@ -31,13 +33,13 @@ static void tile_ahead(const typename E::A* const* rows, const typename E::A* b,
     FASTRNN_UNROLL for (int v = 0; v < NV; v++) acc[r][v] =
         init ? V::load(init + r * init_stride + v * E::W) : V::zero();
   }
-  const int64_t groups = ceil_div(K, kStep), most = ceil_div(lines, groups);
+  const int64_t groups = ceil_div(K, kAheadStep), most = ceil_div(lines, groups);
   const char* end = ahead + lines * 64;
-  for (int64_t k = 0; k < K; k += kStep) {
+  for (int64_t k = 0; k < K; k += kAheadStep) {
     for (int64_t i = 0; i < most && ahead < end; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    multiply<E, strip_vectors(NV)>(acc, a, b, far, imin(kStep, K - k));
-    b += kStep * strip_vectors(NV) * E::W;
-    FASTRNN_UNROLL for (int r = 0; r < R; r++) a[r] += kStep;
+    multiply<E, strip_vectors(NV)>(acc, a, b, far, imin(kAheadStep, K - k));
+    b += kAheadStep * strip_vectors(NV) * E::W;
+    FASTRNN_UNROLL for (int r = 0; r < R; r++) a[r] += kAheadStep;
   }
   FASTRNN_UNROLL for (int r = 0; r < R; r++) FASTRNN_UNROLL for (int v = 0; v < NV; v++)
       V::store(out + r * out_stride + v * E::W, acc[r][v]);
@@ -47,9 +49,10 @@ template <class E>
 using AheadFn = void (*)(const typename E::A* const*, const typename E::A*, int64_t, const typename E::T*,
                          int64_t, typename E::T*, int64_t, const char*, int64_t);
 
-// row_blocks() of at least this many rows are never smaller than kLeastRows. With 32 registers fewer rows than these outrun memory
-// with the hardware's own prefetches as well.
-constexpr int64_t kAheadRows = kRegisters == 32 ? 16 : 8, kAheadBytes = 1 << 20;
+// row_blocks() of at least kAheadRows rows are never smaller than kLeastRows. Fewer than 16 rows outrun memory with the hardware's own
+// prefetches as well, but for those of 16 registers that meet kAheadBytesOfFew.
+constexpr int64_t kAheadRows = kRegisters == 32 ? 16 : 8;
+constexpr int64_t kAheadBytes = 1 << 20, kAheadBytesOfFew = 4 << 20;
 constexpr int kLeastRows = kRegisters == 32 ? 4 : 2;
 
 template <class E, int R, int NV>
@@ -102,12 +105,15 @@ struct Coming {
   int64_t elements = 0, count = 0;
 };
 
-// Whether `count` rows that meet panels [b0, b1) of a matrix of K rows ask for each before its turn: where a panel serves several
-// tiles and they cannot all stay in L2.
+// Whether `count` rows that meet so many bytes of panels ask for each before its turn: where a panel serves several tiles and they
+// cannot all stay in L2.
+FASTRNN_INLINE bool asks_ahead(int64_t bytes, int64_t count) {
+  return count >= kAheadRows && bytes >= (count < 16 ? kAheadBytesOfFew : kAheadBytes);
+}
+// Panels [b0, b1) of a matrix of K rows.
 template <class E>
 FASTRNN_INLINE bool asks_ahead(const Panels<E>& p, int64_t b0, int64_t b1, int64_t K, int64_t count) {
-  return count >= kAheadRows && b1 > b0 &&
-         (p.offset(b1 - 1) - p.offset(b0)) * K * int64_t(sizeof(typename E::A)) >= kAheadBytes;
+  return b1 > b0 && asks_ahead((p.offset(b1 - 1) - p.offset(b0)) * K * int64_t(sizeof(typename E::A)), count);
 }
 
 // Rows [m, m + r) times one panel, as tile(), with what is coming; `rows`: from m on.

@@ -300,7 +300,7 @@ class Backward : protected BackwardInput<E, C> {
              int64_t i, Lane& lane, M&& multiply, F&& use) {
     const int64_t b0 = split_units ? p.blocks * share.id / share.count : 0;
     const int64_t b1 = split_units ? p.blocks * (share.id + 1) / share.count : p.blocks;
-    const bool ahead = asks_ahead(p, b0, b1, K, count);
+    const bool ahead = w && asks_ahead(p, b0, b1, K, count);  // a lone step has none where it meets zeros
     panel_runs(p, b0, b1, i % 2, count, [&](int64_t b, int panels) {
       const int64_t next = i % 2 ? b - 1 : b + panels, cols = p.columns(b);
       const T* coming = ahead && next >= b0 && next < b1 ? w + p.stream(next, K) : nullptr;

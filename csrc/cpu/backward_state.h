@@ -75,7 +75,8 @@ struct BackwardState {
   const bool recompute_;
   const bool carry_h_;  // h_{t-1} has gradients beside the matmul's
   const bool far_;      // the tape lies beyond L2: asked for ahead
-  const bool direct_;   // one step of few rows: every weight is used once at most, and not packed
+  const bool once_;    // one step: weight_ih is used once, weight_hh only where initial states have gradients
+  const bool direct_;  // one step of few rows: nothing is packed
   Panels<E> hh_, ih_, hr_;
   const int64_t stream_;  // blocks of weight_ih that are packed at a time, or 0: all at the start
   char* zero_;
@@ -96,7 +97,8 @@ struct BackwardState {
         recompute_(!args.gates && (C::kTape > 0 || args.noise.mixes())),
         carry_h_(C::kCarryH || noise_.zones_h()),
         far_(prefetches(kTape * args.H * sizeof(T), args.N, args.T)),
-        direct_(args.T == 1 && args.N <= kDirectRows && !args.projected && !C::kTwoStage),
+        once_(args.T == 1 && !args.projected && !C::kTwoStage),
+        direct_(once_ && args.N <= kDirectRows),
         hh_(1, args.O, block_vectors(args.O)),
         ih_(1, args.I, kNarrow),
         hr_(1, args.H, block_vectors(args.H)),
@@ -128,7 +130,7 @@ struct BackwardState {
         r.dh_row = arena.take<T>(N * O);
         if (kCast) r.dx_row = arena.take<T>(N * I);
       } else {
-        r.w_hh = packed(hh_, G, r.d_hh);
+        if (!once_ || args.dh0 || args.dc0) r.w_hh = packed(hh_, G, r.d_hh);
         if (args.dx.data && !stream_) r.w_ih = packed(ih_, G, r.d_ih);
       }
       if (args.projected) r.w_hr = packed(hr_, O, r.d_hr);
@@ -159,8 +161,9 @@ struct BackwardState {
   bool in_gradient(const Panels<E>& p) const { return whole_ && args_.want_weights && p.total() == p.width; }
   int64_t blocks_at_once() const {
     const int64_t block = ih_.columns(0) * gates_ * args_.H * sizeof(T);
-    if (!args_.dx.data || direct_ || in_gradient(ih_)) return 0;
-    if (ih_.blocks * block < kStreamBytes || ih_.blocks < kStreamBlocks * plan_.threads) return 0;
+    if (!args_.dx.data || direct_ || (in_gradient(ih_) && !once_)) return 0;
+    if (ih_.blocks < kStreamBlocks * plan_.threads) return 0;
+    if (!once_ && ih_.blocks * block < kStreamBytes) return 0;
     return imax(2, imin(8, kRunBytes / block));
   }
   // Threads that divide a narrow matrix get half-width blocks, else some would have none.

@@ -5,8 +5,8 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// From here on the micro-kernel's packed panels win (not measured beyond: a step of so many rows is rare).
-constexpr int64_t kDirectRows = 128;
+// With more rows than these the micro-kernel's packed panels win. With 32 registers 128 rows are the most that were measured.
+constexpr int64_t kDirectRows = kRegisters == 32 ? 128 : 12;
 
 // Where the columns of thread `id` begin, in whole cache lines.
 FASTRNN_INLINE int64_t first_column(int64_t width, int id, int count) {

@@ -353,9 +353,7 @@ class RhnBackward {
   void micro_step(int d, int above, int64_t b0, int64_t b1, int64_t count, const RhnTape<const T>& tape,
                   Lane& lane) {
     const T* w = recurrent(d, above);
-    const bool ahead =
-        b1 > b0 && count >= kAheadRows &&
-        args_.depth * (hh_.offset(b1 - 1) - hh_.offset(b0)) * width_ * sizeof(T) >= kAheadBytes;
+    const bool ahead = asks_ahead(hh_, b0, b1, args_.depth * width_, count);
     const T* after = recurrent(d, (above + args_.depth - 1) % args_.depth);
     panel_runs(hh_, b0, b1, false, count, [&](int64_t b, int run) {
       const bool last = b + run == b1;

@@ -218,8 +218,7 @@ class RhnForward {
     const int64_t b0 = first_block(share, split_units), b1 = last_block(share, split_units);
     const int64_t base = panels.offset(b0), M = lane.list.rows;
     const int64_t columns = b1 > b0 ? panels.offset(b1 - 1) + panels.columns(b1 - 1) - base : 0;
-    const bool ahead =
-        count >= kAheadRows && args_.depth * layout_.parts * columns * H * sizeof(T) >= kAheadBytes;
+    const bool ahead = asks_ahead(args_.depth * layout_.parts * columns * H * int64_t(sizeof(T)), count);
     constexpr int64_t kTile = kMaxRows * kMaxVectors * E::W;
     alignas(64) T tile_out[kMaxParts * kTile];
     for (int l = 0; l < args_.depth; l++) {
