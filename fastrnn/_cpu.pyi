@@ -35,7 +35,6 @@ def random(
     words: int,
     keep: int,
 ) -> None: ...
-def read_words(addresses: bytes) -> bytes: ...
 def describe_forward(problem: tuple[int, ...], tensors: tuple[float, ...]) -> object: ...
 def describe_backward(problem: tuple[int, ...], tensors: tuple[float, ...]) -> object: ...
 def run_forward(
@@ -79,26 +78,34 @@ def all_alike(
     layouts: tuple[tuple[tuple[int, ...], torch.dtype], ...],
     /,
 ) -> bool: ...
-def unchanged(
-    weights: Sequence[Tensor],
-    refs: tuple[Any, ...],
-    stamps: tuple[tuple[int, int], ...],
-    samples: bytes,
-    values: bytes,
-    /,
-) -> bool: ...
-def plain_watch(types: tuple[type, ...], quiet: tuple[Any, ...]) -> None: ...
-def plain_operators(calls: tuple[Any, ...]) -> None: ...
-def plain_setup(
+def describe_origin(
+    refs: tuple[Any, ...], stamps: tuple[tuple[int, int], ...], samples: bytes
+) -> object: ...
+def unchanged(weights: Sequence[Tensor], origin: object, /) -> bool: ...
+def describe_inference(
+    layers: tuple[object, ...],
+    origins: tuple[object, ...],
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    layouts: tuple[Any, ...],
+    large: bool,
+    alive: object,
+) -> object: ...
+def infer(
+    description: object, x: object, h: object, c: object, weights: list[Tensor], /
+) -> tuple[Tensor, Tensor, Tensor] | None: ...
+def torch_setup(
     exchange: Any,
     dtypes: tuple[torch.dtype, ...],
     empty: Any,
     threads: Any,
-    forward: Any,
-    forward_train: Any,
-    backward: Any,
-    into: Any,
+    tensor: type,
+    quiet: tuple[Any, ...],
 ) -> None: ...
+def plain_watch(types: tuple[type, ...], quiet: tuple[Any, ...]) -> None: ...
+def plain_operators(calls: tuple[Any, ...]) -> None: ...
+def plain_setup(forward: Any, forward_train: Any, backward: Any, into: Any) -> None: ...
 def plain_known(
     key: tuple[Any, ...],
     forward: object,

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastrnn
 from fastrnn import ops
-from fastrnn.backends import cpu_plain
+from fastrnn.backends import cpu_plain, cpu_prepared
 from fastrnn.kinds import KINDS
 from tests.tolerances import assert_same_bits
 from tests.versions import OLD
@@ -149,18 +149,13 @@ def test_results_are_those_of_the_general_operators(options: dict[str, Any]) -> 
 class Counted:
     """How often the library asks Python, while it is entered."""
 
-    exchange: Any = cpu_plain.EXCHANGE
-
     def __enter__(self) -> Counted:
         self.calls: list[bool] = []
-        self._setup(*[self._counts(f) for f in cpu_plain.FUNCTIONS])
+        cpu_plain.setup(*[self._counts(f) for f in cpu_plain.FUNCTIONS])
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._setup(*cpu_plain.FUNCTIONS)
-
-    def _setup(self, *functions: Any) -> None:
-        cpu_plain.setup(functions, self.exchange)
+        cpu_plain.setup(*cpu_plain.FUNCTIONS)
 
     def _counts(self, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -174,11 +169,10 @@ class Counted:
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """In grad mode the operators go through torch's dispatcher; without DLPack's table, as with
     torch before 2.10, the library reads the attributes of tensors."""
-    Counted.exchange = None if request.param == "attributes" else cpu_plain.EXCHANGE
-    cpu_plain.setup(exchange=Counted.exchange)
+    cpu_prepared.setup_torch(None if request.param == "attributes" else cpu_prepared.EXCHANGE)
     with torch.set_grad_enabled(request.param == "dispatched"):
         yield
-    cpu_plain.setup()
+    cpu_prepared.setup_torch()
 
 
 STEPS = itertools.count(50)  # of calls that no other test makes

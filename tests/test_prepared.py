@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -280,12 +281,112 @@ def test_calls_prepared_for_different_numbers_of_threads(set_threads: Any) -> No
             set_threads(count)
             for _ in range(3):
                 results.append(module(x)[0])
-            found.append(module._packed.sequence._prepared)
-        assert [each.threads for each in found] == [1, 2]
-        call = module._packed.sequence
-        # One thread still runs the old call when another has prepared the new one.
-        results += [call._run(each, x, call._h_like, None)[0] for each in (*found, *found)]
+            found.append(module._packed.sequence._inference)
+        infer, rest = cpu_prepared.library().infer, (x, None, None, module._weights())
+        # A description made for one number of threads serves no other.
+        assert infer(found[0], *rest) is None
+        results.append(infer(found[1], *rest)[0])
+        set_threads(1)
+        assert infer(found[1], *rest) is None
+        results.append(infer(found[0], *rest)[0])
     assert all(torch.equal(each, results[0]) for each in results)
+
+
+@pytest.mark.parametrize("exchange", [cpu_prepared.EXCHANGE, None], ids=["dlpack", "attributes"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_description_serves_the_call_described_and_no_other(cell: str, exchange: Any) -> None:
+    """What a view of a tensor does not show would be read as if it were dense float32."""
+    cpu_prepared.setup_torch(exchange)
+    try:
+        module, x = make(cell), torch.randn(4, 3, 5)
+        hx = states(module, 3)
+        with torch.no_grad():
+            for _ in range(2):
+                expected = module(x, hx)
+            described, weights = module._packed.sequence._inference, module._weights()
+
+            def served(x: Any = x, *given: Any, weights: Any = weights) -> Any:
+                h, c = given or ((hx, None) if isinstance(hx, torch.Tensor) else hx)
+                return cpu_prepared.library().infer(described, x, h, c, weights)
+
+            assert torch.equal(served()[0], expected[0])
+            assert torch.equal(served(x, None, None)[0], module(x)[0])
+            with torch.inference_mode():
+                assert served()[0].is_inference()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of nested tensors, a prototype
+                nested = torch.nested.nested_tensor([x[0], x[1]])
+            others = {
+                "shape": torch.randn(4, 2, 5), "rank": x[0], "ranks": x[None],
+                "dtype": x.double(), "integers": x.int(), "strides": x.mT.contiguous().mT,
+                "sign": torch._neg_view(x), "device": x.to("meta"), "sparse": x.to_sparse(),
+                "nested": nested, "class": torch.nn.Parameter(x),
+                "nothing": None, "list": [x],
+            }  # fmt: skip
+            for name, other in others.items():
+                assert served(other) is None, name
+            h, c = (hx, None) if isinstance(hx, torch.Tensor) else hx
+            wide = torch.randn(1, 3, 8)
+            pairs = [(wide, c), (h.double(), c), (torch._neg_view(h), c), (x, c)]
+            pairs += [(h, wide), (None, h)] + ([] if c is None else [(h, None), (h, c.double())])
+            for pair in pairs:
+                assert served(x, *pair) is None, pair
+            assert served(weights=weights[:-1]) is None
+            assert served(weights=[]) is None
+            assert served(weights=tuple(weights)) is None
+            assert served(weights=[*weights[:-1], weights[-1].clone()]) is None
+            with torch.autocast("cpu", torch.bfloat16):
+                assert served() is None
+            with torch.profiler.profile():
+                assert served() is None
+            with FakeTensorMode():
+                assert served() is None
+            assert served() is not None
+            weights[-1].add_(0)
+            assert served() is None
+    finally:
+        cpu_prepared.setup_torch()
+
+
+@pytest.mark.parametrize("change", ["version", "words", "address", "strides", "gone"])
+def test_a_description_notices_what_became_of_a_weight(change: str) -> None:
+    module, x = fastrnn.RNN(5, 5).eval(), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+        described, weights = module._packed.sequence._inference, module._weights()
+        infer = cpu_prepared.library().infer
+        assert infer(described, x, None, None, weights) is not None
+        weight = module.weight_hh_l0
+        if change == "version":
+            weight.copy_(weight.clone())
+        elif change == "words":
+            weight.data.add_(1)
+        elif change == "address":
+            weight.data = weight.data.clone()
+        elif change == "strides":
+            weight.data = weight.data.t()
+        else:
+            module.weight_hh_l0 = torch.nn.Parameter(weight.clone())
+            weights = module._weights()
+        assert infer(described, x, None, None, weights) is None
+        theirs = torch.nn.RNN(5, 5)
+        theirs.load_state_dict(module.state_dict())
+        torch.testing.assert_close(module(x)[0], theirs(x)[0])
+
+
+def test_a_training_step_forgets_descriptions_of_what_it_trains() -> None:
+    """A fused optimiser moves no version counter, and may change what no sample shows."""
+    module, x = make("gru"), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+        module.step(x[0])
+    assert module._packed.sequence is not None
+    assert module._packed.stepper is not None
+    module(x)
+    assert module._packed.sequence is None
+    assert module._packed.stepper is None
 
 
 def test_the_library_refuses_what_does_not_describe_a_call() -> None:
@@ -307,6 +408,12 @@ def test_the_library_refuses_what_does_not_describe_a_call() -> None:
     assert not library.alike(torch._neg_view(x), (torch.Tensor,), x.shape, x.dtype)
     assert not library.alike(x.to("meta"), (torch.Tensor,), x.shape, x.dtype)
     assert not library.alike(None, (torch.Tensor,), x.shape, x.dtype)
+    with pytest.raises(ValueError, match="invalid PyCapsule"):
+        library.infer("no description", x, None, None, [])
+    with pytest.raises(ValueError, match="incorrect name"):
+        library.infer(described, x, None, None, [])
+    with pytest.raises(ValueError, match="an origin of the weights of each layer"):
+        library.describe_inference((described,), (), x, x, None, ((), ()), False, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -17,6 +17,7 @@ using namespace fastrnn;
 namespace fastrnn {
 void bind_rhn(py::module_& m);
 void bind_compiled(py::module_& m);
+void bind_inference(py::module_& m);
 void bind_large_memory(py::module_& m);
 void bind_tensors(py::module_& m);
 }  // namespace fastrnn
@@ -93,20 +94,6 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     kernels().random(a, reinterpret_cast<uint32_t*>(words), reinterpret_cast<uint8_t*>(keep));
   });
-  m.def("read_words", [](const py::bytes& addresses) {
-    char *at, *out;
-    Py_ssize_t bytes;
-    PyBytes_AsStringAndSize(addresses.ptr(), &at, &bytes);
-    PyObject* words = PyBytes_FromStringAndSize(nullptr, bytes / 8 * 8);
-    if (!words) throw py::error_already_set();
-    out = PyBytes_AS_STRING(words);
-    for (Py_ssize_t i = 0; i + 8 <= bytes; i += 8) {
-      uint64_t address;
-      std::memcpy(&address, at + i, 8);
-      std::memcpy(out + i, reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), 8);
-    }
-    return py::reinterpret_steal<py::bytes>(words);
-  });
   m.def(
       "measure_peak_flops",
       [](int threads, double seconds) { return kernels().peak_flops(threads, seconds); }, py::arg("threads"),
@@ -120,6 +107,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::call_guard<py::gil_scoped_release>());
   bind_rhn(m);
   bind_compiled(m);
+  bind_inference(m);
   bind_large_memory(m);
   bind_tensors(m);
 }

@@ -1,96 +1,15 @@
 // The operators that compiled code calls for plain layers (fastrnn/ops/plain.py), as functions of C: a kind of call is
 // described by Python at its first, and recognised here at every later one.
-#include <algorithm>
-#include <vector>
-
-#include "dlpack.h"
-#include "tensors.h"
+#include "views.h"
 
 namespace fastrnn {
 namespace {
 
-// The table of functions by which a type gives DLPack's view of it, from torch 2.10 on: one call instead of six attributes.
-// The standard's names; only what is used here.
-struct DLPackExchangeAPI {
-  struct {
-    uint32_t major, minor;
-  } version;
-  void *previous, *allocate, *from_object, *to_object;
-  int (*dltensor_from_object)(void* object, DLTensor* out);
-};
-
-int (*dltensor)(void*, DLTensor*) = nullptr;
-
-// What Python hands over once: torch's allocator and number of threads, and its own functions for every
-// call that is not recognised. Held for good, as Python may be gone when statics are destroyed.
+// What Python hands over once: its own functions for every call that is not recognised. Held for good, as Python may be
+// gone when statics are destroyed.
 struct Python {
-  PyObject *dtypes = nullptr, *empty = nullptr, *threads = nullptr, *forward = nullptr, *train = nullptr,
-           *backward = nullptr, *into = nullptr;
+  PyObject *forward = nullptr, *train = nullptr, *backward = nullptr, *into = nullptr;
 } python;
-
-// A tensor to allocate: shape, strides and dtype, as the allocator takes them.
-using Layout = std::array<py::object, 3>;
-
-Layout layout(const py::handle& from) {
-  const auto t = py::reinterpret_borrow<py::tuple>(from);
-  return {t[0], t[1], t[2]};
-}
-
-// What a call needs to know of a tensor.
-struct View {
-  void* data = nullptr;
-  int dtype = -1;  // bits, more by kBrain for bfloat16
-  bool given = false, cpu = false, dense = false;
-  std::array<int64_t, 3> shape{-1, -1, -1};
-  static constexpr int kBrain = 1000;
-
-  bool like(int other, const std::array<int64_t, 3>& sizes) const {
-    return given && cpu && dense && dtype == other && shape == sizes;
-  }
-
-  explicit View(PyObject* tensor) {
-    given = tensor != Py_None;
-    if (!given) return;
-    if (dltensor) {
-      of_dlpack(tensor);
-    } else {
-      of_attributes(tensor);
-    }
-  }
-
- private:
-  void of_dlpack(PyObject* tensor) {
-    DLTensor t;
-    if (dltensor(tensor, &t)) {  // not a dense tensor with memory: torch's to deal with
-      PyErr_Clear();
-      return;
-    }
-    data = static_cast<char*>(t.data) + t.byte_offset;
-    cpu = t.device.type == 1;
-    dtype = t.dtype.code == 2 ? t.dtype.bits : t.dtype.code == 4 ? kBrain + t.dtype.bits : -1;
-    dense = t.ndim <= 3;
-    int64_t expected = 1;
-    for (int i = std::min(t.ndim, 3) - 1; i >= 0; i--) {
-      shape[i] = t.shape[i];
-      dense &= t.shape[i] == 1 || t.strides[i] == expected;
-      expected *= t.shape[i];
-    }
-  }
-
-  void of_attributes(PyObject* tensor) {
-    const Names& n = names();
-    const auto sizes = attribute(tensor, n.shape), type = attribute(tensor, n.dtype);
-    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
-    for (Py_ssize_t i = 0; i < std::min<Py_ssize_t>(dims, 3); i++)
-      shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
-    const int known[] = {32, 64, kBrain + 16};
-    for (int i = 0; i < 3; i++)
-      if (PyTuple_GET_ITEM(python.dtypes, i) == type.ptr()) dtype = known[i];
-    cpu = attribute(tensor, n.is_cpu).ptr() == Py_True;
-    dense = dims <= 3 && method(tensor, n.is_contiguous).ptr() == Py_True;
-    if (cpu) data = address(tensor);
-  }
-};
 
 using Views = std::vector<View>;
 
@@ -107,12 +26,11 @@ struct Kind {
   Layout x, y, state;                    // h_n and c_n have one shape: there is no projection
   std::vector<Layout> tape, parameters;  // cells and gates, what the cell has of them; all weights
   std::vector<char> zeros;               // states that are not given
-  bool brief;                            // takes less time than other threads of Python need to come in
+  bool brief;
 };
 
 using Known = std::vector<std::shared_ptr<Kind>>;
 constexpr size_t kKinds = 32;
-constexpr int64_t kBrief = 1 << 15;  // products of a direction's matrices with its rows: microseconds
 
 Known& known() {
   static Known* const all = new Known;
@@ -144,8 +62,8 @@ bool all_dense(const Views& tensors) {
 // null: ask Python.
 std::shared_ptr<Kind> find(const View& x, const Views& matrices, size_t weights, size_t directions,
                            PyObject* cell, PyObject* batch_first) {
-  if (matrices.size() < 2 || !python.empty) return nullptr;
-  const long threads = PyLong_AsLong(checked(PyObject_CallNoArgs(python.threads)).ptr());
+  if (matrices.size() < 2 || !torch_api().empty) return nullptr;
+  const long threads = torch_threads();
   const Kernels* const current = &kernels();
   const bool first = batch_first == Py_True;
   for (const auto& kind : known())
@@ -162,11 +80,6 @@ PyObject* ask(PyObject* function, Arguments given, size_t count, bool recognised
   std::vector<PyObject*> args(given, given + count);
   args.push_back(recognised ? Py_True : Py_False);
   return PyObject_Vectorcall(function, args.data(), args.size(), nullptr);
-}
-
-py::object empty(const Layout& like) {
-  PyObject* const args[] = {like[0].ptr(), like[1].ptr(), like[2].ptr()};
-  return checked(PyObject_Vectorcall(python.empty, args, 3, nullptr));
 }
 
 void* add(const py::object& results, const Layout& like) {
@@ -370,19 +283,8 @@ void bind_compiled(py::module_& m) {
   m.def("plain_operators", [](const py::tuple& calls) {
     for (size_t i = 0; i < through.size(); i++) through[i] = py::object(calls[i]).release().ptr();
   });
-  m.def("plain_setup", [](py::object exchange, py::object dtypes, py::object empty, py::object threads,
-                          py::object forward, py::object train, py::object backward, py::object into) {
-    if (!exchange.is_none()) {
-      const auto* const api =
-          static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
-      if (!api) throw py::error_already_set();
-      if (api->version.major == 1) dltensor = api->dltensor_from_object;
-    } else {
-      dltensor = nullptr;
-    }
-    python = {dtypes.release().ptr(),  empty.release().ptr(), threads.release().ptr(),
-              forward.release().ptr(), train.release().ptr(), backward.release().ptr(),
-              into.release().ptr()};
+  m.def("plain_setup", [](py::object forward, py::object train, py::object backward, py::object into) {
+    python = {forward.release().ptr(), train.release().ptr(), backward.release().ptr(), into.release().ptr()};
   });
   // A kind of call: its key, the descriptions of a prepared call, and what to allocate.
   m.def("plain_known",

@@ -39,36 +39,6 @@ PyObject* all_alike(PyObject*, Arguments a, Py_ssize_t count) {
   });
 }
 
-// unchanged(weights, refs, stamps, samples, values): fastrnn/nn/cache.py says what they are.
-PyObject* unchanged(PyObject*, Arguments a, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
-    const Names& n = names();
-    const auto weights = checked(PySequence_Fast(a[0], "weights: expected a sequence"));
-    const Py_ssize_t size = PySequence_Fast_GET_SIZE(weights.ptr());
-    if (size != PyTuple_GET_SIZE(a[1])) Py_RETURN_FALSE;
-    for (Py_ssize_t i = 0; i < size; i++) {
-      PyObject* const weight = PySequence_Fast_GET_ITEM(weights.ptr(), i);
-      PyObject* const stamp = PyTuple_GET_ITEM(a[2], i);
-      if (checked(PyObject_CallNoArgs(PyTuple_GET_ITEM(a[1], i))).ptr() != weight) Py_RETURN_FALSE;
-      if (address(weight) != address(PyTuple_GET_ITEM(stamp, 0))) Py_RETURN_FALSE;
-      const auto version = attribute(weight, n.version);
-      if (PyLong_AsLongLong(version.ptr()) != PyLong_AsLongLong(PyTuple_GET_ITEM(stamp, 1))) Py_RETURN_FALSE;
-      if (method(weight, n.is_contiguous).ptr() != Py_True) Py_RETURN_FALSE;
-    }
-    // After the loop, which has shown that the addresses still belong to the weights.
-    const char *addresses = PyBytes_AS_STRING(a[3]), *values = PyBytes_AS_STRING(a[4]);
-    const Py_ssize_t bytes = PyBytes_GET_SIZE(a[3]);
-    if (bytes != PyBytes_GET_SIZE(a[4])) Py_RETURN_FALSE;
-    for (Py_ssize_t i = 0; i + 8 <= bytes; i += 8) {
-      uint64_t at;
-      std::memcpy(&at, addresses + i, 8);
-      if (std::memcmp(reinterpret_cast<const void*>(static_cast<uintptr_t>(at)), values + i, 8))
-        Py_RETURN_FALSE;
-    }
-    Py_RETURN_TRUE;
-  });
-}
-
 // run_forward(description, x, y, cells, h0, c0, h_n, c_n, gates, weights): None keeps the description's
 // weights, and stands for tensors that a call does not have.
 PyObject* run_forward(PyObject*, Arguments given, Py_ssize_t count) {
@@ -143,7 +113,6 @@ void bind_tensors(py::module_& m) {
   });
   static PyMethodDef functions[] = {fast("alike", alike),
                                     fast("all_alike", all_alike),
-                                    fast("unchanged", unchanged),
                                     fast("run_forward", run_forward),
                                     fast("run_backward", run_backward),
                                     {nullptr, nullptr, 0, nullptr}};

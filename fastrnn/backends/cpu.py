@@ -450,21 +450,18 @@ def random_mask(seed: Tensor, stream: int, p: float, steps: int, rows: int, unit
     return keep
 
 
-def read_words(addresses: bytes) -> bytes:
-    """The 8-byte words at these addresses (native uint64), which must be readable."""
-    return bytes(_cpu.read_words(addresses))
+def describe_origin(
+    refs: tuple[Any, ...], stamps: tuple[tuple[int, int], ...], samples: bytes
+) -> Any:
+    """What ``unchanged`` compares weights with: references to them, the address and version of
+    each, and what lies in the 8-byte words at the addresses ``samples`` (native uint64) now."""
+    return _cpu.describe_origin(refs, stamps, samples)
 
 
-def unchanged(
-    weights: Sequence[Tensor],
-    refs: tuple[Any, ...],
-    stamps: tuple[tuple[int, int], ...],
-    samples: bytes,
-    values: bytes,
-) -> bool:
-    """Whether each weight is what its reference refers to, contiguous, of this address and version,
-    and ``read_words(samples)`` is ``values``."""
-    return bool(_cpu.unchanged(weights, refs, stamps, samples, values))
+def unchanged(weights: Sequence[Tensor], origin: Any) -> bool:
+    """Whether each weight is what its reference refers to, contiguous, of its address and version,
+    and the words of the samples are what they were."""
+    return bool(_cpu.unchanged(weights, origin))
 
 
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:

@@ -133,15 +133,9 @@ def _backward(
 FUNCTIONS = (_forward, _forward_train, _backward, _forward_into)  # what the library asks
 
 
-# How a tensor says in one call what it is; None before torch 2.10.
-EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in the library's order
-
-
-def setup(functions: tuple[Any, ...] = FUNCTIONS, exchange: Any = EXCHANGE) -> None:
-    allocators: Any = torch._C._dynamo.guards  # inductor's: half the time of torch.empty_like
-    empty, threads = allocators._empty_strided_cpu, torch.get_num_threads
-    cpu_prepared.library().plain_setup(exchange, _DTYPES, empty, threads, *functions)
+def setup(*functions: Any) -> None:
+    """Tell the library what to ask, in the order of ``FUNCTIONS``."""
+    cpu_prepared.library().plain_setup(*functions)
 
 
 def call_directly(*operators: Any) -> None:
@@ -170,7 +164,7 @@ def call_directly(*operators: Any) -> None:
 
 
 if cpu.LOADED:
-    setup()
+    setup(*FUNCTIONS)
     plain_forward = cpu_prepared.library().plain_forward
     plain_forward_into = cpu_prepared.library().plain_forward_into
     plain_forward_train = cpu_prepared.library().plain_forward_train

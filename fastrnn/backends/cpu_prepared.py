@@ -21,13 +21,16 @@ from fastrnn.kinds import KINDS
 
 __all__ = [
     "CALLS",
+    "EXCHANGE",
     "SMALL",
     "LayerCall",
     "layer_backward",
     "layer_forward",
     "layer_forward_train",
+    "layout_of",
     "library",
     "prepared",
+    "setup_torch",
 ]
 
 # The operators keep so many calls, each with outputs of at most so many elements: beyond that
@@ -40,6 +43,23 @@ _Grad = Tensor | None
 def library() -> Any:
     """The native module; absent from a tree without a build, where no call comes this far."""
     return cpu._cpu  # type: ignore[attr-defined]
+
+
+# How a tensor says in one call what it is; None before torch 2.10.
+EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in the library's order
+
+
+def setup_torch(exchange: Any = EXCHANGE) -> None:
+    """What the library calls of torch: it links none of it."""
+    c: Any = torch._C
+    empty = c._dynamo.guards._empty_strided_cpu  # inductor's: half the time of torch.empty_like
+    # Any of these true, and somebody would see the operators of a call, or change what they do.
+    would_see = (
+        c._len_torch_dispatch_stack, c._get_tracing_state, c._autograd._profiler_enabled,
+        c._is_any_autocast_enabled,
+    )  # fmt: skip
+    library().torch_setup(exchange, _DTYPES, empty, torch.get_num_threads, Tensor, would_see)
 
 
 class _Setting(NamedTuple):
@@ -131,9 +151,9 @@ class LayerCall:
         """What the library has to know to make this call alone: the descriptions, the layouts of
         x, y and a state, those of cells and gates and of the weights, the bytes of a state."""
         setting = self._current(weights)
-        outputs = (_layout(x), _layout(self._y), _layout(h))
-        tape = tuple(_layout(t) for t in (self._cells, self._gates) if t is not None)
-        parameters = tuple(_layout(w) for w in weights)
+        outputs = (layout_of(x), layout_of(self._y), layout_of(h))
+        tape = tuple(layout_of(t) for t in (self._cells, self._gates) if t is not None)
+        parameters = tuple(layout_of(w) for w in weights)
         state = h.numel() * h.element_size()
         return setting.forward, setting.backward, outputs, tape, parameters, state
 
@@ -193,7 +213,7 @@ class LayerCall:
         return dx, dh0, dc0, dweights
 
 
-def _layout(t: Tensor) -> tuple[Any, ...]:
+def layout_of(t: Tensor) -> tuple[Any, ...]:
     """Shape, strides and dtype of a dense tensor of this shape."""
     strides = [1]
     for size in reversed(t.shape[1:]):
@@ -279,3 +299,7 @@ def layer_backward(*args: Any) -> Any:
                 dy, dh_n, dc_n, dcells, x, y, h0, c0, cells, gates, weights, tuple(needs)
             )
     return cpu.layer_backward(*args)
+
+
+if cpu.LOADED:
+    setup_torch()

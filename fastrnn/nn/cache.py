@@ -14,13 +14,14 @@ from fastrnn.backends import cpu
 from fastrnn.ops import pack_weights as _pack
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """Packed weights, and what they were made of."""
+
     cell: str
     plan: str
     refs: tuple[weakref.ref[Tensor], ...]
-    stamps: tuple[tuple[int, int], ...]  # (data_ptr, _version) of each weight when it was packed
-    samples: bytes  # addresses of a few words inside the weights
-    values: bytes  # what they held when the weights were packed
+    # The library's: (data_ptr, _version) of each weight when it was packed, and a few of its words.
+    origin: Any
     packed: Tensor
 
 
@@ -76,8 +77,9 @@ class PackedCache:
         return len(self._entries)
 
     def clear(self) -> None:
-        self._entries: dict[int, _Entry] = {}
-        # What fastrnn.nn.stepper made of the packed weights, for a step and for a whole sequence.
+        self._entries: dict[int, Entry] = {}
+        # What fastrnn.nn.stepper made of the packed weights, for a step and for a whole sequence:
+        # these know by themselves whether the weights are what they were.
         self.stepper: Any = None
         self.sequence: Any = None
         self.seen: Any = None  # the shape of the last sequence
@@ -93,28 +95,30 @@ class PackedCache:
                 weight = ref()
                 if weight is not None and weight.requires_grad:
                     self._entries = {}
+                    self.stepper = self.sequence = None
                     return
 
-    def find(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
-        """The kept packed weights of `layer`, or None if there are none or they are stale."""
-        entry = self._entries.get(layer)
-        if entry is None or entry.plan != plan or entry.cell != cell:
-            return None
-        # In the library, since it is most of what a small call does: each weight the same object at
-        # the same address, of the same version and contiguous (`weight.data = weight.data.t()` is
-        # not), and then the sampled words, whose addresses belong to the weights still.
-        same = cpu.unchanged(weights, entry.refs, entry.stamps, entry.samples, entry.values)
-        return entry.packed if same else None
-
     def packed(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Tensor | None:
-        """Packed weights of `layer` for a call without gradients, or None: use the plain ones.
+        """Packed weights of `layer` for a call without gradients, or None: use the plain ones."""
+        entry = self.entry(layer, weights, cell, plan)
+        return None if entry is None else entry.packed
+
+    def entry(self, layer: int, weights: Sequence[Tensor], cell: str, plan: str) -> Entry | None:
+        """As `packed`, with what its tensor was made of.
 
         weights: the layer's parameters in torch's order, forward direction then reverse.
         """
         if bypassed():
             return None
-        found = self.find(layer, weights, cell, plan)
-        if found is not None:
+        found = self._entries.get(layer)
+        # In the library, since it is most of what a small call does: each weight the same object at
+        # the same address, of the same version and contiguous (`weight.data = weight.data.t()` is
+        # not), and then the sampled words, whose addresses belong to the weights still.
+        if (
+            found is not None
+            and (found.cell, found.plan) == (cell, plan)
+            and cpu.unchanged(weights, found.origin)
+        ):
             return found
         # Exact type: a parametrised or pruned weight is a new tensor in each call, a fake or
         # functional one is not ours to keep; packing those would never pay.
@@ -131,13 +135,12 @@ class PackedCache:
         if any(weight.is_shared() for weight in weights):
             return None
         # Taken before packing, so that a write that comes in between makes the entry stale.
-        stamps = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        samples = _samples(weights)
-        values = cpu.read_words(samples)
-        packed = _pack(list(weights), cell, plan)
         refs = tuple(weakref.ref(weight) for weight in weights)
-        self._entries[layer] = _Entry(cell, plan, refs, stamps, samples, values, packed)
-        return packed
+        stamps = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        origin = cpu.describe_origin(refs, stamps, _samples(weights))
+        made = Entry(cell, plan, refs, origin, _pack(list(weights), cell, plan))
+        self._entries[layer] = made
+        return made
 
 
 def current_cache(module: Any) -> PackedCache | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastrnn import functional
 from fastrnn.nn.cache import PackedCache, current_cache
@@ -93,20 +94,22 @@ class _Cell(nn.modules.rnn.RNNCellBase):
 
     def _natively(self, cell: str, input: Tensor, h: Tensor, c: Tensor | None) -> Any:
         """(y, h, c) by the prepared native call, or None: take the general way."""
-        cache = self._cache()
-        if cache is None or not input.is_cpu or not input.numel() or not self.hidden_size:
+        if is_compiling():
             return None
         weights = [self.weight_ih, self.weight_hh]
         if self.bias_ih is not None:
             weights += [self.bias_ih, self.bias_hh]
-        known = cache.stepper
+        known = None if self._packed is None else self._packed.stepper
         if known is not None and known.cell != cell:  # an attribute was changed
             known = None
-        done = None if known is None else known(input, h, c, weights, cache)
+        done = None if known is None else known(input, h, c, weights, self)
         if done is None:
+            cache = self._cache()
+            if cache is None or not input.is_cpu or not input.numel() or not self.hidden_size:
+                return None
             sizes = (self.hidden_size, 0, 1, 1)
             stepper = NativeCall(cell, sizes, input, Layout.step(input), stacked=False)
-            done = stepper(input, h, c, weights, cache)
+            done = stepper(input, h, c, weights, self)
             if done is not None:
                 cache.stepper = stepper
         return done

@@ -92,22 +92,22 @@ class Steppable(RecurrentBase):
     def _step_natively(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any] | None:
         """`step` without gradients on the CPU library; None: take the general way, which also
         says what is wrong with an argument."""
-        if not self._prepares:
+        parts = self._parts(state)
+        if not self._prepares or parts is None or self.bidirectional or self._draws():
             return None
-        parts, cache = self._parts(state), self._cache()
-        if parts is None or cache is None or self.bidirectional or self._draws():
+        if torch.compiler.is_compiling():
             return None
-        h, c = parts
         weights = self._weights()
-        known = self._still(cache.stepper, False)
-        done = None if known is None else known(x_t, h, c, weights, cache)
+        known = None if self._packed is None else self._still(self._packed.stepper, False)
+        done = None if known is None else known(x_t, *parts, weights, self)
         if done is None:
-            if not self._takes(x_t, h, c, (1, 2)):
+            cache = self._cache()
+            if cache is None or not self._takes(x_t, *parts, (1, 2)):
                 return None
             sizes = (self.hidden_size, self.proj_size, 1, self.num_layers)
             # In place only when it has proved to work: concurrent callers may use the old one.
             stepper = NativeCall(self._cell(), sizes, x_t, Layout.step(x_t))
-            done = stepper(x_t, h, c, weights, cache)
+            done = stepper(x_t, *parts, weights, self)
             if done is None:
                 return None
             cache.stepper = stepper
@@ -115,25 +115,22 @@ class Steppable(RecurrentBase):
         return y, (h_n, c_n) if self.mode == "LSTM" else h_n
 
     def _natively(self, input: Any, hx: Any) -> Any:
-        if not self._prepares:
+        parts = self._parts(hx)
+        if not self._prepares or parts is None or self._draws():
             return None
-        parts, cache = self._parts(hx), self._cache()
-        if parts is None or cache is None or self._draws():
-            return None
-        h, c = parts
         weights = self._weights()
-        known = self._still(cache.sequence, True)
-        done = None if known is None else known(input, h, c, weights, cache)
+        known = None if self._packed is None else self._still(self._packed.sequence, True)
+        done = None if known is None else known(input, *parts, weights, self)
         if done is None:
-            if not self._takes(input, h, c, (2, 3)):
+            cache = self._cache()
+            if cache is None or not self._takes(input, *parts, (2, 3)):
                 return None
             if cache.seen != input.shape:  # preparing pays from the second call of a shape on
                 cache.seen = input.shape
                 return None
             layout = Layout.sequence(input, self.batch_first)
-            sizes = self._sizes()
-            sequence = NativeCall(self._cell(), sizes, input, layout)
-            done = sequence(input, h, c, weights, cache)
+            sequence = NativeCall(self._cell(), self._sizes(), input, layout)
+            done = sequence(input, *parts, weights, self)
             if done is None:
                 return None
             cache.sequence = sequence

@@ -16,15 +16,14 @@ from torch import Tensor
 from fastrnn import dispatch
 from fastrnn.autograd import PreparedLayer
 from fastrnn.backends import cpu
-from fastrnn.backends.cpu_memory import LARGE, huge
+from fastrnn.backends.cpu_memory import LARGE
 from fastrnn.backends.cpu_plan import read_plan
-from fastrnn.backends.cpu_prepared import LayerCall, library
+from fastrnn.backends.cpu_prepared import LayerCall, layout_of, library
 from fastrnn.functional.checks import check_weights
 from fastrnn.kinds import KINDS
 from fastrnn.nn.cache import PackedCache
 from fastrnn.sequence import Batch
 
-_Fields = tuple[int, ...]
 TENSOR, PLAIN = (Tensor,), (Tensor, torch.nn.Parameter)
 
 
@@ -52,40 +51,6 @@ class Layout(NamedTuple):
         if batch_first:
             return cls(x.size(1), x.size(0), 1, x.size(1), True, True)
         return cls(x.size(0), x.size(1), x.size(1), 1, True)
-
-
-class _Prepared:
-    """The library's descriptions of the layers, valid for these packed weights and this number of
-    threads."""
-
-    __slots__ = ("_kept", "layers", "packed", "threads")
-
-    def __init__(
-        self,
-        cell: str,
-        plan: str,
-        weights: list[list[Tensor]],
-        packed: list[Tensor],
-        x: Tensor,
-        layout: Layout,
-        directions: int,
-    ) -> None:
-        steps, batch, over_t, over_n, *_ = layout
-        self.packed, self.threads = packed, torch.get_num_threads()
-        self.layers: list[Any] = []
-        self._kept: list[Tensor] = []  # what the addresses in them point into
-        for own, kept in zip(weights, packed):
-            dense = [w if w.is_contiguous() else w.contiguous() for w in own]
-            self._kept += dense
-            features, out = dense[0].size(1), directions * dense[1].size(1)
-            state = x.new_empty((directions, batch, dense[1].size(1)))
-            problem = cpu._problem(cell, x.dtype, read_plan(plan), dense, (steps, batch), state)
-            fields = (
-                over_t * features, over_n * features, over_t * out, over_n * out, *(0,) * 9,
-                kept.data_ptr(), *(0,) * 6,
-                *cpu._addresses(dense, directions, KINDS[cell].norms),
-            )  # fmt: skip
-            self.layers.append(library().describe_forward(problem, fields))
 
 
 class _Call:
@@ -120,8 +85,6 @@ class _Call:
         self._h_shape = self._h_like.shape
         kind = KINDS.get(cell)  # an RHN has operators of its own, and no c
         self._c_like = None if kind is None or not kind.has_cell else x.new_zeros((*lead, hidden))
-        item = x.element_size() * directions * rows
-        self._h_bytes, self._c_bytes = out * item, hidden * item
 
     def _served(self, x: Any, h: Any, c: Any) -> bool:
         """Whether these are tensors as described, and nothing is at work that would change, or
@@ -153,84 +116,81 @@ class NativeCall(_Call):
         super().__init__(*args, **kwargs)
         (hidden, proj, directions, _), x = args[1:3]
         self._y_like = x.new_empty((*x.shape[:-1], directions * (proj or hidden)))
-        self._large = self._y_like.nbytes >= LARGE
-        self._prepared: _Prepared | None = None
+        # The library's description, replaced whole; it is of this setting of bfloat16.
+        self._inference: Any = None
         self._bf16: bool | None = None
-        self._plan = ""
 
     def __call__(
-        self, x: Any, h: Any, c: Any, weights: list[Any], cache: PackedCache
+        self, x: Any, h: Any, c: Any, weights: list[Any], module: Any
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """y, h_n and c_n (h_n again where there is none), or None: take the general way.
 
-        h and c are None together for zeros.
+        h and c are None together for zeros. Not for traced code.
         """
-        if not self._served(x, h, c):
-            return None
-        if h is None:
-            h, c = self._h_like, self._c_like
         bf16 = dispatch.settled()
         if bf16 is None:
             return None
-        if bf16 is not self._bf16:
-            if not cpu.supports(self._dtype):  # the general way says what is wrong with it
-                return None
-            backend, self._plan = dispatch.choose(
-                self.cell, x, self._batch, self.sizes, False, False, False
+        inference = self._inference
+        if inference is not None and bf16 is self._bf16:
+            done: tuple[Tensor, Tensor, Tensor] | None = library().infer(
+                inference, x, h, c, weights
             )
-            if backend != "cpu":
-                return None
-            self._bf16 = bf16
-        prepared = self._current(x, weights, cache)
-        return None if prepared is None else self._run(prepared, x, h, c)
-
-    def _current(self, x: Tensor, weights: list[Any], cache: PackedCache) -> _Prepared | None:
-        prepared, layers = self._prepared, self.sizes[3]
-        count = len(weights) // layers
-        own = [weights] if layers == 1 else [
-            weights[k * count : (k + 1) * count] for k in range(layers)
-        ]  # fmt: skip
-        if prepared is not None and prepared.threads == torch.get_num_threads():
-            for k, kept in enumerate(prepared.packed):
-                if cache.find(k, own[k], self.cell, self._plan) is not kept:
-                    break
-            else:
-                return prepared
-        if any(w is None for w in weights):
+            if done is not None:
+                return done
+        cache = module._cache()
+        if cache is None or not self._served(x, h, c):
             return None
-        _, proj, directions, _ = self.sizes
+        inference = self._describe(x, weights, cache)
+        if inference is None:
+            return None
+        self._inference, self._bf16 = inference, bf16
+        done = library().infer(inference, x, h, c, weights)
+        return done
+
+    def _describe(self, x: Tensor, weights: list[Any], cache: PackedCache) -> Any:
+        """The library's description of the call, valid for these weights, this number of threads
+        and this setting of bfloat16; None: take the general way."""
+        if not cpu.supports(self._dtype):  # the general way says what is wrong with it
+            return None
+        backend, plan = dispatch.choose(self.cell, x, self._batch, self.sizes, False, False, False)
+        if backend != "cpu" or any(w is None for w in weights):
+            return None
+        _, proj, directions, layers = self.sizes
+        count = len(weights) // layers
         bias = count // directions - KINDS[self.cell].norms >= 4
         check_weights(self.cell, x, weights, bias, layers, directions, proj)
-        packed: list[Tensor] = []
-        for k, group in enumerate(own):
-            found = cache.packed(k, group, self.cell, self._plan)
-            if found is None:
-                return None
-            packed.append(found)
-        self._prepared = prepared = _Prepared(
-            self.cell, self._plan, own, packed, x, self.layout, self.sizes[2]
-        )
-        return prepared
+        own = [weights[k * count : (k + 1) * count] for k in range(layers)]
+        entries = [cache.entry(k, group, self.cell, plan) for k, group in enumerate(own)]
+        made = [entry for entry in entries if entry is not None]
+        if len(made) < layers:
+            return None
+        forwards, alive = [], [entry.packed for entry in made]
+        for entry, group in zip(made, own):
+            description, dense = self._describe_layer(x, group, entry.packed, plan)
+            forwards.append(description)
+            alive += dense
+        states = (self._h_like, self._c_like)
+        layouts = tuple(None if t is None else layout_of(t) for t in (self._y_like, *states))
+        return library().describe_inference(
+            tuple(forwards), tuple(entry.origin for entry in made), x, *states, layouts,
+            self._y_like.nbytes >= LARGE, tuple(alive),
+        )  # fmt: skip
 
-    def _run(
-        self, prepared: _Prepared, x: Tensor, h: Tensor, c: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        run, (first, *others) = library().run_forward, prepared.layers
-        y, h_n = torch.empty_like(self._y_like), torch.empty_like(self._h_like)
-        if self._large:
-            y = huge(y)
-        c_n = None if c is None else torch.empty_like(c)
-        run(first, x, y, None, h, c, h_n, c_n, None, None)
-        if others:
-            states = [t for t in (h, c, h_n, c_n) if t is not None]
-            sizes = [self._h_bytes, self._c_bytes] * 2 if c is not None else [self._h_bytes] * 2
-            at = [t.data_ptr() for t in states]
-            for layer in others:
-                x, y = y, torch.empty_like(self._y_like)
-                at = [address + size for address, size in zip(at, sizes)]
-                h_at, c_at, h_n_at, c_n_at = at if c is not None else (at[0], None, at[1], None)
-                run(layer, x, y, None, h_at, c_at, h_n_at, c_n_at, None, None)
-        return y, h_n, h_n if c_n is None else c_n
+    def _describe_layer(
+        self, x: Tensor, weights: list[Tensor], packed: Tensor, plan: str
+    ) -> tuple[Any, list[Tensor]]:
+        """Its description, and the dense weights whose addresses are in it."""
+        directions, (steps, batch, over_t, over_n, *_) = self.sizes[2], self.layout
+        dense = [w if w.is_contiguous() else w.contiguous() for w in weights]
+        features, out = dense[0].size(1), directions * dense[1].size(1)
+        state = x.new_empty((directions, batch, dense[1].size(1)))
+        problem = cpu._problem(self.cell, x.dtype, read_plan(plan), dense, (steps, batch), state)
+        fields = (
+            over_t * features, over_n * features, over_t * out, over_n * out, *(0,) * 9,
+            packed.data_ptr(), *(0,) * 6,
+            *cpu._addresses(dense, directions, KINDS[self.cell].norms),
+        )  # fmt: skip
+        return library().describe_forward(problem, fields), dense
 
 
 class TrainingCall(_Call):
