@@ -282,7 +282,7 @@ def test_calls_prepared_for_different_numbers_of_threads(set_threads: Any) -> No
             for _ in range(3):
                 results.append(module(x)[0])
             found.append(module._packed.sequence._inference)
-        infer, rest = cpu_prepared.library().infer, (x, None, None, module._weights())
+        infer, rest = cpu_prepared.library().infer, (x, None, None, module._weights(), 0)
         # A description made for one number of threads serves no other.
         assert infer(found[0], *rest) is None
         results.append(infer(found[1], *rest)[0])
@@ -307,7 +307,7 @@ def test_a_description_serves_the_call_described_and_no_other(cell: str, exchang
 
             def served(x: Any = x, *given: Any, weights: Any = weights) -> Any:
                 h, c = given or ((hx, None) if isinstance(hx, torch.Tensor) else hx)
-                return cpu_prepared.library().infer(described, x, h, c, weights)
+                return cpu_prepared.library().infer(described, x, h, c, weights, 0)
 
             assert torch.equal(served()[0], expected[0])
             assert torch.equal(served(x, None, None)[0], module(x)[0])
@@ -356,7 +356,7 @@ def test_a_description_notices_what_became_of_a_weight(change: str) -> None:
             module(x)
         described, weights = module._packed.sequence._inference, module._weights()
         infer = cpu_prepared.library().infer
-        assert infer(described, x, None, None, weights) is not None
+        assert infer(described, x, None, None, weights, 0) is not None
         weight = module.weight_hh_l0
         if change == "version":
             weight.copy_(weight.clone())
@@ -369,7 +369,7 @@ def test_a_description_notices_what_became_of_a_weight(change: str) -> None:
         else:
             module.weight_hh_l0 = torch.nn.Parameter(weight.clone())
             weights = module._weights()
-        assert infer(described, x, None, None, weights) is None
+        assert infer(described, x, None, None, weights, 0) is None
         theirs = torch.nn.RNN(5, 5)
         theirs.load_state_dict(module.state_dict())
         torch.testing.assert_close(module(x)[0], theirs(x)[0])
@@ -409,11 +409,14 @@ def test_the_library_refuses_what_does_not_describe_a_call() -> None:
     assert not library.alike(x.to("meta"), (torch.Tensor,), x.shape, x.dtype)
     assert not library.alike(None, (torch.Tensor,), x.shape, x.dtype)
     with pytest.raises(ValueError, match="invalid PyCapsule"):
-        library.infer("no description", x, None, None, [])
+        library.infer("no description", x, None, None, [], 0)
     with pytest.raises(ValueError, match="incorrect name"):
-        library.infer(described, x, None, None, [])
-    with pytest.raises(ValueError, match="an origin of the weights of each layer"):
-        library.describe_inference((described,), (), x, x, None, ((), ()), False, None)
+        library.infer(described, x, None, None, [], 0)
+    with pytest.raises(ValueError, match="expected layers, origins of their weights and 3 layouts"):
+        library.describe_inference((), (), x, x, None, (None,) * 3, 0, None)
+    layouts = (cpu_prepared.layout_of(x),) * 2
+    with pytest.raises(ValueError, match="incorrect name"):
+        library.describe_inference((described,), (None,), x, x, None, (*layouts, None), 0, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -15,14 +15,13 @@ namespace py = pybind11;
 using namespace fastrnn;
 
 namespace fastrnn {
+void bind_bnlstm(py::module_& m);
 void bind_rhn(py::module_& m);
 void bind_compiled(py::module_& m);
 void bind_inference(py::module_& m);
 void bind_large_memory(py::module_& m);
 void bind_tensors(py::module_& m);
 }  // namespace fastrnn
-
-void bind_bnlstm(py::module_&);
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fastrnn's CPU kernels; see fastrnn/backends/cpu.py";

@@ -1,13 +1,9 @@
 // Python's door to the batch-normalised LSTM; fastrnn/backends/cpu_bnlstm.py names the fields in this order.
 #include "../cpu/bnlstm.h"
 
-#include <pybind11/pybind11.h>
+#include "inference.h"
 
-#include "fields.h"
-
-namespace py = pybind11;
-using namespace fastrnn;
-
+namespace fastrnn {
 namespace {
 
 void read_problem(Fields& f, BnLstmProblem& p) {
@@ -25,15 +21,7 @@ void read_problem(Fields& f, BnLstmProblem& p) {
   f.end();
 }
 
-void read_sequence(Fields& f, Problem& p) {
-  p.batch_sizes = static_cast<const int64_t*>(f.address());
-  p.lengths = static_cast<const int64_t*>(f.address());
-  p.reset = static_cast<const uint8_t*>(f.address());
-  p.reset_stride_t = f.integer();
-  p.reset_stride_n = f.integer();
-}
-
-BnLstmForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensors) {
+BnLstmForwardArgs bnlstm_forward_args(const py::tuple& problem, const py::tuple& tensors) {
   BnLstmForwardArgs a;
   Fields f(problem);
   read_problem(f, a);
@@ -61,7 +49,7 @@ BnLstmForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensor
   return a;
 }
 
-BnLstmBackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
+BnLstmBackwardArgs bnlstm_backward_args(const py::tuple& problem, const py::tuple& tensors) {
   BnLstmBackwardArgs a;
   Fields f(problem);
   read_problem(f, a);
@@ -90,6 +78,41 @@ BnLstmBackwardArgs backward_args(const py::tuple& problem, const py::tuple& tens
   g.end();
   return a;
 }
+
+class BnLstmLayer : public InferenceLayer {
+ public:
+  explicit BnLstmLayer(const BnLstmForwardArgs& args) : InferenceLayer(args, 4), args_(args) {}
+  void run(const Step& step, bool brief) override {
+    BnLstmForwardArgs a = args_;
+    a.x.data = const_cast<void*>(step.x);
+    a.y.data = step.y;
+    a.h0 = step.h0;
+    a.c0 = step.c0;
+    a.h_n = step.h_n;
+    a.c_n = step.c_n;
+    for (int d = 0; d < a.directions && step.first; d++) skip(a.given[d], a, step.first);
+    const BnLstmKernels& bnlstm = *kernels().bnlstm;
+    const Scratch scratch(bnlstm.forward_workspace(a) + 1, false);
+    a.workspace = scratch.get();
+    run_call(brief, [&] { bnlstm.forward(a); });
+  }
+
+ private:
+  BnLstmForwardArgs args_;
+
+  // The statistics from step `first` on; the last row serves all later steps.
+  template <typename Given>
+  static void skip(Given& given, const BnLstmForwardArgs& a, int64_t first) {
+    const int64_t item = a.type == Type::f64 ? 8 : 4;
+    for (int term = 0; term < kBnTerms; term++) {
+      const int64_t rows = std::min(first, given.rows[term] - 1);
+      const int64_t bytes = rows * (term < kBnTerms - 1 ? 4 : 1) * a.H * item;
+      given.mean[term] = static_cast<const char*>(given.mean[term]) + bytes;
+      given.var[term] = static_cast<const char*>(given.var[term]) + bytes;
+      given.rows[term] -= rows;
+    }
+  }
+};
 
 // fields: per direction the addresses of its counts and, for each statistic, the address of the running one, of the one that was
 // found, and their elements.
@@ -120,19 +143,22 @@ void bind_bnlstm(py::module_& m) {
     return kernels().bnlstm->threads(p);
   });
   m.def("bnlstm_forward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
-    return kernels().bnlstm->forward_workspace(forward_args(problem, tensors));
+    return kernels().bnlstm->forward_workspace(bnlstm_forward_args(problem, tensors));
   });
   m.def("bnlstm_forward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
-    BnLstmForwardArgs a = forward_args(problem, tensors);
+    BnLstmForwardArgs a = bnlstm_forward_args(problem, tensors);
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
     kernels().bnlstm->forward(a);
   });
+  m.def("bnlstm_inference_layer", [](const py::tuple& problem, const py::tuple& tensors) {
+    return in_capsule(std::make_unique<BnLstmLayer>(bnlstm_forward_args(problem, tensors)));
+  });
   m.def("bnlstm_backward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
-    return kernels().bnlstm->backward_workspace(backward_args(problem, tensors));
+    return kernels().bnlstm->backward_workspace(bnlstm_backward_args(problem, tensors));
   });
   m.def("bnlstm_backward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
-    BnLstmBackwardArgs a = backward_args(problem, tensors);
+    BnLstmBackwardArgs a = bnlstm_backward_args(problem, tensors);
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
     kernels().bnlstm->backward(a);
@@ -143,3 +169,5 @@ void bind_bnlstm(py::module_& m) {
     kernels().bnlstm->follow(a);
   });
 }
+
+}  // namespace fastrnn

@@ -117,13 +117,6 @@ void use(const Views& weights, ForwardArgs& a) {
   }
 }
 
-template <typename Body>
-void run(const Kind& kind, Body body) {
-  if (kind.brief) return body();
-  py::gil_scoped_release release;
-  body();
-}
-
 // Results are made, made with what a backward needs, or given to be filled.
 enum class Results { made, taped, given };
 
@@ -165,7 +158,7 @@ PyObject* forward(PyObject*, Arguments given, Py_ssize_t count) {
     if (!bytes) bytes = kernels().forward_workspace(a) + 1;
     const Scratch scratch(bytes, kRecords);
     a.workspace = scratch.get();
-    run(*kind, [&] { kind->kernels->forward(a); });
+    run_call(kind->brief, [&] { kind->kernels->forward(a); });
     return results.release().ptr();
   });
 }
@@ -217,7 +210,7 @@ PyObject* backward(PyObject*, Arguments given, Py_ssize_t count) {
     if (!bytes) bytes = kernels().backward_workspace(a) + 1;
     const Scratch scratch(bytes, true);
     a.workspace = scratch.get();
-    run(*kind, [&] { kind->kernels->backward(a); });
+    run_call(kind->brief, [&] { kind->kernels->backward(a); });
     return results.release().ptr();
   });
 }

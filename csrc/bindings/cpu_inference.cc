@@ -1,22 +1,27 @@
 // A call without gradients of a kind seen before, through a stack of layers: whether it is still that call, its outputs and
 // its layers in one function, since a small layer takes less time than Python's way to it. fastrnn/nn/stepper.py describes it.
 #include "../cpu/pages.h"
+#include "inference.h"
 #include "views.h"
 
 namespace fastrnn {
 namespace {
 
-// Of what a layer's packed weights were made, as fastrnn/nn/cache.py keeps it.
+// What tensors a call was prepared with: fastrnn/nn/cache.py keeps it beside the packed weights made of them.
 struct Origin {
+  struct Stamp {
+    View view;
+    int64_t version;  // -1: what the tensor holds may change
+  };
   std::vector<py::object> refs;
-  std::vector<std::pair<const void*, int64_t>> stamps;
+  std::vector<Stamp> stamps;
   std::vector<std::pair<uintptr_t, uint64_t>> samples;
 
-  Origin(const py::tuple& references, const py::tuple& of_each, const std::string& addresses) {
-    for (const auto& each : references) refs.push_back(py::reinterpret_borrow<py::object>(each));
-    for (const auto& each : of_each) {
-      const auto stamp = py::reinterpret_borrow<py::tuple>(each);
-      stamps.emplace_back(address(py::object(stamp[0]).ptr()), stamp[1].cast<int64_t>());
+  Origin(const py::tuple& references, const py::tuple& versions, const std::string& addresses) {
+    for (const auto& each : references) {
+      refs.push_back(py::reinterpret_borrow<py::object>(each));
+      stamps.push_back(
+          {View(checked(PyObject_CallNoArgs(each.ptr())).ptr()), versions[stamps.size()].cast<int64_t>()});
     }
     for (size_t i = 0; i + 8 <= addresses.size(); i += 8) {
       uintptr_t at;
@@ -27,15 +32,17 @@ struct Origin {
     }
   }
 
-  // Each weight the same object at the same address, of the same version and dense, and then the sampled words, whose
-  // addresses belong to the weights still.
-  bool is(PyObject* const* weights, size_t count) const {
+  // Each tensor the same object at the same address, of the same version and dense, and then the sampled words, whose
+  // addresses belong to the tensors still.
+  bool is(PyObject* const* tensors, size_t count) const {
     if (count != refs.size()) return false;
     for (size_t i = 0; i < count; i++) {
-      if (checked(PyObject_CallNoArgs(refs[i].ptr())).ptr() != weights[i]) return false;
-      const View view(weights[i]);
-      if (view.data != stamps[i].first || !view.dense) return false;
-      if (PyLong_AsLongLong(attribute(weights[i], names().version).ptr()) != stamps[i].second) return false;
+      if (checked(PyObject_CallNoArgs(refs[i].ptr())).ptr() != tensors[i]) return false;
+      const View view(tensors[i]);
+      const auto& [was, version] = stamps[i];
+      if (view.data != was.data || !view.like(was.dtype, was.shape)) return false;
+      if (version < 0) continue;
+      if (PyLong_AsLongLong(attribute(tensors[i], names().version).ptr()) != version) return false;
     }
     for (const auto& [at, value] : samples)
       if (std::memcmp(reinterpret_cast<const void*>(at), &value, 8)) return false;
@@ -64,11 +71,12 @@ struct Inference {
   static constexpr const char* kName = "fastrnn.inference";
   View x, h, c;  // as they have to be; h and c, if not given, are these: zeros
   Layout y, h_n, c_n;
-  std::vector<Described<ForwardArgs>> layers;
+  std::vector<InferenceLayer*> layers;
   std::vector<const Origin*> origins;
   py::object alive;  // what all of these point into
-  long threads;
-  bool large, brief;  // an output is worth huge pages; the call keeps Python's lock
+  int threads;
+  size_t large;  // bytes of an output that is worth huge pages, else 0
+  bool brief;    // the call keeps Python's lock
 };
 
 // What would see an operator: nobody where each of these functions of torch returns something false.
@@ -91,38 +99,29 @@ bool fits(PyObject* tensor, const View& view, const View& like) {
          method(tensor, names().is_neg).ptr() == Py_False;  // a lazy sign is torch's to carry out
 }
 
+// The tensors of one origin after the other.
 bool same_weights(const Inference& call, PyObject* weights) {
   if (!PyList_Check(weights)) return false;
-  const size_t size = static_cast<size_t>(PyList_GET_SIZE(weights)), per = size / call.origins.size();
-  if (per * call.origins.size() != size) return false;
-  std::vector<PyObject*> own(per);
-  for (size_t k = 0; k < call.origins.size(); k++) {
-    for (size_t i = 0; i < per; i++) own[i] = PyList_GET_ITEM(weights, k * per + i);
-    if (!call.origins[k]->is(own.data(), per)) return false;
+  const size_t size = static_cast<size_t>(PyList_GET_SIZE(weights));
+  PyObject* const* const all = PySequence_Fast_ITEMS(weights);
+  size_t first = 0;
+  for (const Origin* each : call.origins) {
+    const size_t count = each->refs.size();
+    if (first + count > size || !each->is(all + first, count)) return false;
+    first += count;
   }
-  return true;
+  return first == size;
 }
 
-template <typename Pointer>
-Pointer* advance(Pointer* from, int64_t bytes) {
-  using Byte = std::conditional_t<std::is_const_v<Pointer>, const char, char>;
-  return from ? static_cast<Byte*>(from) + bytes : nullptr;
+const void* advance(const void* from, int64_t bytes) {
+  return from ? static_cast<const char*>(from) + bytes : nullptr;
 }
+void* advance(void* from, int64_t bytes) { return from ? static_cast<char*>(from) + bytes : nullptr; }
 
-void run_layer(Described<ForwardArgs>& layer, ForwardArgs& a, bool brief) {
-  size_t& bytes = layer.workspace[0];
-  if (!bytes) bytes = kernels().forward_workspace(a) + 1;
-  const Scratch scratch(bytes, false);
-  a.workspace = scratch.get();
-  if (brief) return kernels().forward(a);
-  py::gil_scoped_release release;
-  kernels().forward(a);
-}
-
-// infer(description, x, h, c, weights): y, h_n and c_n (h_n again where there is none), or None if this is not the call
-// described. h and c are None together for zeros.
+// infer(description, x, h, c, weights, first): y, h_n and c_n (h_n again where there is none), or None if this is not the
+// call described. h and c are None together for zeros; `first`: the number of the first step, for statistics of each.
 PyObject* infer(PyObject*, Arguments given, Py_ssize_t count) {
-  return guarded(count, 5, [&]() -> PyObject* {
+  return guarded(count, 6, [&]() -> PyObject* {
     auto* const call = static_cast<Inference*>(PyCapsule_GetPointer(given[0], Inference::kName));
     if (!call) throw py::error_already_set();
     const View x(given[1]), h(given[2]), c(given[3]);
@@ -131,38 +130,56 @@ PyObject* infer(PyObject*, Arguments given, Py_ssize_t count) {
         (h.given && call->c.given && !c.given) || torch_threads() != call->threads || !unobserved() ||
         !same_weights(*call, given[4]))
       Py_RETURN_NONE;
-    const auto output = [&](const Layout& like) {
-      auto made = empty(like);
-      if (!call->large) return made;
-      const auto& a = call->layers[0].args;
-      prefer_huge_pages(View(made.ptr()).data, a.T * a.N * a.O * a.directions * (x.dtype % View::kBrain / 8));
-      return made;
-    };
-    py::object from = py::reinterpret_borrow<py::object>(given[1]), y;
+    const int64_t first = PyLong_AsLongLong(given[5]);
+    if (first < 0) throw std::invalid_argument("fastrnn: first: expected a number of steps");
     const py::object h_n = empty(call->h_n), c_n = call->c.given ? empty(call->c_n) : h_n;
-    const void *h0 = h.given ? h.data : call->h.data, *c0 = c.given ? c.data : call->c.data;
-    void *h_at = View(h_n.ptr()).data, *c_at = call->c.given ? View(c_n.ptr()).data : nullptr;
-    const void* at = x.data;
-    for (auto& layer : call->layers) {
-      y = output(call->y);
-      ForwardArgs a = layer.args;
-      a.x.data = const_cast<void*>(at);
-      at = a.y.data = View(y.ptr()).data;
-      a.h0 = h0;
-      a.c0 = c0;
-      a.h_n = h_at;
-      a.c_n = c_at;
-      run_layer(layer, a, call->brief);
-      from = y;  // what the next layer reads
-      const int64_t of_one = a.directions * a.N * (x.dtype % View::kBrain / 8);
-      h0 = advance(h0, of_one * a.O);
-      c0 = advance(c0, of_one * a.H);
-      h_at = advance(h_at, of_one * a.O);
-      c_at = advance(c_at, of_one * a.H);
+    Step step{x.data,
+              nullptr,
+              h.given ? h.data : call->h.data,
+              c.given ? c.data : call->c.data,
+              View(h_n.ptr()).data,
+              call->c.given ? View(c_n.ptr()).data : nullptr,
+              first};
+    py::object read, y;  // what a layer reads and makes
+    for (InferenceLayer* layer : call->layers) {
+      y = empty(call->y);
+      step.y = View(y.ptr()).data;
+      if (call->large) prefer_huge_pages(step.y, call->large);
+      layer->run(step, call->brief);
+      read = y;
+      step.x = step.y;
+      step.h0 = advance(step.h0, layer->h_bytes);
+      step.c0 = advance(step.c0, layer->c_bytes);
+      step.h_n = advance(step.h_n, layer->h_bytes);
+      step.c_n = advance(step.c_n, layer->c_bytes);
     }
     return PyTuple_Pack(3, y.ptr(), h_n.ptr(), c_n.ptr());
   });
 }
+
+// A layer of LSTM, GRU or RNN.
+class PlainLayer : public InferenceLayer {
+ public:
+  explicit PlainLayer(const ForwardArgs& args)
+      : InferenceLayer(args, is_lstm(args.cell) ? 4 : 3), args_(args) {}
+  void run(const Step& step, bool brief) override {
+    ForwardArgs a = args_;
+    a.x.data = const_cast<void*>(step.x);
+    a.y.data = step.y;
+    a.h0 = step.h0;
+    a.c0 = step.c0;
+    a.h_n = step.h_n;
+    a.c_n = step.c_n;
+    if (!bytes_) bytes_ = kernels().forward_workspace(a) + 1;
+    const Scratch scratch(bytes_, false);
+    a.workspace = scratch.get();
+    run_call(brief, [&] { kernels().forward(a); });
+  }
+
+ private:
+  ForwardArgs args_;
+  size_t bytes_ = 0;
+};
 
 }  // namespace
 
@@ -183,36 +200,39 @@ void bind_inference(py::module_& m) {
     tensor_type = tensor.release().ptr();
     quiet = would_see.release().ptr();
   });
-  m.def("describe_origin", [](const py::tuple& refs, const py::tuple& stamps, const std::string& samples) {
-    return py::capsule(new Origin(refs, stamps, samples), kOrigin, [](PyObject* capsule) {
+  // References to tensors, the version of each or -1 if it may change, addresses of words that may not.
+  m.def("describe_origin", [](const py::tuple& refs, const py::tuple& versions, const std::string& samples) {
+    return py::capsule(new Origin(refs, versions, samples), kOrigin, [](PyObject* capsule) {
       delete static_cast<const Origin*>(PyCapsule_GetPointer(capsule, kOrigin));
     });
   });
-  // Layers as describe_forward gives them and the origins of their weights; tensors like x, h and c (None where the cell has
-  // none), the states zero; layouts of y, h_n and c_n.
+  m.def("inference_layer", [](const py::tuple& problem, const py::tuple& tensors) {
+    return in_capsule(std::make_unique<PlainLayer>(forward_args(problem, tensors)));
+  });
+  // Layers as the functions inference_layer give them; origins of all weights, in their order; tensors like x, h and c (None
+  // where the cell has none), the states zero; layouts of y, h_n and c_n.
   m.def("describe_inference",
         [](const py::tuple& layers, const py::tuple& origins, const py::object& x, const py::object& h,
-           const py::object& c, const py::tuple& layouts, bool large, const py::object& alive) {
-          if (layers.empty() || origins.size() != layers.size())
-            throw std::invalid_argument("fastrnn: expected an origin of the weights of each layer");
-          auto made = std::unique_ptr<Inference>(new Inference{View(x.ptr()),
-                                                               View(h.ptr()),
-                                                               View(c.ptr()),
-                                                               layout(layouts[0]),
-                                                               layout(layouts[1]),
-                                                               c.is_none() ? Layout{} : layout(layouts[2]),
-                                                               {},
-                                                               {},
-                                                               py::make_tuple(alive, origins, h, c),
-                                                               0,
-                                                               large,
-                                                               false});
+           const py::object& c, const py::tuple& layouts, size_t large, const py::object& alive) {
+          if (layers.empty() || origins.empty() || layouts.size() != 3)
+            throw std::invalid_argument("fastrnn: expected layers, origins of their weights and 3 layouts");
+          auto made = std::make_unique<Inference>(Inference{View(x.ptr()),
+                                                            View(h.ptr()),
+                                                            View(c.ptr()),
+                                                            layout(layouts[0]),
+                                                            layout(layouts[1]),
+                                                            c.is_none() ? Layout{} : layout(layouts[2]),
+                                                            {},
+                                                            {},
+                                                            py::make_tuple(alive, layers, origins, h, c),
+                                                            0,
+                                                            large,
+                                                            false});
           int64_t products = 0;
           for (const auto& each : layers) {
-            made->layers.push_back(description<ForwardArgs>(each.ptr()));
-            const ForwardArgs& a = made->layers.back().args;
-            products += a.T * a.N * a.H * (a.I + a.O) * (is_lstm(a.cell) ? 4 : 3);
-            made->threads = a.threads;
+            made->layers.push_back(&inference_layer(each.ptr()));
+            products += made->layers.back()->products;
+            made->threads = made->layers.back()->threads;
           }
           for (const auto& each : origins) made->origins.push_back(&origin(each.ptr()));
           made->brief = products <= kBrief;

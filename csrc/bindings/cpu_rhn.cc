@@ -1,11 +1,7 @@
 // The Recurrent Highway Network's part of fastrnn._cpu; fastrnn/backends/cpu_rhn.py names the fields in this order.
 #include "../cpu/rhn.h"
 
-#include <pybind11/pybind11.h>
-
-#include "fields.h"
-
-namespace py = pybind11;
+#include "inference.h"
 
 namespace fastrnn {
 namespace {
@@ -34,19 +30,11 @@ RhnProblem problem_of(const py::tuple& problem) {
   return p;
 }
 
-void read_sequence(Fields& f, Problem& p) {
-  p.batch_sizes = static_cast<const int64_t*>(f.address());
-  p.lengths = static_cast<const int64_t*>(f.address());
-  p.reset = static_cast<const uint8_t*>(f.address());
-  p.reset_stride_t = f.integer();
-  p.reset_stride_n = f.integer();
-}
-
 void read_weights(Fields& f, const Problem& p, RhnWeights* w) {
   for (int d = 0; d < p.directions; d++) w[d] = {f.address(), f.address(), f.address()};
 }
 
-RhnForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensors) {
+RhnForwardArgs rhn_forward_args(const py::tuple& problem, const py::tuple& tensors) {
   RhnForwardArgs a;
   static_cast<RhnProblem&>(a) = problem_of(problem);
   Fields g(tensors);
@@ -66,7 +54,7 @@ RhnForwardArgs forward_args(const py::tuple& problem, const py::tuple& tensors) 
   return a;
 }
 
-RhnBackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors) {
+RhnBackwardArgs rhn_backward_args(const py::tuple& problem, const py::tuple& tensors) {
   RhnBackwardArgs a;
   static_cast<RhnProblem&>(a) = problem_of(problem);
   Fields g(tensors);
@@ -91,6 +79,28 @@ RhnBackwardArgs backward_args(const py::tuple& problem, const py::tuple& tensors
   return a;
 }
 
+class RhnLayer : public InferenceLayer {
+ public:
+  explicit RhnLayer(const RhnForwardArgs& args)
+      : InferenceLayer(args, int64_t(args.gates) * args.depth), args_(args) {}
+  void run(const Step& step, bool brief) override {
+    RhnForwardArgs a = args_;
+    a.x.data = const_cast<void*>(step.x);
+    a.y.data = step.y;
+    a.h0 = step.h0;
+    a.h_n = step.h_n;
+    const RhnKernels& rhn = *kernels().rhn;
+    if (!bytes_) bytes_ = rhn.forward_workspace(a) + 1;
+    const Scratch scratch(bytes_, false);
+    a.workspace = scratch.get();
+    run_call(brief, [&] { rhn.forward(a); });
+  }
+
+ private:
+  RhnForwardArgs args_;
+  size_t bytes_ = 0;
+};
+
 }  // namespace
 
 void bind_rhn(py::module_& m) {
@@ -110,19 +120,22 @@ void bind_rhn(py::module_& m) {
     kernels().rhn->pack(p, w, reinterpret_cast<void*>(packed));
   });
   m.def("rhn_forward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
-    return kernels().rhn->forward_workspace(forward_args(problem, tensors));
+    return kernels().rhn->forward_workspace(rhn_forward_args(problem, tensors));
   });
   m.def("rhn_forward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
-    RhnForwardArgs a = forward_args(problem, tensors);
+    RhnForwardArgs a = rhn_forward_args(problem, tensors);
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
     kernels().rhn->forward(a);
   });
+  m.def("rhn_inference_layer", [](const py::tuple& problem, const py::tuple& tensors) {
+    return in_capsule(std::make_unique<RhnLayer>(rhn_forward_args(problem, tensors)));
+  });
   m.def("rhn_backward_workspace", [](const py::tuple& problem, const py::tuple& tensors) {
-    return kernels().rhn->backward_workspace(backward_args(problem, tensors));
+    return kernels().rhn->backward_workspace(rhn_backward_args(problem, tensors));
   });
   m.def("rhn_backward", [](const py::tuple& problem, const py::tuple& tensors, intptr_t workspace) {
-    RhnBackwardArgs a = backward_args(problem, tensors);
+    RhnBackwardArgs a = rhn_backward_args(problem, tensors);
     a.workspace = reinterpret_cast<void*>(workspace);
     py::gil_scoped_release release;
     kernels().rhn->backward(a);

@@ -77,6 +77,17 @@ struct Described {
   std::array<size_t, 256> workspace{};
 };
 
+// Products of a direction's matrices with its rows, up to which a call takes less time than other threads of Python need
+// to come in: it keeps the lock.
+constexpr int64_t kBrief = 1 << 15;
+
+template <typename Body>
+void run_call(bool brief, Body body) {
+  if (brief) return body();
+  py::gil_scoped_release release;
+  body();
+}
+
 constexpr const char* kind(const ForwardArgs&) { return "fastrnn.forward"; }
 constexpr const char* kind(const BackwardArgs&) { return "fastrnn.backward"; }
 

@@ -99,8 +99,4 @@ struct View {
   }
 };
 
-// Products of a direction's matrices with its rows, up to which a call takes less time than other threads of Python need
-// to come in: it keeps the lock.
-constexpr int64_t kBrief = 1 << 15;
-
 }  // namespace fastrnn

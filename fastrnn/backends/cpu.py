@@ -6,6 +6,7 @@ hands the library addresses and strides. Shapes are those of `fastrnn.ops`; argu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -451,16 +452,16 @@ def random_mask(seed: Tensor, stream: int, p: float, steps: int, rows: int, unit
 
 
 def describe_origin(
-    refs: tuple[Any, ...], stamps: tuple[tuple[int, int], ...], samples: bytes
+    refs: tuple[weakref.ref[Tensor], ...], versions: tuple[int, ...], samples: bytes
 ) -> Any:
-    """What ``unchanged`` compares weights with: references to them, the address and version of
-    each, and what lies in the 8-byte words at the addresses ``samples`` (native uint64) now."""
-    return _cpu.describe_origin(refs, stamps, samples)
+    """What ``unchanged`` compares tensors with: references to them, the version of each (-1: what
+    it holds may change), and what the 8-byte words at the addresses ``samples`` hold now."""
+    return _cpu.describe_origin(refs, versions, samples)
 
 
 def unchanged(weights: Sequence[Tensor], origin: Any) -> bool:
-    """Whether each weight is what its reference refers to, contiguous, of its address and version,
-    and the words of the samples are what they were."""
+    """Whether each weight is what its reference refers to, of its address, sizes and version,
+    contiguous, and the words of the samples are what they were."""
     return bool(_cpu.unchanged(weights, origin))
 
 

@@ -12,7 +12,14 @@ from torch.autograd.graph import increment_version
 from fastrnn.backends import cpu
 from fastrnn.backends.cpu_memory import kept, kept_like, maker, output
 
-__all__ = ["BNLSTMCall", "bnlstm_backward", "bnlstm_forward", "follow", "plan"]
+__all__ = [
+    "BNLSTMCall",
+    "bnlstm_backward",
+    "bnlstm_forward",
+    "follow",
+    "inference_layer",
+    "plan",
+]
 
 _TERMS = 3  # input term, recurrent term, cell
 _STATISTICS = 2 * _TERMS + 1  # means, variances and a count of batches, per direction
@@ -234,6 +241,26 @@ def bnlstm_backward(
     workspace = kept((size,), torch.uint8)
     _library().bnlstm_backward(problem, tensors, cpu._aligned(workspace))
     return dx, dh0, dc0, dweights
+
+
+def inference_layer(
+    x: Tensor,
+    strides: tuple[int, ...],
+    shape: tuple[int, int],
+    hidden: int,
+    directions: int,
+    weights: Sequence[Tensor],
+    running: Sequence[Tensor],
+    packed: Tensor,
+    sequence: bool,
+    eps: float,
+) -> Any:
+    """The library's description of a layer that normalises by the running statistics (with the
+    counts), for dense x (of this one's features) and y of these strides and (steps, rows)."""
+    problem = _problem(x, shape, directions, hidden, False, sequence, eps, "")
+    tensors = [*[None] * 7, packed, *[None] * 4]  # of x to c_n the library asks in each call
+    fields = _forward_fields((*strides, 0, 0), tensors, cpu._DENSE, weights, running, directions)
+    return _library().bnlstm_inference_layer(problem, fields)
 
 
 class _Setting(NamedTuple):

@@ -316,6 +316,21 @@ def rhn_backward(
     return dx, dh0, dweights
 
 
+def inference_layer(
+    strides: tuple[int, ...],
+    shape: tuple[int, int],
+    directions: int,
+    weights: Sequence[Tensor],
+    packed: Tensor,
+) -> Any:
+    """The library's description of a layer without masks or gradients, for dense x and y of these
+    strides and (steps, rows); float32 or float64."""
+    problem = _problem("", weights, shape, directions, None, None)
+    addresses = _addresses(weights, directions)
+    fields = (*strides, *(0,) * 6, packed.data_ptr(), 0, *_DENSE, *addresses)
+    return _library().rhn_inference_layer(problem, fields)
+
+
 class RhnCall:
     """A layer that records, without masks, for inputs like ``x`` (dense, contiguous, float32 or
     float64), states like ``h`` (D, N, H) and weights of these shapes: what only the shapes decide.

@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, functional
-from fastrnn.backends import PLANS
-from fastrnn.functional.bnlstm import check_layers, describe_problem
+from fastrnn import functional
 from fastrnn.functional.checks import check_number, check_settings
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.bnlstm_call import natively_recorded
+from fastrnn.nn.bnlstm_explain import explain_bnlstm
+from fastrnn.nn.bnlstm_inference import natively, step_natively
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
-from fastrnn.nn.statistics import RunningStatistics
-from fastrnn.sequence import describe, first_of
+from fastrnn.nn.statistics import RunningStatistics, listed
+from fastrnn.sequence import first_of
 
 
 class _Stream(NamedTuple):
@@ -293,7 +292,7 @@ class BNLSTM(RunningStatistics):
         return replica
 
     def _weights(self) -> list[Any]:
-        return [getattr(self, name) for name in self._weight_names]
+        return listed(self, self._parameters, self._weight_names)
 
     def _name(self) -> str:
         return "BNLSTM"
@@ -325,7 +324,8 @@ class BNLSTM(RunningStatistics):
     _cache: Any = RecurrentBase._cache
     _check_rank: Any = RecurrentBase._check_rank
     _forward_packed: Any = RecurrentBase._forward_packed
-    _natively: Any = RecurrentBase._natively
+    _explain: Any = explain_bnlstm
+    _natively: Any = natively
     _natively_recorded: Any = natively_recorded
     _rank_message: Any = RecurrentBase._rank_message
 
@@ -400,6 +400,12 @@ class BNLSTM(RunningStatistics):
         """
         if self._forward_pre_hooks:
             compute_hooked_weights(self)
+        if not torch.is_grad_enabled() and (state is None or isinstance(state, _Stream)):
+            taken = 0 if state is None else state.taken
+            done = step_natively(self, x_t, None if state is None else (state.h, state.c), taken)
+            if done is not None:
+                h, c = done[1]
+                return done[0], _Stream(h, c, taken + 1)
         if self.bidirectional:
             raise ValueError(
                 "BNLSTM.step: bidirectional=True, expected a module of one direction; the "
@@ -437,59 +443,6 @@ class BNLSTM(RunningStatistics):
             output = output.squeeze(0)
             parts = tuple(part.squeeze(1) for part in parts)
         return output, _Stream(parts[0], parts[1], taken + 1)
-
-    def _explain(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any,
-        lengths: Any,
-        reset: Tensor | None,
-        return_cells: bool,
-    ) -> dispatch.Explanation:
-        """What ``fastrnn.explain`` says of this module."""
-        batch_sizes: Tensor | None = None
-        if isinstance(input, PackedSequence):
-            batch_sizes, input = input.batch_sizes, input.data
-        elif input.dim() == 2:
-            where = 0 if self.batch_first else 1
-            input = input.unsqueeze(where)
-            if reset is not None and reset.dim() == 1:
-                reset = reset.unsqueeze(where)
-        batch = describe(
-            input, batch_first=self.batch_first, batch_sizes=batch_sizes, lengths=lengths,
-            reset=reset,
-        )  # fmt: skip
-        states = [] if hx is None else self._split(hx)
-        tensors = [input, *states, *self.parameters()]
-        records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        half, sequence = dispatch.autocast_dtype(input), self.input_stats == "sequence"
-        check_layers(input, self._weights(), self._statistics(), self.bias, self.num_layers,
-               2 if self.bidirectional else 1, sequence, half is not None)  # fmt: skip
-        dtype = half or input.dtype
-        wide = torch.float32 if dtype.itemsize == 2 else dtype
-        over_group = self.training and self.process_group is not None
-        problem = describe_problem(
-            input, dtype, batch, self.hidden_size, 2 if self.bidirectional else 1,
-            self.num_layers, records, return_cells, over_group,
-        )  # fmt: skip
-        found = dispatch.decide(problem)
-        plan = "a Python loop over the steps"
-        if found.backend == "cpu":
-            from fastrnn.backends import cpu_bnlstm
-
-            shape = (batch.steps, batch.size)
-            texts = [
-                cpu_bnlstm.plan(shape, inputs, self.hidden_size, problem.directions, wide)
-                for _, inputs in self._layers()
-            ]
-            plan = "; ".join(dict.fromkeys(texts))
-        elif found.backend in ("cuda", "triton"):
-            plan = PLANS[found.backend](problem)
-        elif over_group:
-            plan += ", all-reduced statistics at each"
-        if wide != dtype and found.backend != "cuda":
-            plan = f"{dtype} converted to {wide} and back, ".replace("torch.", "") + plan
-        return dispatch.Explanation(found.backend, plan, found.reason, found.rejected)
 
 
 _DEFAULTS = {

@@ -25,7 +25,7 @@ def _layouts(tensors: list[Any]) -> _Layouts:
     return tuple((t.shape, t.dtype) for t in tensors)
 
 
-def _settings(module: Any) -> tuple[Any, ...]:
+def settings_of(module: Any) -> tuple[Any, ...]:
     """What of a module's options decides a call."""
     return module.eps, module.input_stats, module.batch_first, module.bidirectional, module.bias
 
@@ -35,7 +35,7 @@ class TrainingCall:
     shapes."""
 
     def __init__(self, module: Any, x: Tensor, weights: list[Any], statistics: list[Any]) -> None:
-        self._settings = _settings(module)
+        self._settings = settings_of(module)
         directions, hidden = 2 if module.bidirectional else 1, module.hidden_size
         size = x.size(0 if module.batch_first else 1)
         self._x, self._weights = (x.shape, x.dtype), _layouts(weights)
@@ -75,7 +75,7 @@ class TrainingCall:
         """output and state, or None: take the general way. h and c are None together for zeros."""
         alike = library().all_alike
         if (
-            _settings(module) != self._settings
+            settings_of(module) != self._settings
             or not library().alike(x, TENSOR, *self._x)
             or not alike(weights, PLAIN, self._weights)
             or not alike(statistics, TENSOR, self._statistics)

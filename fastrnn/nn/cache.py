@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     cell: str
     plan: str
     refs: tuple[weakref.ref[Tensor], ...]
-    # The library's: (data_ptr, _version) of each weight when it was packed, and a few of its words.
+    # The library's: address, sizes, version and a few words of each weight when it was packed.
     origin: Any
     packed: Tensor
 
@@ -136,8 +136,8 @@ class PackedCache:
             return None
         # Taken before packing, so that a write that comes in between makes the entry stale.
         refs = tuple(weakref.ref(weight) for weight in weights)
-        stamps = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        origin = cpu.describe_origin(refs, stamps, _samples(weights))
+        versions = tuple(weight._version for weight in weights)
+        origin = cpu.describe_origin(refs, versions, _samples(weights))
         made = Entry(cell, plan, refs, origin, _pack(list(weights), cell, plan))
         self._entries[layer] = made
         return made

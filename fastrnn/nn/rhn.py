@@ -12,7 +12,7 @@ from fastrnn import functional
 from fastrnn.functional.checks import check_number
 from fastrnn.functional.rhn import check_probability
 from fastrnn.nn.base import Parts
-from fastrnn.nn.rhn_call import RhnTrainingCall
+from fastrnn.nn.rhn_call import RhnNativeCall, RhnTrainingCall
 from fastrnn.nn.step import Steppable
 from fastrnn.nn.stepper import Layout
 
@@ -81,8 +81,6 @@ class RHN(Steppable):
         weight_ih_l{k} (G * H, I or D * H), weight_hh_l{k} (depth, G * H, H),
         bias_l{k} (depth, G * H).
     """
-
-    _prepares = False
 
     def __init__(
         self,
@@ -215,6 +213,19 @@ class RHN(Steppable):
         if not self.variational_input == self.variational_state == self.dropout == 0:
             return None
         return super()._natively_recorded(input, hx)
+
+    def _draws(self) -> bool:
+        # As above of what is wrong.
+        plain = self.variational_input == self.variational_state == self.dropout == 0
+        return self.training and not plain
+
+    def _takes(self, x: Any, h: Any, c: Any, ranks: tuple[int, ...]) -> bool:
+        return super()._takes(x, h, c, ranks) and x.dtype in (torch.float32, torch.float64)
+
+    def _native_call(
+        self, sizes: tuple[int, int, int, int], x: Tensor, layout: Layout
+    ) -> RhnNativeCall:
+        return RhnNativeCall(self._options(), self._cell(), sizes, x, layout)
 
     def _training_call(self, input: Tensor, layout: Layout) -> RhnTrainingCall:
         return RhnTrainingCall(self._options(), self._cell(), self._sizes(), input, layout)

@@ -13,13 +13,21 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn.functional.bnlstm import STATISTICS
 
 
+def listed(module: nn.Module, registered: dict[str, Any], names: list[str]) -> list[Any]:
+    """The module's tensors of these names, which may be ``registered``."""
+    try:  # several times as quick as getattr
+        return [registered[name] for name in names]
+    except KeyError:  # parametrised, pruned, weight-normed, replicated or deleted
+        return [getattr(module, name) for name in names]
+
+
 class RunningStatistics(nn.Module):
     """Adds ``reset_running_stats`` and ``recalibrate`` to a module that lists its buffers."""
 
     _statistic_names: list[str]
 
     def _statistics(self) -> list[Any]:
-        return [getattr(self, name) for name in self._statistic_names]
+        return listed(self, self._buffers, self._statistic_names)
 
     def reset_running_stats(self) -> None:
         """Set running means and counts to 0 and running variances to 1."""

@@ -16,8 +16,6 @@ from fastrnn.nn.traced import in_one_piece
 class Steppable(RecurrentBase):
     """Adds `step`, and the short way to the CPU library for calls of a shape seen before."""
 
-    _prepares = True  # calls without gradients: for the cells of torch.nn
-
     def _cell(self) -> str:
         """The name the operators know the cell by."""
         return self.mode.lower() + ("_layer_norm" if self.layer_norm else "")
@@ -93,7 +91,7 @@ class Steppable(RecurrentBase):
         """`step` without gradients on the CPU library; None: take the general way, which also
         says what is wrong with an argument."""
         parts = self._parts(state)
-        if not self._prepares or parts is None or self.bidirectional or self._draws():
+        if parts is None or self.bidirectional or self._draws():
             return None
         if torch.compiler.is_compiling():
             return None
@@ -106,7 +104,7 @@ class Steppable(RecurrentBase):
                 return None
             sizes = (self.hidden_size, self.proj_size, 1, self.num_layers)
             # In place only when it has proved to work: concurrent callers may use the old one.
-            stepper = NativeCall(self._cell(), sizes, x_t, Layout.step(x_t))
+            stepper = self._native_call(sizes, x_t, Layout.step(x_t))
             done = stepper(x_t, *parts, weights, self)
             if done is None:
                 return None
@@ -116,7 +114,7 @@ class Steppable(RecurrentBase):
 
     def _natively(self, input: Any, hx: Any) -> Any:
         parts = self._parts(hx)
-        if not self._prepares or parts is None or self._draws():
+        if parts is None or self._draws():
             return None
         weights = self._weights()
         known = None if self._packed is None else self._still(self._packed.sequence, True)
@@ -129,7 +127,7 @@ class Steppable(RecurrentBase):
                 cache.seen = input.shape
                 return None
             layout = Layout.sequence(input, self.batch_first)
-            sequence = NativeCall(self._cell(), self._sizes(), input, layout)
+            sequence = self._native_call(self._sizes(), input, layout)
             done = sequence(input, *parts, weights, self)
             if done is None:
                 return None
@@ -159,6 +157,9 @@ class Steppable(RecurrentBase):
                 return None
             cache.training = training
         return done[0], done[1:] if self.mode == "LSTM" else done[1]
+
+    def _native_call(self, sizes: tuple[int, int, int, int], x: Tensor, layout: Layout) -> Any:
+        return NativeCall(self._cell(), sizes, x, layout)
 
     def _training_call(self, input: Tensor, layout: Layout) -> TrainingCall:
         return TrainingCall(self._cell(), self._sizes(), input, layout)

@@ -75,7 +75,7 @@ class _Call:
         hidden, proj, directions, layers = sizes
         self.cell, self.sizes, self.layout, self._dtype = cell, sizes, layout, x.dtype
         first = layout.batch_first and layout.batched
-        self._batch = Batch(layout.steps, layout.batch, first, None, None, None)
+        self.batch = Batch(layout.steps, layout.batch, first, None, None, None)
         self._x_shape = x.shape
         rows, out = layout.batch, proj or hidden
         lead = (layers * directions,) if stacked else ()
@@ -83,8 +83,9 @@ class _Call:
             lead = (*lead, rows)
         self._h_like = x.new_zeros((*lead, out))
         self._h_shape = self._h_like.shape
-        kind = KINDS.get(cell)  # an RHN has operators of its own, and no c
-        self._c_like = None if kind is None or not kind.has_cell else x.new_zeros((*lead, hidden))
+        kind = KINDS.get(cell)  # an RHN and a BNLSTM have operators of their own
+        has_cell = cell == "bnlstm" if kind is None else kind.has_cell
+        self._c_like = x.new_zeros((*lead, hidden)) if has_cell else None
 
     def _served(self, x: Any, h: Any, c: Any) -> bool:
         """Whether these are tensors as described, and nothing is at work that would change, or
@@ -121,20 +122,20 @@ class NativeCall(_Call):
         self._bf16: bool | None = None
 
     def __call__(
-        self, x: Any, h: Any, c: Any, weights: list[Any], module: Any
+        self, x: Any, h: Any, c: Any, weights: list[Any], module: Any, first: int = 0
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """y, h_n and c_n (h_n again where there is none), or None: take the general way.
 
-        h and c are None together for zeros. Not for traced code.
+        h and c are None together for zeros; ``first`` is the number of the first step, for a module
+        that counts them. Not for traced code.
         """
         bf16 = dispatch.settled()
         if bf16 is None:
             return None
-        inference = self._inference
+        inference, infer = self._inference, library().infer
+        done: tuple[Tensor, Tensor, Tensor] | None
         if inference is not None and bf16 is self._bf16:
-            done: tuple[Tensor, Tensor, Tensor] | None = library().infer(
-                inference, x, h, c, weights
-            )
+            done = infer(inference, x, h, c, weights, first)
             if done is not None:
                 return done
         cache = module._cache()
@@ -144,53 +145,74 @@ class NativeCall(_Call):
         if inference is None:
             return None
         self._inference, self._bf16 = inference, bf16
-        done = library().infer(inference, x, h, c, weights)
+        done = infer(inference, x, h, c, weights, first)
         return done
 
     def _describe(self, x: Tensor, weights: list[Any], cache: PackedCache) -> Any:
         """The library's description of the call, valid for these weights, this number of threads
         and this setting of bfloat16; None: take the general way."""
-        if not cpu.supports(self._dtype):  # the general way says what is wrong with it
+        plan = None if any(w is None for w in weights) else self._plan(x, weights)
+        if plan is None:
             return None
-        backend, plan = dispatch.choose(self.cell, x, self._batch, self.sizes, False, False, False)
-        if backend != "cpu" or any(w is None for w in weights):
+        parts = self._parts(x, weights, plan, cache)
+        if parts is None:
             return None
-        _, proj, directions, layers = self.sizes
-        count = len(weights) // layers
-        bias = count // directions - KINDS[self.cell].norms >= 4
-        check_weights(self.cell, x, weights, bias, layers, directions, proj)
-        own = [weights[k * count : (k + 1) * count] for k in range(layers)]
-        entries = [cache.entry(k, group, self.cell, plan) for k, group in enumerate(own)]
-        made = [entry for entry in entries if entry is not None]
-        if len(made) < layers:
-            return None
-        forwards, alive = [], [entry.packed for entry in made]
-        for entry, group in zip(made, own):
-            description, dense = self._describe_layer(x, group, entry.packed, plan)
-            forwards.append(description)
-            alive += dense
         states = (self._h_like, self._c_like)
         layouts = tuple(None if t is None else layout_of(t) for t in (self._y_like, *states))
+        size = self._y_like.nbytes
         return library().describe_inference(
-            tuple(forwards), tuple(entry.origin for entry in made), x, *states, layouts,
-            self._y_like.nbytes >= LARGE, tuple(alive),
+            parts.layers, parts.origins, x, *states, layouts, size if size >= LARGE else 0,
+            parts.alive,
         )  # fmt: skip
 
-    def _describe_layer(
-        self, x: Tensor, weights: list[Tensor], packed: Tensor, plan: str
-    ) -> tuple[Any, list[Tensor]]:
-        """Its description, and the dense weights whose addresses are in it."""
-        directions, (steps, batch, over_t, over_n, *_) = self.sizes[2], self.layout
-        dense = [w if w.is_contiguous() else w.contiguous() for w in weights]
-        features, out = dense[0].size(1), directions * dense[1].size(1)
-        state = x.new_empty((directions, batch, dense[1].size(1)))
-        problem = cpu._problem(self.cell, x.dtype, read_plan(plan), dense, (steps, batch), state)
-        fields = (
-            over_t * features, over_n * features, over_t * out, over_n * out, *(0,) * 9,
-            packed.data_ptr(), *(0,) * 6,
-            *cpu._addresses(dense, directions, KINDS[self.cell].norms),
-        )  # fmt: skip
-        return library().describe_forward(problem, fields), dense
+    def _plan(self, x: Tensor, weights: list[Tensor]) -> str | None:
+        """How the CPU library makes the call, None where another backend does; raises if the
+        weights do not fit."""
+        if not cpu.supports(self._dtype):  # the general way says what is wrong with it
+            return None
+        _, proj, directions, layers = self.sizes
+        backend, plan = dispatch.choose(self.cell, x, self.batch, self.sizes, False, False, False)
+        if backend != "cpu":
+            return None
+        bias = len(weights) // layers // directions - KINDS[self.cell].norms >= 4
+        check_weights(self.cell, x, weights, bias, layers, directions, proj)
+        return plan
+
+    def _parts(
+        self, x: Tensor, weights: list[Tensor], plan: str, cache: PackedCache
+    ) -> InferenceParts | None:
+        count = len(weights) // self.sizes[3]
+        own = [weights[k * count : (k + 1) * count] for k in range(self.sizes[3])]
+        entries = [cache.entry(k, group, self.cell, plan) for k, group in enumerate(own)]
+        made = [entry for entry in entries if entry is not None]
+        if len(made) < len(own):
+            return None
+        layers = [self._layer(x, group, entry.packed, plan) for group, entry in zip(own, made)]
+        origins, packed = [entry.origin for entry in made], [entry.packed for entry in made]
+        return InferenceParts(tuple(layers), tuple(origins), tuple(packed))
+
+    def _layer(self, x: Tensor, weights: list[Tensor], packed: Tensor, plan: str) -> Any:
+        """The library's description of a layer with these weights, which are contiguous."""
+        directions, (steps, batch, *_) = self.sizes[2], self.layout
+        state = x.new_empty((directions, batch, weights[1].size(1)))
+        problem = cpu._problem(self.cell, x.dtype, read_plan(plan), weights, (steps, batch), state)
+        addresses = cpu._addresses(weights, directions, KINDS[self.cell].norms)
+        strides = self._strides(weights[0].size(1), directions * weights[1].size(1))
+        fields = (*strides, *(0,) * 9, packed.data_ptr(), *(0,) * 6, *addresses)
+        return library().inference_layer(problem, fields)
+
+    def _strides(self, *widths: int) -> tuple[int, ...]:
+        """Of dense sequences with rows of these widths: over steps and over the batch."""
+        return tuple(w * over for w in widths for over in self.layout[2:4])
+
+
+class InferenceParts(NamedTuple):
+    """What the library needs for a call: a description of each layer, the origins of all weights in
+    their order, and what both point into."""
+
+    layers: tuple[Any, ...]
+    origins: tuple[Any, ...]
+    alive: tuple[Any, ...]
 
 
 class TrainingCall(_Call):
@@ -233,7 +255,7 @@ class TrainingCall(_Call):
     def _prepare(self, x: Tensor, weights: list[Tensor]) -> Any:
         """What ``_run`` takes; None where another backend runs the call; raises if the weights do
         not fit."""
-        chosen = dispatch.choose(self.cell, x, self._batch, self.sizes, True, False, False)
+        chosen = dispatch.choose(self.cell, x, self.batch, self.sizes, True, False, False)
         if chosen != ("cpu", ""):
             return None
         _, proj, directions, layers = self.sizes
