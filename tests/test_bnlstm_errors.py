@@ -186,7 +186,7 @@ def test_bad_functional_arguments() -> None:
         functional.bnlstm(X, None, own, [*statistics[:2], statistics[2][0], *statistics[3:]])
     with pytest.raises(ValueError, match="flat_statistics: got no rows, expected those of one"):
         functional.bnlstm(X, None, own, [t[:0] for t in statistics])
-    with pytest.raises(ValueError, match="first_step: got -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="first_step: got -1, expected at least 0"):
         functional.bnlstm(X, None, own, statistics, first_step=-1)
     with pytest.raises(ValueError, match="input_stats: got 'all'"):
         functional.bnlstm(X, None, own, statistics, input_stats="all")

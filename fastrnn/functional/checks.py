@@ -5,12 +5,70 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from fastrnn.kinds import KINDS
+from fastrnn.sequence import check_tensor
 
-__all__ = ["check_layer_norm", "check_number", "check_settings", "check_state", "check_weights"]
+__all__ = [
+    "check_count",
+    "check_counts",
+    "check_layer_norm",
+    "check_number",
+    "check_pair",
+    "check_settings",
+    "check_state",
+    "check_tensors",
+    "check_weights",
+]
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises TypeError or ValueError for what is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an int")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
+def check_counts(num_layers: Any, proj_size: Any) -> None:
+    """Raises what the constructors of torch.nn raise of these, which take a bool where it counts
+    as the 1 or 0 that it equals."""
+    for name, value in (("num_layers", num_layers), ("proj_size", proj_size)):
+        # An int may be a symbol in a traced graph, which does not answer to hasattr.
+        integer = isinstance(value, int) or hasattr(value, "__index__")
+        if not integer or (name == "proj_size" and value is True):
+            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
+    if proj_size < 0:
+        raise ValueError(
+            "proj_size should be a positive integer or zero to disable projections, "
+            f"got {proj_size}"
+        )
+
+
+def check_tensors(name: str, values: Any) -> None:
+    """Raises TypeError unless these are tensors in a list, or in what can be indexed like one."""
+    if not isinstance(values, (list, tuple)) and (
+        isinstance(values, Tensor) or not hasattr(values, "__getitem__")
+    ):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected a list of tensors")
+    for index, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            check_tensor(f"{name}[{index}]", value)
+
+
+def check_pair(hx: Any) -> tuple[Tensor, Tensor]:
+    """The two states of an LSTM."""
+    pair = isinstance(hx, (tuple, list)) and len(hx) == 2
+    if not pair or not all(isinstance(t, Tensor) for t in hx):
+        raise TypeError(
+            f"hx: got {type(hx).__name__}, expected a pair of tensors (h_0, c_0) for an LSTM"
+        )
+    return hx[0], hx[1]
 
 
 def check_number(name: str, value: object) -> None:

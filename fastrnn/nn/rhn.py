@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
-from fastrnn.functional.checks import check_number
+from fastrnn.functional.checks import check_count, check_number
 from fastrnn.functional.rhn import check_probability
 from fastrnn.nn.base import Parts
 from fastrnn.nn.rhn_call import RhnTrainingCall
@@ -105,7 +105,10 @@ class RHN(Steppable):
         init_range: float = 0.04,
         recompute: bool = False,
     ) -> None:
-        _check_counts(input_size, hidden_size, num_layers, depth)
+        check_count("input_size", input_size, 0)
+        check_count("hidden_size", hidden_size)
+        check_count("num_layers", num_layers)
+        check_count("depth", depth)
         _check_flags(
             bias=bias,
             batch_first=batch_first,
@@ -247,19 +250,6 @@ class RHN(Steppable):
             **options,
         )
         return output, (h_n,)
-
-
-def _check_counts(input_size: Any, hidden_size: Any, num_layers: Any, depth: Any) -> None:
-    for name, value, least in (
-        ("input_size", input_size, 0),
-        ("hidden_size", hidden_size, 1),
-        ("num_layers", num_layers, 1),
-        ("depth", depth, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an int")
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 def _check_flags(**flags: Any) -> None:
