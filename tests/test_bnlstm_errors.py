@@ -119,6 +119,37 @@ def test_settings_are_checked_when_they_are_set(name: str) -> None:
     assert getattr(module, name) == before
 
 
+@pytest.mark.parametrize(
+    "group", [3, "WORLD", False, object()], ids=lambda group: type(group).__name__
+)
+def test_what_is_no_process_group(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = rf"process_group: got .* \({type(group).__name__}\), expected a ProcessGroup of torch"
+    module = make()
+    own, statistics = module._weights(), module._statistics()
+    for training in (True, False):
+        module.train(training)
+        with pytest.raises(TypeError, match=message):
+            make(process_group=group)
+        with pytest.raises(TypeError, match=message):
+            module.process_group = group
+        assert module.process_group is None
+        module(X)
+        with pytest.raises(TypeError, match=message):
+            functional.bnlstm(X, None, own, statistics, training=training, process_group=group)
+        # A torch that was built without it has the function, but no groups.
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+        monkeypatch.delattr(torch.distributed, "ProcessGroup", raising=False)
+    make(process_group=None)(X)
+
+
+def test_a_rank_outside_of_a_group() -> None:
+    """What new_group gives there is taken by collectives, which then do nothing."""
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    module = make(process_group=outside)
+    module.process_group = outside
+    assert module.process_group == outside
+
+
 def test_what_parameters_and_buffers_are_made_for_stays() -> None:
     module = make()
     with pytest.raises(AttributeError):

@@ -15,6 +15,7 @@ from fastrnn.backends import cpu_bnlstm, reference_bnlstm
 from fastrnn.functional.checks import (
     check_count,
     check_pair,
+    check_process_group,
     check_settings,
     check_state,
     check_tensors,
@@ -80,6 +81,7 @@ def bnlstm(
     """
     if not is_compiling():
         check_settings(dropout, eps, momentum, h0_noise)
+        check_process_group(process_group)
     batch_stats = training if batch_stats is None else batch_stats
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrnn.kinds import KINDS
@@ -18,6 +19,7 @@ __all__ = [
     "check_layer_norm",
     "check_number",
     "check_pair",
+    "check_process_group",
     "check_settings",
     "check_state",
     "check_tensors",
@@ -48,6 +50,23 @@ def check_counts(num_layers: Any, proj_size: Any) -> None:
             "proj_size should be a positive integer or zero to disable projections, "
             f"got {proj_size}"
         )
+
+
+def check_process_group(group: Any) -> None:
+    """Raises TypeError unless it is None or what collectives of torch.distributed take: a group, or
+    what new_group gives to a rank outside of it."""
+    if group is None:
+        return
+    if torch.distributed.is_available():
+        outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+        if isinstance(group, torch.distributed.ProcessGroup):
+            return
+        if type(group) is type(outside) and group == outside:
+            return
+    raise TypeError(
+        f"process_group: got {group!r} ({type(group).__name__}), expected a ProcessGroup of "
+        "torch.distributed, such as torch.distributed.new_group() gives, or None"
+    )
 
 
 def check_tensors(name: str, values: Any) -> None:

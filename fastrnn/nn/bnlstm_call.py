@@ -104,7 +104,7 @@ def natively_recorded(module: Any, input: Any, hx: Any) -> Any:
         or module._recalibrates
         or module.num_layers > 1
         or module.momentum is None
-        or module.process_group is not None
+        or module._process_group is not None
         or (hx is None and (module.h0_noise or module.learn_init_state))
         or not (hx is None or (type(hx) is tuple and len(hx) == 2))
     ):
