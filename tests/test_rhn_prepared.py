@@ -220,9 +220,6 @@ def test_what_changes_is_noticed(set_threads: Any) -> None:
         (lambda m: setattr(m, "couple_carry", False), RuntimeError, "couple_carry"),
         (lambda m: setattr(m, "bias", False), ValueError, "bias=False"),
         (lambda m: setattr(m, "bidirectional", True), ValueError, "2 directions"),
-        (lambda m: setattr(m, "variational_input", 2.0), ValueError, "variational_input"),
-        (lambda m: setattr(m, "variational_state", None), TypeError, "variational_state"),
-        (lambda m: setattr(m, "dropout", -1.0), ValueError, "dropout"),
         (lambda m: m.half(), ValueError, "dtype"),
         (lambda m: setattr(m, "bias_l0", torch.nn.Parameter(m.bias_l0.double())), ValueError,
          "dtype"),
@@ -330,6 +327,22 @@ def test_masks_follow_the_generator_after_a_prepared_call() -> None:
         found = step(module, x)
         torch.manual_seed(3)
         same(found, in_general(module, x))
+
+
+@pytest.mark.parametrize("name", ["variational_input", "variational_state", "dropout"])
+def test_probabilities_are_checked_when_they_are_set(name: str) -> None:
+    """A prepared call takes False for the 0 that it equals."""
+    for module in (make(), ready()[0]):
+        for value in (False, True, "0", None):
+            with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*expected a probab"):
+                setattr(module, name, value)
+        for wrong in (-0.1, 1.5, float("nan")):
+            with pytest.raises(ValueError, match=f"{name}: got {wrong}, expected a probability"):
+                setattr(module, name, wrong)
+        assert getattr(module, name) == 0
+        setattr(module, name, 1)
+        assert type(getattr(module, name)) is float
+        assert f"{name}=1.0" in repr(module)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own

@@ -135,12 +135,12 @@ class RHN(Steppable):
         nn.Module.__init__(self)
         self.mode = "RHN"
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bias, self.batch_first, self._dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, 0
         self._depth, self.couple_carry = depth, couple_carry
         self.transform_bias, self.init_range = float(transform_bias), float(init_range)
-        self.variational_input = float(variational_input)
-        self.variational_state = float(variational_state)
+        self._variational_input = float(variational_input)
+        self._variational_state = float(variational_state)
         self.tie_gate_masks, self.recompute = tie_gate_masks, recompute
 
         rows, directions = self._gates * hidden_size, 2 if bidirectional else 1
@@ -170,6 +170,37 @@ class RHN(Steppable):
             f"{name}: got {values[0]!r}, but an RHN has no {name}; its regularisers are "
             "variational_input and variational_state"
         )
+
+    # Checked when they are set: a call that is prepared takes each for a number.
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing each output of all layers but the last."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        check_probability("dropout", value)
+        self._dropout = float(value)
+
+    @property
+    def variational_input(self) -> float:
+        """Probability of zeroing in the mask of a layer's input."""
+        return self._variational_input
+
+    @variational_input.setter
+    def variational_input(self, value: float) -> None:
+        check_probability("variational_input", value)
+        self._variational_input = float(value)
+
+    @property
+    def variational_state(self) -> float:
+        """Probability of zeroing in the mask of a layer's state."""
+        return self._variational_state
+
+    @variational_state.setter
+    def variational_state(self, value: float) -> None:
+        check_probability("variational_state", value)
+        self._variational_state = float(value)
 
     @property
     def depth(self) -> int:
@@ -214,8 +245,8 @@ class RHN(Steppable):
         return "rhn"
 
     def _natively_recorded(self, input: Any, hx: Any) -> Any:
-        # The general way draws masks, and says what is wrong with a probability.
-        if not self.variational_input == self.variational_state == self.dropout == 0:
+        # The general way draws masks.
+        if not self._variational_input == self._variational_state == self._dropout == 0:
             return None
         return super()._natively_recorded(input, hx)
 
