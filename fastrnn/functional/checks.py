@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.kinds import KINDS
-from fastrnn.sequence import check_tensor
+from fastrnn.sequence import check_strided, check_tensor
 
 __all__ = [
     "check_count",
@@ -22,6 +22,7 @@ __all__ = [
     "check_process_group",
     "check_settings",
     "check_state",
+    "check_step",
     "check_tensors",
     "check_weights",
 ]
@@ -195,6 +196,8 @@ def check_layer_norm(reset_after: bool) -> None:
 
 
 def check_state(name: str, state: Tensor, expected: tuple[int, int, int], input: Tensor) -> None:
+    if state.layout is not torch.jagged:  # of which torch.nn says that its sizes do not fit
+        check_strided(name.replace("hidden", "hx"), state)
     if state.shape != expected:
         raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
     if state.device != input.device:
@@ -208,3 +211,15 @@ def check_state(name: str, state: Tensor, expected: tuple[int, int, int], input:
             f"{input.dtype} and hidden tensor with {state.dtype}; convert hx with "
             f"hx.to({input.dtype})"
         )
+
+
+def check_step(input: Tensor, h: Tensor, c: Tensor | None) -> None:
+    """Check that one step of a cell has a matrix and states that can be viewed as a sequence's."""
+    check_tensor("input", input)
+    check_strided("input", input)
+    if input.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions (N, I), got {input.dim()}")
+    check_tensor("hx", h)
+    check_strided("hx" if c is None else "hx[0]", h)
+    if c is not None:
+        check_strided("hx[1]", c)

@@ -22,13 +22,14 @@ from fastrnn.functional.checks import (
     check_layer_norm,
     check_pair,
     check_state,
+    check_step,
     check_tensors,
     check_weights,
 )
 from fastrnn.functional.plain import compiles_plain, forward_only, plain_layer
 from fastrnn.kinds import KINDS
 from fastrnn.regularisers import Regularisers, draw_seed, drop_weights, regularisers_of
-from fastrnn.sequence import Batch, check_tensor, describe, flip_layout, sized_by
+from fastrnn.sequence import Batch, describe, flip_layout, sized_by
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -450,9 +451,7 @@ def _run_cell(
         weights += [b_ih, b_hh]
     elif b_ih is not None or b_hh is not None:
         raise ValueError("b_ih, b_hh: got one of the two biases, expected both or neither")
-    if input.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions (N, I), got {input.dim()}")
-    check_tensor("hx", h)
+    check_step(input, h, c)
     output, h_n, c_n, _ = results = _run(
         cell, input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights,
         b_ih is not None, 1, 0.0, False, False, False, 0, None, None, None, False, False, cache,

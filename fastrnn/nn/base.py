@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn.nn.cache import PackedCache, current_cache
 from fastrnn.nn.traced import Proxy, as_leaf
 from fastrnn.regularisers import check, probability
+from fastrnn.sequence import all_strided, check_strided
 
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
 
@@ -246,7 +247,7 @@ class RecurrentBase(nn.RNNBase):
         return f"{self._name()}: Expected input to be 2D or 3D, got {rank}D instead"
 
     def _check_rank(self, parts: Parts, rank: int) -> None:
-        for part in parts:
+        for i, part in enumerate(parts):
             if part.dim() != rank:
                 kind = "batched 3-D" if rank == 3 else "unbatched 2-D"
                 ranks = [f"{part.dim()}-D" for part in parts]
@@ -256,6 +257,8 @@ class RecurrentBase(nn.RNNBase):
                 raise RuntimeError(
                     f"For {kind} input, {names} should also be {rank}-D but got {got}"
                 )
+            if part.layout is not torch.jagged:  # of which torch.nn says that its sizes do not fit
+                check_strided("hx" if len(parts) == 1 else f"hx[{i}]", part)
 
     def _present_weights(self) -> list[Tensor]:
         weights = self._weights()
@@ -301,7 +304,14 @@ class RecurrentBase(nn.RNNBase):
         # Dynamo guards what it meets: it is told here that none of the short ways is its.
         if lengths is None and reset is None and not return_cells and not is_compiling():
             short = self._natively_recorded if torch.is_grad_enabled() else self._natively
-            done = short(input, hx)
+            try:
+                done = short(input, hx)
+            except RuntimeError:
+                # Asked only now: such questions are most of a small call. The general way says
+                # what is wrong.
+                if all_strided(input, hx):
+                    raise
+                done = None
             if done is not None:
                 return done
         self._check_return_cells(return_cells)

@@ -16,6 +16,7 @@ from fastrnn import functional
 from fastrnn.nn.cache import PackedCache, current_cache
 from fastrnn.nn.stepper import Layout, NativeCall
 from fastrnn.nn.traced import Proxy, as_leaf
+from fastrnn.sequence import all_strided
 
 
 class _Cell(nn.modules.rnn.RNNCellBase):
@@ -102,13 +103,18 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         known = cache.stepper
         if known is not None and known.cell != cell:  # an attribute was changed
             known = None
-        done = None if known is None else known(input, h, c, weights, cache)
-        if done is None:
-            sizes = (self.hidden_size, 0, 1, 1)
-            stepper = NativeCall(cell, sizes, input, Layout.step(input), stacked=False)
-            done = stepper(input, h, c, weights, cache)
-            if done is not None:
-                cache.stepper = stepper
+        try:
+            done = None if known is None else known(input, h, c, weights, cache)
+            if done is None:
+                sizes = (self.hidden_size, 0, 1, 1)
+                stepper = NativeCall(cell, sizes, input, Layout.step(input), stacked=False)
+                done = stepper(input, h, c, weights, cache)
+                if done is not None:
+                    cache.stepper = stepper
+        except RuntimeError:  # as in the forward of the layers
+            if all_strided(input, h, c):
+                raise
+            return None
         return done
 
     def _single_state(self, name: str, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:

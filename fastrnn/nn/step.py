@@ -11,6 +11,7 @@ from fastrnn.nn.base import RecurrentBase
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.stepper import Layout, NativeCall, TrainingCall
 from fastrnn.nn.traced import in_one_piece
+from fastrnn.sequence import all_strided
 
 
 class Steppable(RecurrentBase):
@@ -57,7 +58,12 @@ class Steppable(RecurrentBase):
         if self._forward_pre_hooks:
             compute_hooked_weights(self)
         if not torch.is_grad_enabled():
-            done = self._step_natively(x_t, state)
+            try:
+                done = self._step_natively(x_t, state)
+            except RuntimeError:  # as in forward
+                if all_strided(x_t, state):
+                    raise
+                done = None
             if done is not None:
                 return done
         if self.bidirectional:
