@@ -109,7 +109,7 @@ def test_settings_changed_to_what_they_cannot_be(name: str, value: Any) -> None:
     assert torch.equal(draws, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["eps", "momentum", "h0_noise"])
+@pytest.mark.parametrize("name", ["eps", "momentum", "h0_noise", "dropout"])
 def test_settings_are_checked_when_they_are_set(name: str) -> None:
     """At the call a compiled module would not see them."""
     module = make()
@@ -187,11 +187,29 @@ def test_bad_steps() -> None:
 
 @pytest.mark.parametrize("name", ["gamma_init", "forget_bias"])
 def test_initial_values_are_finite_numbers(name: str) -> None:
+    module = make(**{name: 0.25})
     for value in ("1", None, True):
         with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*\), expected a number"):
             make(**{name: value})
+        with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*\), expected a number"):
+            setattr(module, name, value)
     with pytest.raises(ValueError, match=f"{name}: got nan, expected a finite number"):
         make(**{name: float("nan")})
+    with pytest.raises(ValueError, match=f"{name}: got nan, expected a finite number"):
+        setattr(module, name, float("nan"))
+    assert getattr(module, name) == 0.25
+
+
+@pytest.mark.parametrize(("name", "value"), [("dropout", "0"), ("input_stats", "batch")])
+def test_a_prepared_call_has_no_settings_that_cannot_be(name: str, value: str) -> None:
+    """It takes what is not "sequence" for "step", and drops nothing."""
+    module = make()
+    for _ in range(3):
+        module(X)
+    before = getattr(module, name)
+    with pytest.raises(ValueError, match=rf"{name} should be .* got '{value}'"):
+        setattr(module, name, value)
+    assert getattr(module, name) == before
 
 
 def test_what_is_recalibrated_on() -> None:

@@ -450,3 +450,11 @@ def test_zoneout_is_set_as_it_is_constructed() -> None:
     with pytest.raises(ValueError, match="zoneout: got 1 values, expected p or"):
         module.zoneout = (0.2,)
     assert module.zoneout == 0.1
+    for name in ("GRU", "RNN"):
+        single = getattr(fastrnn, name)(2, 3, zoneout=0.1)
+        with pytest.raises(
+            ValueError, match=r"zoneout: got \(0\.1, 0\.2\), expected one probability"
+        ):
+            single.zoneout = (0.1, 0.2)
+        assert single.zoneout == 0.1
+        single(torch.randn(4, 1, 2))

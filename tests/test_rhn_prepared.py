@@ -345,6 +345,25 @@ def test_probabilities_are_checked_when_they_are_set(name: str) -> None:
         assert f"{name}=1.0" in repr(module)
 
 
+@pytest.mark.parametrize("name", ["init_range", "transform_bias"])
+def test_initial_values_are_checked_when_they_are_set(name: str) -> None:
+    """In reset_parameters it would be too late for those that have been drawn."""
+    module = make()
+    before = getattr(module, name)
+    for value in ("1", None, True):
+        with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*\), expected a number"):
+            setattr(module, name, value)
+    with pytest.raises(ValueError, match=f"{name}: got nan, expected a finite number"):
+        setattr(module, name, float("nan"))
+    assert getattr(module, name) == before
+    with pytest.raises(ValueError, match="init_range: got -1, expected 0 or more"):
+        module.init_range = -1
+    setattr(module, name, 0.5)
+    module.reset_parameters()
+    assert (module.bias_l0[:, H:] == 0.5).all() == (name == "transform_bias")
+    assert (module.weight_hh_l0.abs() > 0.04).any() == (name == "init_range")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_transforms_and_tracers() -> None:

@@ -128,6 +128,8 @@ class RecurrentBase(nn.RNNBase):
             raise ValueError(
                 f"zoneout: got {len(value)} values, expected p or (p_h, p_c)"  # type: ignore[arg-type]
             )
+        if pair and self.mode not in ("LSTM", "RHN"):  # an RHN has no zoneout at all
+            check(self._name().lower(), zoneout=value)
         h, c = value if pair else (value, value)  # type: ignore[misc]
         self._set_rates(1, probability("zoneout", h), probability("zoneout", c))
         self._zoneout_pair = pair

@@ -17,7 +17,7 @@ from fastrnn.functional.bnlstm import check_layers, describe_problem
 from fastrnn.functional.checks import check_number, check_process_group, check_settings
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.bnlstm_call import natively_recorded
-from fastrnn.nn.bnlstm_options import BNLSTMOptions
+from fastrnn.nn.bnlstm_options import BNLSTMOptions, check_input_stats
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.statistics import RunningStatistics
@@ -157,22 +157,21 @@ class BNLSTM(BNLSTMOptions, RunningStatistics):
                 f"1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=2,
             )
-        if input_stats not in ("step", "sequence"):
-            raise ValueError(f"input_stats should be 'step' or 'sequence', got {input_stats!r}")
+        check_input_stats(input_stats)
         check_process_group(process_group)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = float(dropout)
+        self._dropout = float(dropout)
         self.bidirectional = bidirectional
         self._max_length = max_length
         self._eps = repr(float(eps))
         self._momentum = None if momentum is None else float(momentum)
-        self.gamma_init = float(gamma_init)
-        self.forget_bias = float(forget_bias)
-        self.input_stats = input_stats
+        self._gamma_init = float(gamma_init)
+        self._forget_bias = float(forget_bias)
+        self._input_stats = input_stats
         self.learn_init_state = learn_init_state
         self._h0_noise = float(h0_noise)
         self._process_group = process_group

@@ -27,7 +27,7 @@ def _layouts(tensors: list[Any]) -> _Layouts:
 
 def _settings(module: Any) -> tuple[Any, ...]:
     """What of a module's options decides a call."""
-    return module.eps, module.input_stats, module.batch_first, module.bidirectional, module.bias
+    return module.eps, module._input_stats, module.batch_first, module.bidirectional, module.bias
 
 
 class TrainingCall:

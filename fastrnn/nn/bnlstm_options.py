@@ -9,18 +9,36 @@ from typing import Any
 
 from torch import nn
 
-from fastrnn.functional.checks import check_process_group, check_settings
+from fastrnn.functional.checks import check_number, check_process_group, check_settings
+
+
+def check_input_stats(value: object) -> None:
+    if value not in ("step", "sequence"):
+        raise ValueError(f"input_stats should be 'step' or 'sequence', got {value!r}")
 
 
 class BNLSTMOptions(nn.Module):
     """Adds the properties to a module that has their values under names with an underscore."""
 
+    _dropout: float
     _eps: str
+    _forget_bias: float
+    _gamma_init: float
     _h0_noise: float
-    dropout: float
+    _input_stats: str
     _max_length: int
     _momentum: float | None
     _process_group: Any
+
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing each output of all layers but the last."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        check_settings(value, self.eps, self.momentum, self.h0_noise)
+        self._dropout = float(value)
 
     @property
     def eps(self) -> float:
@@ -53,6 +71,36 @@ class BNLSTMOptions(nn.Module):
     def h0_noise(self, value: float) -> None:
         check_settings(self.dropout, self.eps, self.momentum, value)
         self._h0_noise = float(value)
+
+    @property
+    def gamma_init(self) -> float:
+        """What reset_parameters gives the three gammas."""
+        return self._gamma_init
+
+    @gamma_init.setter
+    def gamma_init(self, value: float) -> None:
+        check_number("gamma_init", value)
+        self._gamma_init = float(value)
+
+    @property
+    def forget_bias(self) -> float:
+        """What reset_parameters gives the forget slice of the biases."""
+        return self._forget_bias
+
+    @forget_bias.setter
+    def forget_bias(self, value: float) -> None:
+        check_number("forget_bias", value)
+        self._forget_bias = float(value)
+
+    @property
+    def input_stats(self) -> str:
+        """ "step", or "sequence": one statistic of W_ih x over all steps."""
+        return self._input_stats
+
+    @input_stats.setter
+    def input_stats(self, value: str) -> None:
+        check_input_stats(value)
+        self._input_stats = value
 
     @property
     def process_group(self) -> Any:

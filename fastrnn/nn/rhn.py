@@ -121,9 +121,7 @@ class RHN(Steppable):
         check_probability("variational_input", variational_input)
         check_probability("variational_state", variational_state)
         check_number("transform_bias", transform_bias)
-        check_number("init_range", init_range)
-        if init_range < 0:
-            raise ValueError(f"init_range: got {init_range}, expected 0 or more")
+        _check_range(init_range)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero "
@@ -138,7 +136,7 @@ class RHN(Steppable):
         self.bias, self.batch_first, self._dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, 0
         self._depth, self.couple_carry = depth, couple_carry
-        self.transform_bias, self.init_range = float(transform_bias), float(init_range)
+        self._transform_bias, self._init_range = float(transform_bias), float(init_range)
         self._variational_input = float(variational_input)
         self._variational_state = float(variational_state)
         self.tie_gate_masks, self.recompute = tie_gate_masks, recompute
@@ -201,6 +199,26 @@ class RHN(Steppable):
     def variational_state(self, value: float) -> None:
         check_probability("variational_state", value)
         self._variational_state = float(value)
+
+    @property
+    def transform_bias(self) -> float:
+        """What reset_parameters gives the bias of the transform gate."""
+        return self._transform_bias
+
+    @transform_bias.setter
+    def transform_bias(self, value: float) -> None:
+        check_number("transform_bias", value)
+        self._transform_bias = float(value)
+
+    @property
+    def init_range(self) -> float:
+        """The bound of what reset_parameters draws."""
+        return self._init_range
+
+    @init_range.setter
+    def init_range(self, value: float) -> None:
+        _check_range(value)
+        self._init_range = float(value)
 
     @property
     def depth(self) -> int:
@@ -281,6 +299,12 @@ class RHN(Steppable):
             **options,
         )
         return output, (h_n,)
+
+
+def _check_range(value: Any) -> None:
+    check_number("init_range", value)
+    if value < 0:
+        raise ValueError(f"init_range: got {value}, expected 0 or more")
 
 
 def _check_flags(**flags: Any) -> None:
