@@ -174,14 +174,13 @@ def _run_local(record: Record, settings: Settings, probes: Mapping[str, Runner])
 
 
 def _run_loop(record: Record, settings: Settings, probes: Mapping[str, Runner]) -> None:
-    """RHN, BN-LSTM and regularised layers: ours against a loop's results."""
+    """RHN, BN-LSTM, regularised and layer-normalised layers beside loops and plain layers."""
     case = record.case
     problem = loops.LoopProblem(case)
     contestants = [loops.build(case, name, problem) for name in case.contestants]
     record.backends = {each.name: each.backend for each in contestants if each.backend}
-    expected = loops.truth(case, problem)
-    peer = loops.peer_outputs(case, problem, expected)
-    record.checks["fastrnn"] = verify.check(contestants[0], expected, peer).to_dict()
+    for name, found in loops.check(case, problem, contestants).items():
+        record.checks[name] = found.to_dict()
     if record.ok and not settings.verify_only:
         record.timings = _time(contestants, settings, probes)
 

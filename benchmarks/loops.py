@@ -7,14 +7,15 @@ loop (one time step) to torch.compile, which unrolls nothing over time: compilin
 minutes.
 The truth is the loop in float64, written apart from the library's own references; with a
 regulariser, whose masks only the library knows, it is the reference backend in float64 with the
-same seed.
+same seed. A compiled loop, whose masks are its own, is held to the loop, and "fastrnn-plain", which
+is another function, to torch.nn.
 """
 
 from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,6 +60,13 @@ class LoopProblem:
         self.x = normal(case.T, case.N, case.input_size)
         self.dy = normal(case.T, case.N, case.H)
         self.dh = normal(1, case.N, case.H)
+        # Of the plain layer beside it: those that it shares with the cell, else its own.
+        self.plain = make_module(case, "fastrnn-plain").to(device).state_dict()
+        for name, value in self.plain.items():
+            if case.option:
+                value.copy_(self.weights[name])
+            else:
+                value.uniform_(-(case.H**-0.5), case.H**-0.5, generator=generator)
 
     def moved(self, seed: int) -> LoopProblem:
         """The same with every value moved by at most a spacing."""
@@ -74,12 +82,13 @@ class LoopProblem:
 
 
 def make_module(case: Case, name: str) -> nn.Module:
-    """fastrnn's module of a case: the cell itself, or the plain LSTM or GRU of its shape."""
+    """fastrnn's module of a case: the cell itself, or the plain LSTM or GRU of its shape, which
+    "torch-plain" is too."""
     if case.cell == "rhn" and name == "fastrnn":
         return fastrnn.RHN(case.input_size, case.H, depth=case.depth)
     if case.cell == "bnlstm" and name == "fastrnn":
         return fastrnn.BNLSTM(case.input_size, case.H, max_length=case.T)
-    kind = getattr(fastrnn, _PLAIN.get(case.cell, "LSTM"))
+    kind = getattr(nn if name == "torch-plain" else fastrnn, _PLAIN.get(case.cell, "LSTM"))
     return kind(
         case.input_size, case.H, **OPTIONS.get(case.option, {}) if name == "fastrnn" else {}
     )
@@ -88,14 +97,14 @@ def make_module(case: Case, name: str) -> nn.Module:
 def build(
     case: Case, name: str, problem: LoopProblem, dtype: torch.dtype = torch.float32
 ) -> Contestant:
-    """The contestant: "fastrnn", "fastrnn-plain", "fastrnn-reference", "loop", "loop-compiled"."""
+    """The contestant: "fastrnn", "fastrnn-plain", "loop" or "loop-compiled"; or what one of them is
+    verified by, "fastrnn-reference" or "torch-plain"."""
     if name.startswith("loop"):
         module: nn.Module = _Loop(case, problem, compiled=name == "loop-compiled")
     else:
-        module = make_module(case, "fastrnn-plain" if name == "fastrnn-plain" else "fastrnn")
-        if name != "fastrnn-plain" or case.option:
-            own = module.state_dict()  # a plain layer has less
-            module.load_state_dict({key: problem.weights[key] for key in own})
+        plain = name.endswith("-plain")
+        module = make_module(case, name if plain else "fastrnn")
+        module.load_state_dict(problem.plain if plain else problem.weights)
     module = module.to(problem.x.device, dtype).train(case.mode == "training")
     x = problem.x.detach().to(dtype).requires_grad_(case.mode == "training")
     dy, dh = problem.dy.to(dtype), problem.dh.to(dtype)
@@ -134,29 +143,54 @@ def build(
     return contestant
 
 
-def truth(case: Case, problem: LoopProblem) -> Outputs:
-    """The float64 outputs, and gradients in training."""
-    return _run(build(case, _yardstick(case), problem, torch.float64))
+def yardstick(case: Case, name: str = "fastrnn") -> str:
+    """What a contestant is verified by; itself where it is what the truth is made of."""
+    if name == "fastrnn-plain":
+        return "torch-plain"
+    looped = name.startswith("loop") or case.option in ("", "layer_norm")
+    return "loop" if looped else "fastrnn-reference"
+
+
+def truth(case: Case, problem: LoopProblem, by: str = "") -> Outputs:
+    """The float64 outputs, and gradients in training, of a yardstick; of fastrnn's own if ""."""
+    return _run(build(case, by or yardstick(case), problem, torch.float64))
 
 
 def peer_outputs(
-    case: Case, problem: LoopProblem, expected: Outputs, dtype: torch.dtype = torch.float32
+    case: Case,
+    problem: LoopProblem,
+    expected: Outputs,
+    dtype: torch.dtype = torch.float32,
+    by: str = "",
 ) -> Outputs:
-    """The same in the dtype that runs: what our error is measured against.
+    """The same in the dtype that runs: what an error is measured against.
 
     With layer norm the worst of four draws of roundings, as the tests' rule has it.
     """
-    runs = [_run(build(case, _yardstick(case), problem, dtype))]
-    if case.option != "layer_norm":
+    by = by or yardstick(case)
+    runs = [_run(build(case, by, problem, dtype))]
+    if case.option != "layer_norm" or by == "torch-plain":
         return runs[0]
     for seed in range(3):
-        moved = problem.moved(seed)
-        runs.append(_run(build(case, _yardstick(case), moved, dtype)))
+        runs.append(_run(build(case, by, problem.moved(seed), dtype)))
     return verify.rule().worst_of(runs, expected)
 
 
-def _yardstick(case: Case) -> str:
-    return "loop" if case.option in ("", "layer_norm") else "fastrnn-reference"
+def check(
+    case: Case, problem: LoopProblem, contestants: Sequence[Contestant]
+) -> dict[str, verify.Check]:
+    """A check by contestant, of all but those that the truth is made of. A compiled step is
+    compiled here, once: the contestant is the one to be timed."""
+    found, known = {}, {}
+    for contestant in contestants:
+        by = yardstick(case, contestant.name)
+        if by == contestant.name:
+            continue
+        if by not in known:
+            expected = truth(case, problem, by)
+            known[by] = expected, peer_outputs(case, problem, expected, by=by)
+        found[contestant.name] = verify.check(contestant, *known[by])
+    return found
 
 
 def _run(contestant: Contestant) -> Outputs:

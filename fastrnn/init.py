@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from fastrnn.functional.checks import check_count
+
 __all__ = ["identity_", "np_rnn_", "orthogonal_gates_", "unitary_"]
 
 
@@ -134,6 +136,8 @@ def _blocks(name: str, weight: Tensor, gates: int | None = None) -> Tensor:
         raise ValueError(
             f"{name}: weight: got shape {shape}, expected a weight_hh of (G*H, H){levels}"
         )
+    if gates is not None:
+        check_count(f"{name}: gates", gates)
     rows, columns = shape
     count = gates if gates is not None else (rows // columns if columns else 0)
     if count < 1 or rows % count or (gates is None and rows != count * columns):

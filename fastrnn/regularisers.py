@@ -84,6 +84,8 @@ def regularisers_of(
     """``check``, without its cost where everything is off: None there, which every dynamo can
     compare."""
     plain = not (recurrent_dropout or zoneout or weight_dropout)
+    for p in (recurrent_dropout, zoneout, weight_dropout):  # False and None are no probabilities
+        plain = plain and isinstance(p, (int, float)) and not isinstance(p, bool)
     if plain and per == "step" and mode == DEFAULT_MODE[cell]:
         return None
     return check(cell, recurrent_dropout, mode, per, zoneout, weight_dropout)

@@ -20,6 +20,7 @@ __all__ = [
     "check_batch_sizes",
     "check_lengths",
     "check_reset",
+    "check_strided",
     "check_tensor",
     "describe",
     "first_of",
@@ -70,6 +71,7 @@ def describe(
     Raises:
         RuntimeError: the sequence length is 0, or the number of dimensions is wrong (as torch.nn),
             or the data are nested or not strided.
+        RuntimeError: ``lengths`` or ``reset`` are nested or not strided.
         TypeError: ``data`` or ``batch_sizes`` are no tensors.
         TypeError, ValueError: ``batch_sizes``, ``lengths`` or ``reset`` do not fit the data.
     """
@@ -79,11 +81,7 @@ def describe(
             "input: got a nested tensor, expected a padded one; with batch_first=True pass "
             "torch.nested.to_padded_tensor(input, 0.0) and lengths="
         )
-    if data.layout is not torch.strided:
-        raise RuntimeError(
-            f"input: got a tensor of layout {data.layout}, expected torch.strided; "
-            "pass input.to_dense()"
-        )
+    check_strided("input", data)
     if batch_sizes is not None:
         check_tensor("batch_sizes", batch_sizes)
         if lengths is not None:
@@ -116,6 +114,20 @@ def describe(
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
+def check_strided(name: str, value: Tensor) -> None:
+    """Raises RuntimeError for a tensor that has not one size in each dimension, or is no array."""
+    if value.is_nested:
+        raise RuntimeError(
+            f"{name}: got a nested tensor, expected a padded one; "
+            f"pass torch.nested.to_padded_tensor({name}, 0)"
+        )
+    if value.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name}: got a tensor of layout {value.layout}, expected torch.strided; "
+            f"pass {name}.to_dense()"
+        )
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> int:
@@ -175,6 +187,7 @@ def check_lengths(
     Raises:
         TypeError: not integers (a bool and a float are not).
         ValueError: wrong shape or device, or a value outside 1..T.
+        RuntimeError: a tensor that is nested or not strided.
     """
 
     def expected() -> str:  # a text with sizes in it would fix them in a traced graph
@@ -186,6 +199,7 @@ def check_lengths(
                 f"lengths: got a tensor of {lengths.dtype}, {expected()}; "
                 "convert with lengths.long()"
             )
+        check_strided("lengths", lengths)
         if lengths.device != device:
             raise ValueError(
                 f"lengths: got a tensor on {lengths.device}, but input is on {device}; "
@@ -245,6 +259,7 @@ def check_reset(
     Raises:
         TypeError: not a bool tensor.
         ValueError: wrong shape or device.
+        RuntimeError: nested or not strided.
     """
 
     def expected() -> str:  # as in check_lengths
@@ -255,6 +270,7 @@ def check_reset(
         raise TypeError(f"reset: got {type(reset).__name__}, {expected()}")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset: got {reset.dtype}, {expected()}; convert with reset.bool()")
+    check_strided("reset", reset)
     if tuple(reset.shape) != tuple(shape):
         hint = "; batch_first=True puts N first" if batch_first else ""
         raise ValueError(f"reset: got shape {tuple(reset.shape)}, {expected()}{hint}")

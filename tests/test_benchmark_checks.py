@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 import fastrnn
-from benchmarks import driver, models, peers, plot, report, roofline, schema, timing, verify
+from benchmarks import driver, loops, models, peers, plot, report, roofline, schema, timing, verify
 from benchmarks.cases import Case
 from benchmarks.schema import Record, Results
 from benchmarks.timing import Timing, Turn
@@ -44,6 +45,68 @@ def test_a_call_that_is_wrong_from_the_second_time_on_is_red(mode: str) -> None:
     result = verify.check(contestant, truth, peer)
     assert not result.ok
     assert "error of y" in result.message
+
+
+BESIDE = [
+    Case("rhn", "training", 4, 5, 7, "loops", depth=2, contestants=("fastrnn", "loop-compiled")),
+    Case("bnlstm", "training", 4, 5, 7, "loops",
+         contestants=("fastrnn", "loop", "loop-compiled", "fastrnn-plain")),
+    Case("lstm", "training", 4, 5, 7, "regularised", option="update",
+         contestants=("fastrnn", "fastrnn-plain", "loop", "loop-compiled")),
+    Case("gru", "training", 4, 5, 7, "layer_norm", option="layer_norm",
+         contestants=("fastrnn", "loop", "fastrnn-plain")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BESIDE, ids=lambda case: case.cell)
+def test_what_is_beside_a_loop_is_verified_as_it_is_timed(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[list[bool]] = []  # for each compilation whether a call was a timed one
+    timed: list[bool] = []
+
+    def compile(step: Any, **_: Any) -> Any:
+        calls: list[bool] = []
+        compiled.append(calls)
+        return lambda *args: calls.append(bool(timed)) or step(*args)
+
+    def time(contestants: Sequence[peers.Contestant], *_: Any) -> dict[str, Timing]:
+        timed.append(True)
+        for each in contestants:
+            each.call()
+        return {each.name: Timing(1.0, 1.0, 1.0, 1) for each in contestants}
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(driver, "_time", time)
+    monkeypatch.setattr(roofline.Roofline, "probes", lambda *_: {})
+    settings, ceiling = driver.quick_settings(1), roofline.Roofline(1, 1e11, "a test", {4096: 1e10})
+    record = driver.run_case(case, settings, ceiling, driver.Workers(1))
+    assert record.ok, (record.error, record.checks)
+    names = [name for name in case.contestants if name != "loop"]
+    assert list(record.checks) == names
+    assert set(record.timings) == set(case.contestants)
+    assert len(compiled) == ("loop-compiled" in names)
+    assert all({True, False} == set(calls) for calls in compiled)
+
+    timed.clear()
+    build = loops.build
+    for wrong in names:
+
+        def planted(case: Case, name: str, *args: Any, wrong: str = wrong) -> peers.Contestant:
+            contestant = build(case, name, *args)
+            sound = contestant.outputs
+            if name == wrong:
+                contestant.outputs = lambda: {**sound(), "h_n": sound()["h_n"] + 1e-3}
+            return contestant
+
+        monkeypatch.setattr(loops, "build", planted)
+        record = driver.run_case(case, settings, ceiling, driver.Workers(1))
+        assert not record.error
+        assert [name for name in names if not record.checks[name]["ok"]] == [wrong]
+        assert "error of h_n" in record.checks[wrong]["message"]
+        assert not record.ok
+        assert not record.timings
+        assert not timed
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

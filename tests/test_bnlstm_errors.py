@@ -109,7 +109,7 @@ def test_settings_changed_to_what_they_cannot_be(name: str, value: Any) -> None:
     assert torch.equal(draws, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["eps", "momentum", "h0_noise"])
+@pytest.mark.parametrize("name", ["eps", "momentum", "h0_noise", "dropout"])
 def test_settings_are_checked_when_they_are_set(name: str) -> None:
     """At the call a compiled module would not see them."""
     module = make()
@@ -117,6 +117,37 @@ def test_settings_are_checked_when_they_are_set(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} should be a .* got -1\.0"):
         setattr(module, name, -1.0)
     assert getattr(module, name) == before
+
+
+@pytest.mark.parametrize(
+    "group", [3, "WORLD", False, object()], ids=lambda group: type(group).__name__
+)
+def test_what_is_no_process_group(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = rf"process_group: got .* \({type(group).__name__}\), expected a ProcessGroup of torch"
+    module = make()
+    own, statistics = module._weights(), module._statistics()
+    for training in (True, False):
+        module.train(training)
+        with pytest.raises(TypeError, match=message):
+            make(process_group=group)
+        with pytest.raises(TypeError, match=message):
+            module.process_group = group
+        assert module.process_group is None
+        module(X)
+        with pytest.raises(TypeError, match=message):
+            functional.bnlstm(X, None, own, statistics, training=training, process_group=group)
+        # A torch that was built without it has the function, but no groups.
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+        monkeypatch.delattr(torch.distributed, "ProcessGroup", raising=False)
+    make(process_group=None)(X)
+
+
+def test_a_rank_outside_of_a_group() -> None:
+    """What new_group gives there is taken by collectives, which then do nothing."""
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    module = make(process_group=outside)
+    module.process_group = outside
+    assert module.process_group == outside
 
 
 def test_what_parameters_and_buffers_are_made_for_stays() -> None:
@@ -156,11 +187,29 @@ def test_bad_steps() -> None:
 
 @pytest.mark.parametrize("name", ["gamma_init", "forget_bias"])
 def test_initial_values_are_finite_numbers(name: str) -> None:
+    module = make(**{name: 0.25})
     for value in ("1", None, True):
         with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*\), expected a number"):
             make(**{name: value})
+        with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*\), expected a number"):
+            setattr(module, name, value)
     with pytest.raises(ValueError, match=f"{name}: got nan, expected a finite number"):
         make(**{name: float("nan")})
+    with pytest.raises(ValueError, match=f"{name}: got nan, expected a finite number"):
+        setattr(module, name, float("nan"))
+    assert getattr(module, name) == 0.25
+
+
+@pytest.mark.parametrize(("name", "value"), [("dropout", "0"), ("input_stats", "batch")])
+def test_a_prepared_call_has_no_settings_that_cannot_be(name: str, value: str) -> None:
+    """It takes what is not "sequence" for "step", and drops nothing."""
+    module = make()
+    for _ in range(3):
+        module(X)
+    before = getattr(module, name)
+    with pytest.raises(ValueError, match=rf"{name} should be .* got '{value}'"):
+        setattr(module, name, value)
+    assert getattr(module, name) == before
 
 
 def test_what_is_recalibrated_on() -> None:
@@ -186,7 +235,7 @@ def test_bad_functional_arguments() -> None:
         functional.bnlstm(X, None, own, [*statistics[:2], statistics[2][0], *statistics[3:]])
     with pytest.raises(ValueError, match="flat_statistics: got no rows, expected those of one"):
         functional.bnlstm(X, None, own, [t[:0] for t in statistics])
-    with pytest.raises(ValueError, match="first_step: got -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="first_step: got -1, expected at least 0"):
         functional.bnlstm(X, None, own, statistics, first_step=-1)
     with pytest.raises(ValueError, match="input_stats: got 'all'"):
         functional.bnlstm(X, None, own, statistics, input_stats="all")

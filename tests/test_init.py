@@ -179,3 +179,15 @@ def test_errors_of_shapes() -> None:
         init.unitary_(torch.empty(6, 3))
     with pytest.raises(ValueError, match=r"got shape \(6, 2\) for 4 gates"):
         init.orthogonal_gates_(torch.empty(6, 2), gates=4)
+
+
+def test_gates_that_cannot_be_counted() -> None:
+    weight, before = torch.ones(6, 2), torch.get_rng_state()
+    for bad in (2.0, True, "2"):
+        got = rf"got {bad!r} \({type(bad).__name__}\)"
+        with pytest.raises(TypeError, match=f"orthogonal_gates_: gates: {got}, expected an int"):
+            init.orthogonal_gates_(weight, gates=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="orthogonal_gates_: gates: got -1, expected at least 1"):
+        init.orthogonal_gates_(weight, gates=-1)
+    assert bool((weight == 1).all())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -368,6 +368,10 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("GRU", {"recurrent_dropout": -0.1}, ValueError, r"recurrent_dropout: got -0\.1"),
     ("RNN", {"weight_dropout": math.nan}, ValueError, r"weight_dropout: got nan"),
     ("RNN", {"weight_dropout": True}, TypeError, r"weight_dropout: got True \(bool\), expected"),
+    ("LSTM", {"recurrent_dropout": False}, TypeError, r"recurrent_dropout: got False \(bool\)"),
+    ("RNN", {"weight_dropout": None}, TypeError, r"weight_dropout: got None \(NoneType\)"),
+    ("GRU", {"zoneout": False}, TypeError, r"zoneout: got False \(bool\), expected a probab"),
+    ("LSTM", {"zoneout": ()}, ValueError, "zoneout: got 0 values, expected p or"),
     ("LSTM", {"zoneout": "0.1"}, TypeError, r"zoneout: got '0\.1' \(str\), expected"),
     ("LSTM", {"zoneout": (0.1, 2)}, ValueError, r"zoneout\[1\]: got 2, expected"),
     ("LSTM", {"zoneout": (0.1,)}, ValueError, r"zoneout: got 1 values, expected p or \(p_h, p_c"),
@@ -446,3 +450,11 @@ def test_zoneout_is_set_as_it_is_constructed() -> None:
     with pytest.raises(ValueError, match="zoneout: got 1 values, expected p or"):
         module.zoneout = (0.2,)
     assert module.zoneout == 0.1
+    for name in ("GRU", "RNN"):
+        single = getattr(fastrnn, name)(2, 3, zoneout=0.1)
+        with pytest.raises(
+            ValueError, match=r"zoneout: got \(0\.1, 0\.2\), expected one probability"
+        ):
+            single.zoneout = (0.1, 0.2)
+        assert single.zoneout == 0.1
+        single(torch.randn(4, 1, 2))

@@ -220,9 +220,6 @@ def test_what_changes_is_noticed(set_threads: Any) -> None:
         (lambda m: setattr(m, "couple_carry", False), RuntimeError, "couple_carry"),
         (lambda m: setattr(m, "bias", False), ValueError, "bias=False"),
         (lambda m: setattr(m, "bidirectional", True), ValueError, "2 directions"),
-        (lambda m: setattr(m, "variational_input", 2.0), ValueError, "variational_input"),
-        (lambda m: setattr(m, "variational_state", None), TypeError, "variational_state"),
-        (lambda m: setattr(m, "dropout", -1.0), ValueError, "dropout"),
         (lambda m: m.half(), ValueError, "dtype"),
         (lambda m: setattr(m, "bias_l0", torch.nn.Parameter(m.bias_l0.double())), ValueError,
          "dtype"),
@@ -330,6 +327,41 @@ def test_masks_follow_the_generator_after_a_prepared_call() -> None:
         found = step(module, x)
         torch.manual_seed(3)
         same(found, in_general(module, x))
+
+
+@pytest.mark.parametrize("name", ["variational_input", "variational_state", "dropout"])
+def test_probabilities_are_checked_when_they_are_set(name: str) -> None:
+    """A prepared call takes False for the 0 that it equals."""
+    for module in (make(), ready()[0]):
+        for value in (False, True, "0", None):
+            with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*expected a probab"):
+                setattr(module, name, value)
+        for wrong in (-0.1, 1.5, float("nan")):
+            with pytest.raises(ValueError, match=f"{name}: got {wrong}, expected a probability"):
+                setattr(module, name, wrong)
+        assert getattr(module, name) == 0
+        setattr(module, name, 1)
+        assert type(getattr(module, name)) is float
+        assert f"{name}=1.0" in repr(module)
+
+
+@pytest.mark.parametrize("name", ["init_range", "transform_bias"])
+def test_initial_values_are_checked_when_they_are_set(name: str) -> None:
+    """In reset_parameters it would be too late for those that have been drawn."""
+    module = make()
+    before = getattr(module, name)
+    for value in ("1", None, True):
+        with pytest.raises(TypeError, match=rf"{name}: got {value!r} \(.*\), expected a number"):
+            setattr(module, name, value)
+    with pytest.raises(ValueError, match=f"{name}: got nan, expected a finite number"):
+        setattr(module, name, float("nan"))
+    assert getattr(module, name) == before
+    with pytest.raises(ValueError, match="init_range: got -1, expected 0 or more"):
+        module.init_range = -1
+    setattr(module, name, 0.5)
+    module.reset_parameters()
+    assert (module.bias_l0[:, H:] == 0.5).all() == (name == "transform_bias")
+    assert (module.weight_hh_l0.abs() > 0.04).any() == (name == "init_range")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own

@@ -80,7 +80,7 @@ class Field:
             peer = verify.truth(case, self.problem, dtype)
         found = {}
         for name, contestant in self.contestants.items():
-            if name in ("torch", "loop", "loop-compiled"):
+            if name in ("torch", "loop"):
                 continue
             wanted = expected
             if name == "flashrnn":  # it gives the states only

@@ -11,12 +11,17 @@ bool is_alike(PyObject* tensor, PyObject* types, PyObject* shape, PyObject* dtyp
     known |= reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == PyTuple_GET_ITEM(types, i);
   if (!known) return false;
   const Names& n = names();
-  if (attribute(tensor, n.is_nested).ptr() != Py_False) return false;  // which has no shape
-  const int same = PyObject_RichCompareBool(attribute(tensor, n.shape).ptr(), shape, Py_EQ);
-  if (same < 0) throw py::error_already_set();
-  return same && attribute(tensor, n.dtype).ptr() == dtype && attribute(tensor, n.is_cpu).ptr() == Py_True &&
-         method(tensor, n.is_contiguous).ptr() == Py_True &&
-         method(tensor, n.is_neg).ptr() == Py_False;  // a lazy sign is torch's to carry out
+  try {
+    method(tensor, n.data_ptr);
+    const int same = PyObject_RichCompareBool(attribute(tensor, n.shape).ptr(), shape, Py_EQ);
+    if (same < 0) throw py::error_already_set();
+    return same && attribute(tensor, n.dtype).ptr() == dtype &&
+           attribute(tensor, n.is_cpu).ptr() == Py_True && method(tensor, n.is_contiguous).ptr() == Py_True &&
+           method(tensor, n.is_neg).ptr() == Py_False;  // a lazy sign is torch's to carry out
+  } catch (
+      const py::error_already_set&) {  // a nested tensor has no shape, others have no memory of their own
+    return false;
+  }
 }
 
 // alike(tensor, types, shape, dtype): whether it is exactly of one of these types, and dense on the CPU.

@@ -22,7 +22,6 @@ struct Names {
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* is_nested = PyUnicode_InternFromString("is_nested");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* version = PyUnicode_InternFromString("_version");
 };

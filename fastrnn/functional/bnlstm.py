@@ -12,9 +12,16 @@ from torch.compiler import is_compiling
 from fastrnn import dispatch, ops
 from fastrnn.autograd import BNLSTMLayer, distinct
 from fastrnn.backends import cpu_bnlstm, reference_bnlstm
-from fastrnn.functional.checks import check_settings, check_state
+from fastrnn.functional.checks import (
+    check_count,
+    check_pair,
+    check_process_group,
+    check_settings,
+    check_state,
+    check_tensors,
+)
 from fastrnn.functional.plain import forward_only, is_exporting
-from fastrnn.functional.stack import WeightCache, _pair
+from fastrnn.functional.stack import WeightCache
 from fastrnn.sequence import Batch, describe, sized_by
 
 __all__ = ["bnlstm"]
@@ -74,15 +81,18 @@ def bnlstm(
     """
     if not is_compiling():
         check_settings(dropout, eps, momentum, h0_noise)
+        check_process_group(process_group)
     batch_stats = training if batch_stats is None else batch_stats
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
     )
-    if first_step < 0:
-        raise ValueError(f"first_step: got {first_step}, expected 0 or more")
+    check_count("num_layers", num_layers)
+    check_count("first_step", first_step, 0)
+    check_tensors("flat_weights", flat_weights)
+    check_tensors("flat_statistics", flat_statistics)
     if input_stats not in ("step", "sequence"):
         raise ValueError(f"input_stats: got {input_stats!r}, expected 'step' or 'sequence'")
-    h0, c0 = (None, None) if hx is None else _pair(hx)
+    h0, c0 = (None, None) if hx is None else check_pair(hx)
     batch = sized_by(batch, h0)
     directions = 2 if bidirectional else 1
     autocast = dispatch.autocast_dtype(input)
@@ -340,6 +350,16 @@ def check_layers(
             raise ValueError(
                 f"{name}: got {len(tensors)} tensors, expected {expected} for each of "
                 f"{num_layers} layers and {directions} directions (bias={bias})"
+            )
+    for name, tensors, index, rank in (
+        ("flat_weights", weights, 0, 2),
+        ("flat_weights", weights, 1, 2),
+        ("flat_statistics", statistics, len(statistics) - 1, 1),
+    ):
+        if tensors[index].dim() != rank:
+            raise RuntimeError(
+                f"{name}[{index}]: got shape {tuple(tensors[index].shape)}, "
+                f"expected {rank} dimensions"
             )
     features, hidden, most = input.size(-1), weights[1].size(-1), statistics[-1].size(0)
     if most < 1:

@@ -5,12 +5,90 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrnn.kinds import KINDS
+from fastrnn.sequence import check_strided, check_tensor
 
-__all__ = ["check_layer_norm", "check_number", "check_settings", "check_state", "check_weights"]
+__all__ = [
+    "check_count",
+    "check_counts",
+    "check_layer_norm",
+    "check_number",
+    "check_pair",
+    "check_process_group",
+    "check_settings",
+    "check_state",
+    "check_step",
+    "check_tensors",
+    "check_weights",
+]
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises TypeError or ValueError for what is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an int")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
+def check_counts(num_layers: Any, proj_size: Any) -> None:
+    """Raises what the constructors of torch.nn raise of these, which take a bool where it counts
+    as the 1 or 0 that it equals."""
+    for name, value in (("num_layers", num_layers), ("proj_size", proj_size)):
+        # An int may be a symbol in a traced graph, which does not answer to hasattr.
+        integer = isinstance(value, int) or hasattr(value, "__index__")
+        if not integer or (name == "proj_size" and value is True):
+            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
+    if proj_size < 0:
+        raise ValueError(
+            "proj_size should be a positive integer or zero to disable projections, "
+            f"got {proj_size}"
+        )
+
+
+def check_process_group(group: Any) -> None:
+    """Raises TypeError unless it is None or what collectives of torch.distributed take: a group, or
+    what new_group gives to a rank outside of it."""
+    if group is None:
+        return
+    if torch.distributed.is_available():
+        outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+        if isinstance(group, torch.distributed.ProcessGroup):
+            return
+        if type(group) is type(outside) and group == outside:
+            return
+    raise TypeError(
+        f"process_group: got {group!r} ({type(group).__name__}), expected a ProcessGroup of "
+        "torch.distributed, such as torch.distributed.new_group() gives, or None"
+    )
+
+
+def check_tensors(name: str, values: Any) -> None:
+    """Raises TypeError unless these are tensors in a list, or in what can be indexed like one."""
+    if not isinstance(values, (list, tuple)) and (
+        isinstance(values, Tensor) or not hasattr(values, "__getitem__")
+    ):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected a list of tensors")
+    for index, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            check_tensor(f"{name}[{index}]", value)
+
+
+def check_pair(hx: Any) -> tuple[Tensor, Tensor]:
+    """The two states of an LSTM."""
+    pair = isinstance(hx, (tuple, list)) and len(hx) == 2
+    if not pair or not all(isinstance(t, Tensor) for t in hx):
+        raise TypeError(
+            f"hx: got {type(hx).__name__}, expected a pair of tensors (h_0, c_0) for an LSTM"
+        )
+    return hx[0], hx[1]
 
 
 def check_number(name: str, value: object) -> None:
@@ -118,6 +196,8 @@ def check_layer_norm(reset_after: bool) -> None:
 
 
 def check_state(name: str, state: Tensor, expected: tuple[int, int, int], input: Tensor) -> None:
+    if state.layout is not torch.jagged:  # of which torch.nn says that its sizes do not fit
+        check_strided(name.replace("hidden", "hx"), state)
     if state.shape != expected:
         raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
     if state.device != input.device:
@@ -131,3 +211,15 @@ def check_state(name: str, state: Tensor, expected: tuple[int, int, int], input:
             f"{input.dtype} and hidden tensor with {state.dtype}; convert hx with "
             f"hx.to({input.dtype})"
         )
+
+
+def check_step(input: Tensor, h: Tensor, c: Tensor | None) -> None:
+    """Check that one step of a cell has a matrix and states that can be viewed as a sequence's."""
+    check_tensor("input", input)
+    check_strided("input", input)
+    if input.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions (N, I), got {input.dim()}")
+    check_tensor("hx", h)
+    check_strided("hx" if c is None else "hx[0]", h)
+    if c is not None:
+        check_strided("hx[1]", c)

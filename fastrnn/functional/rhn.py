@@ -13,7 +13,7 @@ from fastrnn import dispatch, ops
 from fastrnn.autograd import distinct
 from fastrnn.autograd.rhn import RhnLayer
 from fastrnn.backends import reference
-from fastrnn.functional.checks import check_state
+from fastrnn.functional.checks import check_count, check_state, check_tensors
 from fastrnn.functional.plain import forward_only
 from fastrnn.functional.stack import WeightCache
 from fastrnn.sequence import Batch, describe, flip_layout, sized_by
@@ -77,6 +77,8 @@ def rhn(
         ("variational_state", variational_state),
     ):
         check_probability(name, p)
+    check_count("num_layers", num_layers)
+    check_tensors("flat_weights", flat_weights)
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
     )

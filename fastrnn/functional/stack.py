@@ -17,11 +17,19 @@ from torch.compiler import is_compiling
 from fastrnn import dispatch, ops
 from fastrnn.autograd import Layer, distinct
 from fastrnn.backends import reference, torch_nn
-from fastrnn.functional.checks import check_layer_norm, check_state, check_weights
+from fastrnn.functional.checks import (
+    check_counts,
+    check_layer_norm,
+    check_pair,
+    check_state,
+    check_step,
+    check_tensors,
+    check_weights,
+)
 from fastrnn.functional.plain import compiles_plain, forward_only, plain_layer
 from fastrnn.kinds import KINDS
 from fastrnn.regularisers import Regularisers, draw_seed, drop_weights, regularisers_of
-from fastrnn.sequence import Batch, check_tensor, describe, flip_layout, sized_by
+from fastrnn.sequence import Batch, describe, flip_layout, sized_by
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -88,7 +96,7 @@ def lstm(
         RuntimeError: sizes or devices do not agree, no steps, or no backend can serve the call.
         TypeError, ValueError: another argument does not fit; the message names it.
     """
-    h0, c0 = (None, None) if hx is None else _pair(hx)
+    h0, c0 = (None, None) if hx is None else check_pair(hx)
     output, h_n, c_n, cells = _run(
         "lstm_layer_norm" if layer_norm else "lstm", input, h0, c0, flat_weights, bias, num_layers,
         dropout, training, bidirectional,
@@ -210,7 +218,7 @@ def lstm_cell(
     cache: WeightCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One LSTM step: input (N, I), hx = (h, c) of (N, H) each; returns the new (h, c)."""
-    h, c = _pair(hx)
+    h, c = check_pair(hx)
     _, h_n, c_n, _ = _run_cell("lstm", input, h, c, w_ih, w_hh, b_ih, b_hh, cache)
     assert c_n is not None
     return h_n.squeeze(0), c_n.squeeze(0)
@@ -273,6 +281,8 @@ def _run(
     regularisers: Regularisers | None = None,
 ) -> _Results:
     """Check all arguments, choose a backend, run the stack: output, h_n, c_n, cells."""
+    check_counts(num_layers, proj_size)
+    check_tensors("flat_weights", flat_weights)
     batch = describe(
         input, batch_first=batch_first, batch_sizes=batch_sizes, lengths=lengths, reset=reset
     )
@@ -441,9 +451,7 @@ def _run_cell(
         weights += [b_ih, b_hh]
     elif b_ih is not None or b_hh is not None:
         raise ValueError("b_ih, b_hh: got one of the two biases, expected both or neither")
-    if input.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions (N, I), got {input.dim()}")
-    check_tensor("hx", h)
+    check_step(input, h, c)
     output, h_n, c_n, _ = results = _run(
         cell, input.unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0), weights,
         b_ih is not None, 1, 0.0, False, False, False, 0, None, None, None, False, False, cache,
@@ -453,15 +461,6 @@ def _run_cell(
         wide = torch.promote_types(c.dtype, output.dtype)
         return output, h_n.to(wide), c_n.to(wide), None
     return results
-
-
-def _pair(hx: Any) -> tuple[Tensor, Tensor]:
-    pair = isinstance(hx, (tuple, list)) and len(hx) == 2
-    if not pair or not all(isinstance(t, Tensor) for t in hx):
-        raise TypeError(
-            f"hx: got {type(hx).__name__}, expected a pair of tensors (h_0, c_0) for an LSTM"
-        )
-    return hx[0], hx[1]
 
 
 def _rnn_name(nonlinearity: str) -> str:

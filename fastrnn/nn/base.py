@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn.nn.cache import PackedCache, current_cache
 from fastrnn.nn.traced import Proxy, as_leaf
 from fastrnn.regularisers import check, probability
+from fastrnn.sequence import check_strided
 
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
 
@@ -127,6 +128,8 @@ class RecurrentBase(nn.RNNBase):
             raise ValueError(
                 f"zoneout: got {len(value)} values, expected p or (p_h, p_c)"  # type: ignore[arg-type]
             )
+        if pair and self.mode not in ("LSTM", "RHN"):  # an RHN has no zoneout at all
+            check(self._name().lower(), zoneout=value)
         h, c = value if pair else (value, value)  # type: ignore[misc]
         self._set_rates(1, probability("zoneout", h), probability("zoneout", c))
         self._zoneout_pair = pair
@@ -246,7 +249,7 @@ class RecurrentBase(nn.RNNBase):
         return f"{self._name()}: Expected input to be 2D or 3D, got {rank}D instead"
 
     def _check_rank(self, parts: Parts, rank: int) -> None:
-        for part in parts:
+        for i, part in enumerate(parts):
             if part.dim() != rank:
                 kind = "batched 3-D" if rank == 3 else "unbatched 2-D"
                 ranks = [f"{part.dim()}-D" for part in parts]
@@ -256,6 +259,8 @@ class RecurrentBase(nn.RNNBase):
                 raise RuntimeError(
                     f"For {kind} input, {names} should also be {rank}-D but got {got}"
                 )
+            if part.layout is not torch.jagged:  # of which torch.nn says that its sizes do not fit
+                check_strided("hx" if len(parts) == 1 else f"hx[{i}]", part)
 
     def _present_weights(self) -> list[Tensor]:
         weights = self._weights()

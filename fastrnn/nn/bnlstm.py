@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
-from fastrnn.functional.checks import check_number, check_settings
+from fastrnn.functional.checks import check_number, check_process_group, check_settings
 from fastrnn.nn.base import Parts, RecurrentBase
 from fastrnn.nn.bnlstm_call import natively_recorded
 from fastrnn.nn.bnlstm_explain import explain_bnlstm
 from fastrnn.nn.bnlstm_inference import natively, step_natively
+from fastrnn.nn.bnlstm_options import BNLSTMOptions, check_input_stats
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.statistics import RunningStatistics, listed
@@ -30,7 +31,7 @@ class _Stream(NamedTuple):
     taken: int
 
 
-class BNLSTM(RunningStatistics):
+class BNLSTM(BNLSTMOptions, RunningStatistics):
     r"""A stack of batch-normalised LSTM layers (Cooijmans et al. 2016, arXiv:1603.09025).
 
     Each layer computes, for every step t, with gates in the order i, f, g, o::
@@ -155,24 +156,24 @@ class BNLSTM(RunningStatistics):
                 f"1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=2,
             )
-        if input_stats not in ("step", "sequence"):
-            raise ValueError(f"input_stats should be 'step' or 'sequence', got {input_stats!r}")
+        check_input_stats(input_stats)
+        check_process_group(process_group)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = float(dropout)
+        self._dropout = float(dropout)
         self.bidirectional = bidirectional
         self._max_length = max_length
         self._eps = repr(float(eps))
         self._momentum = None if momentum is None else float(momentum)
-        self.gamma_init = float(gamma_init)
-        self.forget_bias = float(forget_bias)
-        self.input_stats = input_stats
+        self._gamma_init = float(gamma_init)
+        self._forget_bias = float(forget_bias)
+        self._input_stats = input_stats
         self.learn_init_state = learn_init_state
         self._h0_noise = float(h0_noise)
-        self.process_group = process_group
+        self._process_group = process_group
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         gates = 4 * hidden_size
@@ -203,43 +204,6 @@ class BNLSTM(RunningStatistics):
             tracked = torch.empty(max_length, dtype=torch.int64, device=device)
             self.register_buffer(self._statistic_names[-1], tracked)
         self.reset_parameters()
-
-    @property
-    def eps(self) -> float:
-        """Added to the variance."""
-        # Kept as text: with dynamic=True dynamo makes a float attribute a symbol, which an
-        # autograd.Function does not take.
-        return float(self._eps)
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        check_settings(self.dropout, value, self.momentum, self.h0_noise)
-        self._eps = repr(float(value))
-
-    @property
-    def momentum(self) -> float | None:
-        """Weight of a new batch in the running statistics; None: their mean over batches."""
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, value: float | None) -> None:
-        check_settings(self.dropout, self.eps, value, self.h0_noise)
-        self._momentum = None if value is None else float(value)
-
-    @property
-    def h0_noise(self) -> float:
-        """Standard deviation of noise added to h_0."""
-        return self._h0_noise
-
-    @h0_noise.setter
-    def h0_noise(self, value: float) -> None:
-        check_settings(self.dropout, self.eps, self.momentum, value)
-        self._h0_noise = float(value)
-
-    @property
-    def max_length(self) -> int:
-        """Rows of the statistics; the buffers are made for as many, so it cannot be set."""
-        return self._max_length
 
     def _layers(self) -> Iterator[tuple[str, int]]:
         """The suffix of each layer and direction, and its number of inputs."""

@@ -27,7 +27,7 @@ def _layouts(tensors: list[Any]) -> _Layouts:
 
 def settings_of(module: Any) -> tuple[Any, ...]:
     """What of a module's options decides a call."""
-    return module.eps, module.input_stats, module.batch_first, module.bidirectional, module.bias
+    return module.eps, module._input_stats, module.batch_first, module.bidirectional, module.bias
 
 
 class TrainingCall:
@@ -104,7 +104,7 @@ def natively_recorded(module: Any, input: Any, hx: Any) -> Any:
         or module._recalibrates
         or module.num_layers > 1
         or module.momentum is None
-        or module.process_group is not None
+        or module._process_group is not None
         or (hx is None and (module.h0_noise or module.learn_init_state))
         or not (hx is None or (type(hx) is tuple and len(hx) == 2))
     ):

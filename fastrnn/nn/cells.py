@@ -105,7 +105,9 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         done = None if known is None else known(input, h, c, weights, self)
         if done is None:
             cache = self._cache()
-            if cache is None or not input.is_cpu or not input.numel() or not self.hidden_size:
+            if cache is None or input.is_nested or not input.is_cpu:
+                return None
+            if not input.numel() or not self.hidden_size:
                 return None
             sizes = (self.hidden_size, 0, 1, 1)
             stepper = NativeCall(cell, sizes, input, Layout.step(input), stacked=False)

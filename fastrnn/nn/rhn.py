@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn import functional
-from fastrnn.functional.checks import check_number
+from fastrnn.functional.checks import check_count, check_number
 from fastrnn.functional.rhn import check_probability
 from fastrnn.nn.base import Parts
 from fastrnn.nn.rhn_call import RhnNativeCall, RhnTrainingCall
@@ -103,7 +103,10 @@ class RHN(Steppable):
         init_range: float = 0.04,
         recompute: bool = False,
     ) -> None:
-        _check_counts(input_size, hidden_size, num_layers, depth)
+        check_count("input_size", input_size, 0)
+        check_count("hidden_size", hidden_size)
+        check_count("num_layers", num_layers)
+        check_count("depth", depth)
         _check_flags(
             bias=bias,
             batch_first=batch_first,
@@ -116,9 +119,7 @@ class RHN(Steppable):
         check_probability("variational_input", variational_input)
         check_probability("variational_state", variational_state)
         check_number("transform_bias", transform_bias)
-        check_number("init_range", init_range)
-        if init_range < 0:
-            raise ValueError(f"init_range: got {init_range}, expected 0 or more")
+        _check_range(init_range)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero "
@@ -130,12 +131,12 @@ class RHN(Steppable):
         nn.Module.__init__(self)
         self.mode = "RHN"
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bias, self.batch_first, self._dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, 0
         self._depth, self.couple_carry = depth, couple_carry
-        self.transform_bias, self.init_range = float(transform_bias), float(init_range)
-        self.variational_input = float(variational_input)
-        self.variational_state = float(variational_state)
+        self._transform_bias, self._init_range = float(transform_bias), float(init_range)
+        self._variational_input = float(variational_input)
+        self._variational_state = float(variational_state)
         self.tie_gate_masks, self.recompute = tie_gate_masks, recompute
 
         rows, directions = self._gates * hidden_size, 2 if bidirectional else 1
@@ -165,6 +166,57 @@ class RHN(Steppable):
             f"{name}: got {values[0]!r}, but an RHN has no {name}; its regularisers are "
             "variational_input and variational_state"
         )
+
+    # Checked when they are set: a call that is prepared takes each for a number.
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing each output of all layers but the last."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        check_probability("dropout", value)
+        self._dropout = float(value)
+
+    @property
+    def variational_input(self) -> float:
+        """Probability of zeroing in the mask of a layer's input."""
+        return self._variational_input
+
+    @variational_input.setter
+    def variational_input(self, value: float) -> None:
+        check_probability("variational_input", value)
+        self._variational_input = float(value)
+
+    @property
+    def variational_state(self) -> float:
+        """Probability of zeroing in the mask of a layer's state."""
+        return self._variational_state
+
+    @variational_state.setter
+    def variational_state(self, value: float) -> None:
+        check_probability("variational_state", value)
+        self._variational_state = float(value)
+
+    @property
+    def transform_bias(self) -> float:
+        """What reset_parameters gives the bias of the transform gate."""
+        return self._transform_bias
+
+    @transform_bias.setter
+    def transform_bias(self, value: float) -> None:
+        check_number("transform_bias", value)
+        self._transform_bias = float(value)
+
+    @property
+    def init_range(self) -> float:
+        """The bound of what reset_parameters draws."""
+        return self._init_range
+
+    @init_range.setter
+    def init_range(self, value: float) -> None:
+        _check_range(value)
+        self._init_range = float(value)
 
     @property
     def depth(self) -> int:
@@ -209,8 +261,8 @@ class RHN(Steppable):
         return "rhn"
 
     def _natively_recorded(self, input: Any, hx: Any) -> Any:
-        # The general way draws masks, and says what is wrong with a probability.
-        if not self.variational_input == self.variational_state == self.dropout == 0:
+        # The general way draws masks.
+        if not self._variational_input == self._variational_state == self._dropout == 0:
             return None
         return super()._natively_recorded(input, hx)
 
@@ -260,17 +312,10 @@ class RHN(Steppable):
         return output, (h_n,)
 
 
-def _check_counts(input_size: Any, hidden_size: Any, num_layers: Any, depth: Any) -> None:
-    for name, value, least in (
-        ("input_size", input_size, 0),
-        ("hidden_size", hidden_size, 1),
-        ("num_layers", num_layers, 1),
-        ("depth", depth, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an int")
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
+def _check_range(value: Any) -> None:
+    check_number("init_range", value)
+    if value < 0:
+        raise ValueError(f"init_range: got {value}, expected 0 or more")
 
 
 def _check_flags(**flags: Any) -> None:

@@ -207,9 +207,11 @@ class Steppable(RecurrentBase):
         if 3 in ranks:
             middle = (x.size(0 if self.batch_first else 1),) if x.dim() == 3 else ()
         out = self.proj_size or self.hidden_size
-        return (
-            type(h) is Tensor
-            and h.shape == (layers, *middle, out)
-            and (c is None or type(c) is Tensor)
-            and (c is None or c.shape == (layers, *middle, self.hidden_size))
-        )
+        for state, size in ((h, out), (c, self.hidden_size)):
+            if state is None and state is c:
+                continue
+            if type(state) is not Tensor or state.is_nested:  # nested ones have no shape
+                return False
+            if state.shape != (layers, *middle, size):
+                return False
+        return True
