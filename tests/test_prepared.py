@@ -389,6 +389,52 @@ def test_a_training_step_forgets_descriptions_of_what_it_trains() -> None:
     assert module._packed.stepper is None
 
 
+@pytest.mark.parametrize("exchange", [cpu_prepared.EXCHANGE, None], ids=["dlpack", "attributes"])
+def test_tensors_that_resemble_those_described(exchange: Any) -> None:
+    library, x = cpu_prepared.library(), torch.randn(4, 3, 5)
+    weight, h = torch.nn.Parameter(torch.randn(7, 5)), torch.randn(1, 3, 7)
+    cpu_prepared.setup_torch(exchange)
+    try:
+        likes = library.describe_likes([x, weight, h], 2)
+        assert library.resemble(likes, [x, weight, h])
+        assert library.resemble(likes, [x, weight])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of nested tensors, a prototype
+            nested = torch.nested.nested_tensor([x[0], x[1]])
+        others = [
+            x[:, :2], x[0], x.double(), x.int(), x.mT.contiguous().mT, torch._neg_view(x),
+            x.to("meta"), x.to_sparse(), x.to_mkldnn(), nested, x.as_subclass(Tagged), None, [x],
+        ]  # fmt: skip
+        for other in others:
+            assert not library.resemble(likes, [other, weight, h]), type(other)
+        assert not library.resemble(likes, [x])
+        assert not library.resemble(likes, [x, weight, h, h])
+        assert not library.resemble(likes, (x, weight, h))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not library.resemble(likes, [x, weight, h])
+            assert library.unobserved((x, None, weight))
+        with FakeTensorMode():
+            assert not library.resemble(likes, [x, weight, h])
+            assert not library.unobserved((x, None, weight))
+        with torch.profiler.profile():
+            assert not library.resemble(likes, [x, weight, h])
+            assert not library.unobserved((x, None, weight))
+        assert library.unobserved((x, None, weight, x.mT, x.double()))
+        for other in (torch._neg_view(x), x.to("meta"), x.as_subclass(Tagged)):
+            assert not library.unobserved((x, other))
+        inside = []
+        torch.vmap(lambda t: inside.append(library.unobserved((x,))) or t)(torch.zeros(2))
+        assert inside == [False]
+        with pytest.raises(ValueError, match="invalid PyCapsule"):
+            library.resemble("no description", [x])
+    finally:
+        cpu_prepared.setup_torch()
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
 def test_the_library_refuses_what_does_not_describe_a_call() -> None:
     library, x = cpu_prepared.library(), torch.zeros(1, 1, 4)
     with pytest.raises(ValueError, match="invalid PyCapsule"):

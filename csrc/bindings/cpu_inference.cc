@@ -79,24 +79,71 @@ struct Inference {
   bool brief;    // the call keeps Python's lock
 };
 
-// What would see an operator: nobody where each of these functions of torch returns something false.
-PyObject* quiet = nullptr;
+// Of torch: its own classes of tensors; functions of which one returns something true where a mode, a transform, a tracer or
+// a profiler would see an operator; whether autocast would change what it does.
+struct Watch {
+  PyObject *types = nullptr, *eyes = nullptr, *autocast = nullptr;
+} watch;
 
-bool unobserved() {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(quiet); i++) {
-    const auto seen = checked(PyObject_CallNoArgs(PyTuple_GET_ITEM(quiet, i)));
-    if (seen.ptr() == Py_None || seen.ptr() == Py_False) continue;
-    if (PyObject_IsTrue(seen.ptr())) return false;
-  }
+bool says_yes(PyObject* function) {
+  const auto answer = checked(PyObject_CallNoArgs(function));
+  return answer.ptr() != Py_None && answer.ptr() != Py_False && PyObject_IsTrue(answer.ptr());
+}
+
+bool unseen() {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watch.eyes); i++)
+    if (says_yes(PyTuple_GET_ITEM(watch.eyes, i))) return false;
   return true;
 }
 
-PyObject* tensor_type = nullptr;
+// Of torch.Tensor exactly, or of another of torch's own classes, and with its sign carried out.
+bool ordinary(PyObject* tensor, Py_ssize_t classes) {
+  const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  for (Py_ssize_t i = 0; i < classes; i++)
+    if (type == PyTuple_GET_ITEM(watch.types, i)) return method(tensor, names().is_neg).ptr() == Py_False;
+  return false;
+}
 
-// A tensor like the one described, of torch's own class exactly.
 bool fits(PyObject* tensor, const View& view, const View& like) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == tensor_type && view.like(like.dtype, like.shape) &&
-         method(tensor, names().is_neg).ptr() == Py_False;  // a lazy sign is torch's to carry out
+  return view.like(like.dtype, like.shape) && ordinary(tensor, 1);
+}
+
+// unobserved(tensors): whether nobody would see an operator that is given these, None among them, and it would run here.
+PyObject* unobserved(PyObject*, Arguments a, Py_ssize_t count) {
+  return guarded(count, 1, [&]() -> PyObject* {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[0]); i++) {
+      PyObject* const each = PyTuple_GET_ITEM(a[0], i);
+      if (each == Py_None) continue;
+      if (!ordinary(each, PyTuple_GET_SIZE(watch.types)) || attribute(each, names().is_cpu).ptr() != Py_True)
+        Py_RETURN_FALSE;
+    }
+    return PyBool_FromLong(unseen());
+  });
+}
+
+// The tensors of a call with gradients, the last ones of which it may lack.
+struct Likes {
+  static constexpr const char* kName = "fastrnn.likes";
+  std::vector<View> views;
+  size_t least;
+};
+
+// resemble(likes, tensors): whether they are as described, dense and torch's own, and nobody would see an operator or change
+// what it does.
+PyObject* resemble(PyObject*, Arguments a, Py_ssize_t count) {
+  return guarded(count, 2, [&]() -> PyObject* {
+    const auto* const likes = static_cast<const Likes*>(PyCapsule_GetPointer(a[0], Likes::kName));
+    if (!likes) throw py::error_already_set();
+    const size_t size = PyList_Check(a[1]) ? static_cast<size_t>(PyList_GET_SIZE(a[1])) : 0;
+    if (size != likes->least && size != likes->views.size()) Py_RETURN_FALSE;
+    for (size_t i = 0; i < size; i++) {
+      PyObject* const tensor = PyList_GET_ITEM(a[1], i);
+      const View& like = likes->views[i];
+      if (!ordinary(tensor, PyTuple_GET_SIZE(watch.types)) || !View(tensor).like(like.dtype, like.shape))
+        Py_RETURN_FALSE;
+    }
+    return PyBool_FromLong(unseen() && !says_yes(watch.autocast));
+  });
 }
 
 // The tensors of one origin after the other.
@@ -127,8 +174,8 @@ PyObject* infer(PyObject*, Arguments given, Py_ssize_t count) {
     const View x(given[1]), h(given[2]), c(given[3]);
     if (!fits(given[1], x, call->x) || (h.given && !fits(given[2], h, call->h)) ||
         (c.given && !(call->c.given && h.given && fits(given[3], c, call->c))) ||
-        (h.given && call->c.given && !c.given) || torch_threads() != call->threads || !unobserved() ||
-        !same_weights(*call, given[4]))
+        (h.given && call->c.given && !c.given) || torch_threads() != call->threads || !unseen() ||
+        says_yes(watch.autocast) || !same_weights(*call, given[4]))
       Py_RETURN_NONE;
     const int64_t first = PyLong_AsLongLong(given[5]);
     if (first < 0) throw std::invalid_argument("fastrnn: first: expected a number of steps");
@@ -185,7 +232,7 @@ class PlainLayer : public InferenceLayer {
 
 void bind_inference(py::module_& m) {
   m.def("torch_setup", [](py::object exchange, py::object dtypes, py::object empty, py::object threads,
-                          py::object tensor, py::tuple would_see) {
+                          py::tuple types, py::tuple eyes, py::object autocast) {
     Torch& torch = torch_api();
     torch.dltensor = nullptr;
     if (!exchange.is_none()) {
@@ -197,8 +244,7 @@ void bind_inference(py::module_& m) {
     torch.dtypes = dtypes.release().ptr();
     torch.empty = empty.release().ptr();
     torch.threads = threads.release().ptr();
-    tensor_type = tensor.release().ptr();
-    quiet = would_see.release().ptr();
+    watch = {types.release().ptr(), eyes.release().ptr(), autocast.release().ptr()};
   });
   // References to tensors, the version of each or -1 if it may change, addresses of words that may not.
   m.def("describe_origin", [](const py::tuple& refs, const py::tuple& versions, const std::string& samples) {
@@ -240,8 +286,20 @@ void bind_inference(py::module_& m) {
             delete static_cast<Inference*>(PyCapsule_GetPointer(capsule, Inference::kName));
           });
         });
-  static PyMethodDef functions[] = {
-      fast("infer", infer), fast("unchanged", unchanged), {nullptr, nullptr, 0, nullptr}};
+  // Of these the last may be absent, down to `least`.
+  m.def("describe_likes", [](const py::list& tensors, size_t least) {
+    auto made = std::make_unique<Likes>();
+    made->least = least;
+    for (const auto& each : tensors) made->views.emplace_back(each.ptr());
+    return py::capsule(made.release(), Likes::kName, [](PyObject* capsule) {
+      delete static_cast<Likes*>(PyCapsule_GetPointer(capsule, Likes::kName));
+    });
+  });
+  static PyMethodDef functions[] = {fast("infer", infer),
+                                    fast("resemble", resemble),
+                                    fast("unchanged", unchanged),
+                                    fast("unobserved", unobserved),
+                                    {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), functions) < 0) throw py::error_already_set();
 }
 

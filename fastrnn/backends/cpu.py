@@ -465,6 +465,12 @@ def unchanged(weights: Sequence[Tensor], origin: Any) -> bool:
     return bool(_cpu.unchanged(weights, origin))
 
 
+def unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are torch's own tensors on the CPU, with their signs carried out, and no mode,
+    transform, tracer or profiler would see an operator."""
+    return LOADED and bool(_cpu.unobserved(tensors))
+
+
 def pack_weights(weights: Sequence[Tensor], cell: str, plan: str) -> Tensor:
     """Weights in the order the forward kernels read them: opaque, of this instruction set."""
     if cell == "rhn":

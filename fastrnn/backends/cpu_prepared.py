@@ -54,12 +54,15 @@ def setup_torch(exchange: Any = EXCHANGE) -> None:
     """What the library calls of torch: it links none of it."""
     c: Any = torch._C
     empty = c._dynamo.guards._empty_strided_cpu  # inductor's: half the time of torch.empty_like
-    # Any of these true, and somebody would see the operators of a call, or change what they do.
-    would_see = (
-        c._len_torch_dispatch_stack, c._get_tracing_state, c._autograd._profiler_enabled,
+    # Any of these true, and somebody would see the operators of a call.
+    eyes = (
+        c._len_torch_dispatch_stack, c._are_functorch_transforms_active, c._get_tracing_state,
+        c._autograd._profiler_enabled,
+    )  # fmt: skip
+    library().torch_setup(
+        exchange, _DTYPES, empty, torch.get_num_threads, (Tensor, torch.nn.Parameter), eyes,
         c._is_any_autocast_enabled,
     )  # fmt: skip
-    library().torch_setup(exchange, _DTYPES, empty, torch.get_num_threads, Tensor, would_see)
 
 
 class _Setting(NamedTuple):

@@ -221,30 +221,33 @@ class TrainingCall(_Call):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._layer: Any = None
-        self._shapes: list[torch.Size] = []
+        self._likes: Any = None
 
     def __call__(self, x: Any, h: Any, c: Any, weights: list[Any]) -> tuple[Tensor, ...] | None:
         """y, h_n[, c_n], or None: take the general way. h and c are None together for zeros."""
-        if not self._served(x, h, c) or dispatch.settled() is None:
+        if dispatch.settled() is None:
             return None
         if torch.is_inference_mode_enabled():  # which saves nothing, in grad mode neither
             return None
+        states = [] if h is None else [h] if self._c_like is None and c is None else [h, c]
+        if self._layer is None:
+            if not self._served(x, h, c) or any(type(w) not in PLAIN for w in weights):
+                return None
+            if any(w.dtype is not self._dtype for w in weights):
+                return None
+            layer = self._prepare(x, weights)
+            if layer is None:
+                return None
+            likes = [t for t in (self._h_like, self._c_like) if t is not None]
+            self._likes = library().describe_likes([x, *weights, *likes], 1 + len(weights))
+            self._layer = layer
+        tensors = [x, *weights, *states]
+        if not library().resemble(self._likes, tensors):
+            return None
+        if not any(t.requires_grad for t in tensors):
+            return None
         if h is None:
             h, c = self._h_like, self._c_like
-        records = x.requires_grad or h.requires_grad
-        for w in weights:
-            if type(w) not in PLAIN or not library().alike(w, PLAIN, w.shape, self._dtype):
-                return None
-            records = records or w.requires_grad
-        if not (records or (c is not None and c.requires_grad)):
-            return None
-        if self._layer is None:
-            self._layer = self._prepare(x, weights)
-            if self._layer is None:
-                return None
-            self._shapes = [w.shape for w in weights]
-        elif [w.shape for w in weights] != self._shapes:
-            return None
         return self._run(self._layer, x, h, c, weights)
 
     def _run(

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.compiler import is_compiling
 
+from fastrnn.backends import cpu
 from fastrnn.kinds import KINDS
 from fastrnn.noise import Noise, tape_slots
 from fastrnn.sequence import check_batch_sizes
@@ -348,8 +349,6 @@ layer_forward_train = torch.ops.fastrnn.layer_forward_train.default
 layer_backward = torch.ops.fastrnn.layer_backward.default
 pack_weights = torch.ops.fastrnn.pack_weights.default
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def unobserved(*tensors: Tensor | None) -> bool:
     """Whether an eager call with these may go straight to the backend's functions in ``CPU``.
@@ -357,12 +356,5 @@ def unobserved(*tensors: Tensor | None) -> bool:
     A boxed Python operator costs about 8 us, as much as a small layer itself. Nothing is lost where
     no tracer, mode, transform, profiler or tensor subclass would have seen the operator.
     """
-    return (
-        not is_compiling()
-        # A negative bit is resolved by torch's dispatcher, which a direct call goes around.
-        and all(t is None or (type(t) in _PLAIN and t.is_cpu and not t.is_neg()) for t in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-    )
+    # A negative bit is resolved by torch's dispatcher, which a direct call goes around.
+    return not is_compiling() and cpu.unobserved(tensors)
