@@ -88,3 +88,40 @@ def test_bits_of_the_plain_call(name: str, way: str) -> None:
         expected, found = run(False), run(True)
         for key, value in found.items():
             assert_same_bits(key, value, expected[key])
+
+
+@pytest.mark.parametrize("name", ["lstm", "rhn", "bnlstm"])
+def test_the_first_call_with_a_computed_weight(name: str) -> None:
+    """Its repetition in the backward is the second: both save as much."""
+    module = MODULES[name]()
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    x = torch.randn(5, 4, 3, requires_grad=True)
+    torch.manual_seed(3)
+    checkpoint(module, x, use_reentrant=False)[0].sum().backward()
+    found, x.grad = x.grad, None
+    if name == "bnlstm":  # whose running statistics have moved, of which training uses none
+        module.reset_running_stats()
+    torch.manual_seed(3)
+    module(x)[0].sum().backward()
+    assert_same_bits("dx", found, x.grad)
+
+
+def test_a_weight_is_computed_once_in_a_call() -> None:
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(1)
+            return 2 * weight
+
+    layer, cell = fastrnn.GRU(3, 4), fastrnn.GRUCell(3, 4)
+    nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", Counted())
+    nn.utils.parametrize.register_parametrization(cell, "weight_hh", Counted())
+    x = torch.randn(5, 4, 3)
+    for grad in (True, False):
+        for call in (lambda: layer(x), lambda: layer.step(x[0]), lambda: cell(x[0])):
+            for _ in range(3):
+                calls.clear()
+                with torch.set_grad_enabled(grad):
+                    call()
+                assert len(calls) == 1

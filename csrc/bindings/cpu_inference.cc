@@ -41,6 +41,7 @@ struct Origin {
       const View view(tensors[i]);
       const auto& [was, version] = stamps[i];
       if (view.data != was.data || !view.like(was.dtype, was.shape)) return false;
+      if (method(tensors[i], names().is_neg).ptr() != Py_False) return false;
       if (version < 0) continue;
       if (PyLong_AsLongLong(attribute(tensors[i], names().version).ptr()) != version) return false;
     }

@@ -22,6 +22,12 @@ from fastrnn.sequence import check_strided
 Parts = tuple[Tensor, ...]  # the state inside this file: (h,) for GRU and RNN, (h, c) for LSTM
 
 
+def computes_weights(module: nn.Module) -> bool:
+    """Whether torch computes weights as they are read. The general way reads them once: what a call
+    saves is then the same in each, as checkpoints demand, and nothing is computed in vain."""
+    return "parametrizations" in module._modules
+
+
 def _initial_norm(name: str, values: Tensor) -> Tensor:
     return values.fill_(0.0 if name.startswith("ln_bias") else 1.0)
 
@@ -304,7 +310,8 @@ class RecurrentBase(nn.RNNBase):
     ) -> Any:
         """Run the whole sequence. The class says what goes in and what comes out."""
         # Dynamo guards what it meets: it is told here that none of the short ways is its.
-        if lengths is None and reset is None and not return_cells and not is_compiling():
+        bare = lengths is None and reset is None and not return_cells
+        if bare and not is_compiling() and not computes_weights(self):
             short = self._natively_recorded if torch.is_grad_enabled() else self._natively
             done = short(input, hx)
             if done is not None:

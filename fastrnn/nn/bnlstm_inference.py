@@ -14,6 +14,7 @@ from fastrnn import dispatch
 from fastrnn.backends import cpu
 from fastrnn.backends.cpu_bnlstm import inference_layer
 from fastrnn.functional.bnlstm import STATISTICS, check_layers, describe_problem
+from fastrnn.nn.base import computes_weights
 from fastrnn.nn.bnlstm_call import settings_of
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.stepper import InferenceParts, Layout, NativeCall
@@ -93,6 +94,7 @@ def _ready(module: Any, hx: Any) -> bool:
     return not (
         module.training
         or module._recalibrates
+        or computes_weights(module)
         or (hx is None and module.learn_init_state)
         or not (hx is None or (type(hx) is tuple and len(hx) == 2 and hx[0] is not None))
     )
@@ -113,8 +115,7 @@ def _run(
         return None
     if not x.is_cpu or not x.numel() or x.dtype not in (torch.float32, torch.float64):
         return None
-    # What a parametrisation computes is another tensor in each call: nothing to prepare.
-    if x.dim() not in ((1, 2) if step else (2, 3)) or type(tensors[0]) is not torch.nn.Parameter:
+    if x.dim() not in ((1, 2) if step else (2, 3)):
         return None
     if not step and cache.seen != x.shape:  # preparing pays from the second call of a shape on
         cache.seen = x.shape

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastrnn import functional
+from fastrnn.nn.base import computes_weights
 from fastrnn.nn.cache import PackedCache, current_cache
 from fastrnn.nn.stepper import Layout, NativeCall
 from fastrnn.nn.traced import Proxy, as_leaf
@@ -94,7 +95,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
 
     def _natively(self, cell: str, input: Tensor, h: Tensor, c: Tensor | None) -> Any:
         """(y, h, c) by the prepared native call, or None: take the general way."""
-        if is_compiling():
+        if is_compiling() or computes_weights(self):
             return None
         weights = [self.weight_ih, self.weight_hh]
         if self.bias_ih is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.nn.base import RecurrentBase
+from fastrnn.nn.base import RecurrentBase, computes_weights
 from fastrnn.nn.hooked import compute_hooked_weights
 from fastrnn.nn.stepper import Layout, NativeCall, TrainingCall
 from fastrnn.nn.traced import in_one_piece
@@ -54,7 +54,7 @@ class Steppable(RecurrentBase):
         """
         if self._forward_pre_hooks:
             compute_hooked_weights(self)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not computes_weights(self):
             done = self._step_natively(x_t, state)
             if done is not None:
                 return done
