@@ -83,12 +83,8 @@ class BnLstmLayer : public InferenceLayer {
  public:
   explicit BnLstmLayer(const BnLstmForwardArgs& args) : InferenceLayer(args, 4), args_(args) {}
   void run(const Step& step, bool brief) override {
-    BnLstmForwardArgs a = args_;
-    a.x.data = const_cast<void*>(step.x);
-    a.y.data = step.y;
-    a.h0 = step.h0;
+    BnLstmForwardArgs a = with_step(args_, step);
     a.c0 = step.c0;
-    a.h_n = step.h_n;
     a.c_n = step.c_n;
     for (int d = 0; d < a.directions && step.first; d++) skip(a.given[d], a, step.first);
     const BnLstmKernels& bnlstm = *kernels().bnlstm;

@@ -211,12 +211,8 @@ class PlainLayer : public InferenceLayer {
   explicit PlainLayer(const ForwardArgs& args)
       : InferenceLayer(args, is_lstm(args.cell) ? 4 : 3), args_(args) {}
   void run(const Step& step, bool brief) override {
-    ForwardArgs a = args_;
-    a.x.data = const_cast<void*>(step.x);
-    a.y.data = step.y;
-    a.h0 = step.h0;
+    ForwardArgs a = with_step(args_, step);
     a.c0 = step.c0;
-    a.h_n = step.h_n;
     a.c_n = step.c_n;
     if (!bytes_) bytes_ = kernels().forward_workspace(a) + 1;
     const Scratch scratch(bytes_, false);

@@ -84,11 +84,7 @@ class RhnLayer : public InferenceLayer {
   explicit RhnLayer(const RhnForwardArgs& args)
       : InferenceLayer(args, int64_t(args.gates) * args.depth), args_(args) {}
   void run(const Step& step, bool brief) override {
-    RhnForwardArgs a = args_;
-    a.x.data = const_cast<void*>(step.x);
-    a.y.data = step.y;
-    a.h0 = step.h0;
-    a.h_n = step.h_n;
+    RhnForwardArgs a = with_step(args_, step);
     const RhnKernels& rhn = *kernels().rhn;
     if (!bytes_) bytes_ = rhn.forward_workspace(a) + 1;
     const Scratch scratch(bytes_, false);

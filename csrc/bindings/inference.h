@@ -13,6 +13,17 @@ struct Step {
   int64_t first;  // the number of the first step
 };
 
+// The arguments of a layer's call, described but for these.
+template <typename Args>
+Args with_step(const Args& described, const Step& step) {
+  Args a = described;
+  a.x.data = const_cast<void*>(step.x);
+  a.y.data = step.y;
+  a.h0 = step.h0;
+  a.h_n = step.h_n;
+  return a;
+}
+
 class InferenceLayer {
  public:
   // `matrices`: gates times what a unit of each reads, in units of I + H.

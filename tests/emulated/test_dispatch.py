@@ -21,7 +21,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every problem is said to be on a GPU, where nothing is verified yet."""
-    users = ("functional.bnlstm", "nn.bnlstm", "nn.bnlstm_call")
+    users = ("functional.bnlstm", "nn.bnlstm_call", "nn.bnlstm_explain", "nn.bnlstm_inference")
     for name, what in (("dispatch", "_problem"), *((user, "describe_problem") for user in users)):
         place = importlib.import_module(f"fastrnn.{name}")
         made = getattr(place, what)
