@@ -27,6 +27,9 @@ LOOKS = st.sampled_from(["infer", "infer", "train", "train", "step"])
 class Own(Changes):
     """What an RHN and a BNLSTM share."""
 
+    # What may be set between calls, each to some values.
+    options: list[tuple[str, Any]]
+
     def unfit(self) -> list[tuple[str, Any]]:
         """Options that do not fit the module's parameters, and tensors of other sizes."""
         ours = self.q.ours
@@ -108,6 +111,20 @@ class Own(Changes):
                     calls[index % len(calls)](module)
         self.look()
 
+    def may_be_set(self, name: str) -> bool:
+        return True
+
+    @rule(index=st.integers(0, 31), and_train=BOOLS)
+    def set_option(self, index: int, and_train: bool) -> None:
+        name, value = self.options[index % len(self.options)]
+
+        def switch(module: nn.Module) -> None:
+            setattr(module, name, value)
+            module.train(module.training or and_train)
+
+        if self.may_be_set(name):
+            self.change(switch)
+
     @rule()
     def draw_weights_anew(self) -> None:
         if self.whole:
@@ -118,6 +135,12 @@ class Own(Changes):
 
 class Highway(Own):
     """RHN."""
+
+    options = [
+        *(("variational_input", p) for p in (0.0, 0.3, 1.0)),
+        *(("variational_state", p) for p in (0.0, 0.3, 1.0)),
+        *((name, on) for name in ("tie_gate_masks", "recompute") for on in (False, True)),
+    ]
 
     @initialize(
         bias=BOOLS, layers=st.sampled_from([1, 1, 2]), directions=st.sampled_from([1, 1, 2]),
@@ -140,20 +163,6 @@ class Highway(Own):
     def unfit(self) -> list[tuple[str, Any]]:
         return [*super().unfit(), ("couple_carry", not self.q.ours.couple_carry)]
 
-    @rule(
-        rates=st.tuples(*[st.sampled_from([0.0, 0.0, 0.3, 1.0])] * 2), tied=BOOLS, recompute=BOOLS,
-        training=BOOLS,
-    )  # fmt: skip
-    def masks(
-        self, rates: tuple[float, float], tied: bool, recompute: bool, training: bool
-    ) -> None:
-        def switch(module: Any) -> None:
-            module.variational_input, module.variational_state = rates
-            module.tie_gate_masks, module.recompute = tied, recompute
-            module.train(training)
-
-        self.change(switch)
-
     @precondition(lambda self: self.whole)
     @rule(depth=st.integers(1, 3))
     def deepen(self, depth: int) -> None:
@@ -171,6 +180,14 @@ class Highway(Own):
 
 class Normalised(Own):
     """BNLSTM."""
+
+    options = [
+        *(("eps", value) for value in (0.3, 0.1, 1e-5)),
+        *(("momentum", value) for value in (1.0, 0.0, None, 0.1)),
+        *(("h0_noise", value) for value in (0.1, 0.0)),
+        *(("learn_init_state", on) for on in (False, True)),
+        *(("input_stats", of) for of in ("sequence", "step")),
+    ]
 
     steps_begin_anywhere = False  # of another state than step's own
 
@@ -219,24 +236,10 @@ class Normalised(Own):
         read = [n for n, b in ours.named_buffers() if b.is_floating_point()]
         return [*found, *((n, torch.zeros(2, 2)) for n in read)]
 
-    @rule(
-        eps=st.sampled_from([0.1, 0.1, 0.3, 1e-5]), momentum=st.sampled_from([0.1, 0.0, 1.0, None]),
-        noise=st.sampled_from([0.0, 0.0, 0.1]), training=BOOLS, learned=BOOLS,
-        stats=st.sampled_from(["step", "sequence"]),
-    )  # fmt: skip
-    def settings(
-        self, eps: float, momentum: float | None, noise: float, training: bool, learned: bool,
-        stats: str,
-    ) -> None:  # fmt: skip
-        def switch(module: Any) -> None:
-            module.eps, module.momentum, module.h0_noise = eps, momentum, noise
-            module.train(training)
-            if module.max_length == 1:  # the buffers serve both
-                module.input_stats = stats
-            if hasattr(module, "h_0_l0"):
-                module.learn_init_state = learned
-
-        self.change(switch)
+    def may_be_set(self, name: str) -> bool:
+        if name == "input_stats":
+            return bool(self.q.ours.max_length == 1)  # whose buffers serve both
+        return name != "learn_init_state" or hasattr(self.q.ours, "h_0_l0")
 
     @rule(index=st.integers(0, 63), how=st.sampled_from(["all", "element", "data"]))
     def write_statistics(self, index: int, how: str) -> None:
@@ -327,20 +330,9 @@ def test_any_order_of_calls_and_changes(kind: str) -> None:
 
 OWN_CHANGES: dict[str, dict[str, Callable[[Any], Any]]] = {
     "RHN": {
-        "masks": lambda m: [
-            m.masks(rates, tied, False, True)
-            for rates in ((0.3, 0.0), (0.0, 0.3), (0.3, 0.3))
-            for tied in (True, False)
-        ],
-        "recompute": lambda m: m.masks((0.0, 0.0), True, True, True),
         "depth": lambda m: [m.deepen(depth) for depth in (3, 1, 2)],
     },
     "BNLSTM": {
-        "settings": lambda m: [
-            m.settings(eps, momentum, 0.0, m.q.ours.training, True, "step")
-            for eps, momentum in ((0.3, 0.1), (0.1, 1.0), (0.1, None))
-        ],
-        "noise": lambda m: m.settings(0.1, 0.1, 0.1, True, True, "step"),
         "modes": lambda m: [m.mode(on, 0.0) for on in (True, False, True, False)],
         "statistics": lambda m: [
             m.write_statistics(i, ("element", "data")[i % 2]) for i in range(7)
@@ -377,6 +369,7 @@ def test_a_change_after_prepared_calls(kind: str, looks: str) -> None:
             m.what_does_not_fit(i, (3, 3), grad) for i in range(0, len(m.unfit()), 1 + grad)
         ],
         "wrong": lambda m: [m.wrong_arguments(i, grad) for i in range(9)],
+        "options": lambda m: [m.set_option(i, False) for i in range(len(m.options))],
         "drawn": lambda m: m.draw_weights_anew(),
         "fused": lambda m: [m.optimise_one_unit(u, f) for u in (0, H - 1) for f in (False, True)],
     }
