@@ -193,8 +193,10 @@ class Normalised(Own):
 
     @initialize(
         bias=BOOLS, layers=st.sampled_from([1, 1, 2]), directions=st.sampled_from([1, 1, 2]),
-        batch_first=BOOLS, max_length=st.sampled_from([1, 2, 4]), sequence=BOOLS, learned=BOOLS,
-        small_memory=BOOLS, looks=LOOKS, seed=st.integers(0, 2**20),
+        batch_first=BOOLS, max_length=st.sampled_from([1, 2, 4]), sequence=BOOLS,
+        learned=st.sampled_from([False, False, True]), small_memory=BOOLS,
+        looks=st.sampled_from(["follow", "follow", "infer", "train", "step"]),
+        seed=st.integers(0, 2**20),
     )  # fmt: skip
     def begin(
         self, bias: bool, layers: int, directions: int, batch_first: bool, max_length: int,
@@ -209,12 +211,20 @@ class Normalised(Own):
         }  # fmt: skip
         q = OwnCells.of("BNLSTM", kept)
         for module in q.all:
-            module.train(looks == "train")
+            module.train(looks == "train" or (looks == "follow" and seed % 2 == 0))
         for name, buffer in q.ours.named_buffers():
             if buffer.is_floating_point():
                 buffer.uniform_(*((0.3, 1.5) if "_var_" in name else (-0.3, 0.3)))
         q.sync()
         self.start(q, small_memory, looks, layers * directions)
+
+    def look(self) -> None:
+        """Where it follows the mode, as the mode's prepared calls are: training with gradients."""
+        kept = self.looks
+        if kept == "follow":
+            self.looks = "train" if self.q.ours.training else "infer"
+        super().look()
+        self.looks = kept
 
     def alters(self, module: Any) -> bool:
         return bool(module.training)
