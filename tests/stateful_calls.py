@@ -1,20 +1,21 @@
-"""A state machine of hypothesis whose rules are calls: part of test_stateful.py."""
+"""A state machine of hypothesis whose rules are calls, of whatever kind of module."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from torch import Tensor, nn
 
 import fastrnn
 from fastrnn.backends import cpu_memory
-from tests.quartet import LAYERS, Arguments, H, I, Quartet, Run, names, tensors
+from tests.quartet import Arguments, H, I, Quartet, Run, draws, names, tensors
 from tests.tolerances import assert_close_by_rule, assert_same_bits
 
 BOOLS = st.booleans()
@@ -35,32 +36,11 @@ PLACES: list[Callable[[Tensor], Tensor]] = [
 class Calls(RuleBasedStateMachine):
     """Calls of a module, and those that must leave its state as it is."""
 
-    kinds = (*LAYERS, *LAYERS, "LSTMCell", "GRUCell", "RNNCell")
-
-    @initialize(
-        kind=st.sampled_from(kinds), relu=BOOLS, bias=BOOLS, layers=st.sampled_from([1, 1, 2]),
-        directions=st.sampled_from([1, 1, 2]), batch_first=BOOLS, projected=BOOLS,
-        small_memory=BOOLS, looks=st.sampled_from(["infer", "infer", "train", "step"]),
-        seed=st.integers(0, 2**20),
-    )  # fmt: skip
-    def begin(
-        self, kind: str, relu: bool, bias: bool, layers: int, directions: int, batch_first: bool,
-        projected: bool, small_memory: bool, looks: str, seed: int,
-    ) -> None:  # fmt: skip
-        torch.manual_seed(seed)
-        torch.set_num_threads(1)
-        kept: dict[str, Any] = {"bias": bias}
-        if kind in LAYERS:
-            kept |= {"num_layers": layers, "bidirectional": directions == 2}
-            kept["batch_first"] = batch_first
-        self.out = H
-        if kind == "LSTM" and projected:
-            self.out = kept["proj_size"] = 3
-        self.of_state = layers * directions
-        self.looks = looks
+    def start(self, q: Quartet, small_memory: bool, looks: str, of_state: int) -> None:
+        """Begins with these modules, whose states have ``of_state`` parts for all layers."""
+        self.q, self.looks, self.of_state, self.out = q, looks, of_state, H
         if small_memory:
             cpu_memory.KEPT = 64  # bytes: as if these tensors were large
-        self.q = Quartet(kind, relu, kept)
         self.pending: Run | None = None
         self.watched: list[tuple[Tensor, Tensor]] = []  # results, which are the caller's
         self.old: list[tuple[Any, Any, list[Tensor]]] = []  # copied modules and what they said
@@ -82,7 +62,7 @@ class Calls(RuleBasedStateMachine):
             return torch.randn(sizes, dtype=torch.float32).double()
 
         q = self.q
-        parts = [self.out, H][: 1 + q.kind.startswith("LSTM")] if given else []
+        parts = [self.out, H][: 1 + ("LSTM" in q.kind)] if given else []
         if q.is_cell:
             rows = shape[1:]
             x, state = values(*rows, I), tuple(values(*rows, H) for _ in parts)
@@ -105,16 +85,31 @@ class Calls(RuleBasedStateMachine):
         if made:
             self.look()
         for module in self.q.all if made else ():
-            made(module)
+            with self.q.under(module):
+                made(module)
         self.q.sync()
         self.look()
 
     def look(self) -> None:
         """A call of always the same shape, which before the change was a prepared one."""
-        if self.looks == "step" and not self.q.is_cell and not self.q.ours.bidirectional:
+        if self.looks == "step" and self.steppable:
             return self.steps(2, (3,), False, False)
         with torch.set_grad_enabled(self.looks == "train"):
             self.q.run(self.arguments((3, 3), False, 0), seed=1)
+
+    def alters(self, module: Any) -> bool:
+        """Whether a call leaves something in the module."""
+        return False
+
+    @property
+    def steppable(self) -> bool:
+        return not self.q.is_cell and not self.q.ours.bidirectional
+
+    steps_begin_anywhere = True  # with the state of a sequence
+
+    def state_after_steps(self, state: Any) -> Any:
+        """As forward returns it."""
+        return state
 
     @property
     def whole(self) -> bool:
@@ -180,12 +175,13 @@ class Calls(RuleBasedStateMachine):
         found = []
         for results, (x, *_), module in zip(run.results, run.leaves, self.q.all):
             y = results[0]
-            (dx,) = torch.autograd.grad(y, x, run.upstream[0].to(y.dtype), create_graph=True)
             wanted = [p for p in module.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(dx.sum(), [x, *wanted], allow_unused=True)
+            with self.q.under(module):
+                (dx,) = torch.autograd.grad(y, x, run.upstream[0].to(y.dtype), create_graph=True)
+                grads = torch.autograd.grad(dx.sum(), [x, *wanted], allow_unused=True)
             found.append([dx, *(g for g in grads)])
         for ours, same, truth in zip(found[0], *found[2:]):
-            if truth is not None and same is not None:
+            if truth is not None and same is not None and self.q.judges:
                 assert_close_by_rule("second derivative", ours, truth.detach(), same)
 
     @rule(lengths=st.lists(st.integers(1, 3), min_size=3, max_size=3), grad=BOOLS, given=BOOLS)
@@ -201,25 +197,29 @@ class Calls(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 3), rows=st.sampled_from([(), (2,), (3,)]), given=BOOLS, grad=BOOLS)
     def steps(self, steps: int, rows: tuple[int, ...], given: bool, grad: bool) -> None:
         q = self.q
-        if q.is_cell or q.ours.bidirectional:
+        if not self.steppable:
             return
         first = q.ours.batch_first and len(rows) > 0
+        given = given and self.steps_begin_anywhere
         arguments = self.arguments((*rows, steps) if first else (steps, *rows), given, 0)
 
         def call(module: Any, x: Tensor, hx: Any) -> Any:
-            if module is not q.ours:
-                return module(x, hx)
-            outputs = []
-            for x_t in x.unbind(1 if first else 0):
-                y, hx = module.step(x_t, hx)
-                outputs.append(y)
-            return torch.stack(outputs, 1 if first else 0), hx
+            return self.step_by_step(module, x, hx) if module is q.ours else module(x, hx)
 
-        if q.ours.training and q.ours.dropout:
+        if draws(q.ours):
             return  # each step draws anew
         with torch.set_grad_enabled(grad):
             run = q.run(arguments, (grad, grad), call)
         self.keep(run)
+
+    def step_by_step(self, module: Any, x: Tensor, hx: Any) -> Any:
+        time = 1 if module.batch_first and x.dim() == 3 else 0
+        outputs = []
+        for x_t in x.unbind(time):
+            self.q.forget()
+            y, hx = module.step(x_t, hx)
+            outputs.append(y)
+        return torch.stack(outputs, time), self.state_after_steps(hx)
 
     # Calls that must leave the state as it is.
 
@@ -238,6 +238,9 @@ class Calls(RuleBasedStateMachine):
                 results.append(tensors(module(x)))
         for a, b in zip(*results):
             assert_same_bits("under autocast", a, b)
+        for (name, a), b in zip(self.q.ours.named_buffers(), self.q.fresh.buffers()):
+            assert_same_bits(name, a.resolve_neg(), b.resolve_neg())
+        self.q.sync()
 
     @rule(shape=SHAPES, given=BOOLS, grad=BOOLS)
     def by_the_reference(self, shape: tuple[int, ...], given: bool, grad: bool) -> None:
@@ -268,14 +271,14 @@ class Calls(RuleBasedStateMachine):
         q, arguments = self.q, self.arguments(shape, False, 0)
         found = []
         for module in q.all:
-            x, _ = arguments.given(torch.float64 if module is q.exact else q.dtype, (False, False))
+            x, _ = arguments.given(q.dtype_of(module), (False, False))
             q.forget()
             values = {n: p.detach() for n, p in module.named_parameters()}
 
             def loss(values: dict[str, Tensor], x: Tensor, module: nn.Module = module) -> Tensor:
                 return tensors(torch.func.functional_call(module, values, (x,)))[0].sum()
 
-            with torch.set_grad_enabled(grad):
+            with q.under(module), torch.set_grad_enabled(grad):
                 got = torch.func.grad(loss)(values, x)
                 many = x
                 if module in q.all[:2]:
@@ -290,16 +293,29 @@ class Calls(RuleBasedStateMachine):
     def errors(self, shape: tuple[int, ...]) -> None:
         good, hx = self.arguments(shape, True, 0).given(self.q.dtype, (False, False))
         wrong = [torch.cat((good, good), -1), good[None, None], good.to(torch.bfloat16)]
-        with torch.no_grad():
+        with self.nothing_changes(), torch.no_grad():
             for x in wrong:
                 for module in (self.q.ours, self.q.theirs):
-                    with pytest.raises((RuntimeError, ValueError)):
+                    with self.q.under(module), pytest.raises((RuntimeError, ValueError)):
                         module(x, hx)
+
+    @contextmanager
+    def nothing_changes(self) -> Iterator[None]:
+        """Neither what the modules hold nor what will be drawn."""
+
+        def found() -> dict[str, Tensor]:
+            held = {n: v.resolve_neg() for n, v in self.q.ours.state_dict().items()}
+            return {"random numbers": torch.get_rng_state(), **held}
+
+        before = {name: value.clone() for name, value in found().items()}
+        yield
+        for name, value in found().items():
+            assert_same_bits(name, value, before[name])
 
     @rule(shape=SHAPES, given=BOOLS, grad=BOOLS)
     def two_threads(self, shape: tuple[int, ...], given: bool, grad: bool) -> None:
-        if self.q.ours.training and getattr(self.q.ours, "dropout", 0):
-            return  # one generator for both
+        if draws(self.q.ours) or self.alters(self.q.ours):
+            return  # one generator for both, and one state
         arguments = [self.arguments(shape, given, 0) for _ in range(2)]
         found: list[list[Tensor]] = [[], []]
 

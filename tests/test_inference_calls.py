@@ -159,6 +159,28 @@ def test_changed_weights_and_statistics_are_noticed(cell: str, what: str) -> Non
     assert_same(module.step(x[0]), copy.deepcopy(module).step(x[0]))
 
 
+@pytest.mark.parametrize("wrong", ["shape", "dtype"])
+@pytest.mark.parametrize("cell", OPTIONS)
+@torch.no_grad()
+def test_tensors_that_no_longer_fit_are_refused(cell: str, wrong: str) -> None:
+    """The library would read past the end of those."""
+    module, x = make(cell), torch.randn(4, 3, 5)
+    for _ in range(3):
+        expected = module(x)
+        module.step(x[0])
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if not tensor.is_floating_point() or (wrong == "dtype" and name.startswith("running")):
+            continue  # counts are not read, and statistics are converted
+        value = tensor.double() if wrong == "dtype" else tensor[..., :2].clone()
+        setattr(module, name, nn.Parameter(value) if name in module._parameters else value)
+        for _ in range(2):
+            for call in (lambda: module(x), lambda: module.step(x[0])):
+                with pytest.raises((RuntimeError, ValueError)):
+                    call()
+        setattr(module, name, tensor)
+        assert_same(module(x), expected)
+
+
 @pytest.mark.parametrize("cell", OPTIONS)
 def test_training_between_calls(cell: str) -> None:
     """A fused optimiser moves no version counter; statistics follow each batch."""

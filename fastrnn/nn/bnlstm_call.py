@@ -21,7 +21,7 @@ from fastrnn.sequence import Batch
 _Layouts = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
-def _layouts(tensors: list[Any]) -> _Layouts:
+def layouts_of(tensors: list[Any]) -> _Layouts:
     return tuple((t.shape, t.dtype) for t in tensors)
 
 
@@ -38,10 +38,10 @@ class TrainingCall:
         self._settings = settings_of(module)
         directions, hidden = 2 if module.bidirectional else 1, module.hidden_size
         size = x.size(0 if module.batch_first else 1)
-        self._x, self._weights = (x.shape, x.dtype), _layouts(weights)
-        self._statistics = _layouts(statistics)
+        self._x, self._weights = (x.shape, x.dtype), layouts_of(weights)
+        self._statistics = layouts_of(statistics)
         self._zeros = x.new_zeros((directions, size, hidden))
-        self._state = _layouts([self._zeros] * 2)
+        self._state = layouts_of([self._zeros] * 2)
         self._call = BNLSTMCall(
             x, hidden, directions, module.batch_first, module.input_stats == "sequence", module.eps
         )

@@ -15,7 +15,7 @@ from fastrnn.backends import cpu
 from fastrnn.backends.cpu_bnlstm import inference_layer
 from fastrnn.functional.bnlstm import STATISTICS, check_layers, describe_problem
 from fastrnn.nn.base import computes_weights
-from fastrnn.nn.bnlstm_call import settings_of
+from fastrnn.nn.bnlstm_call import layouts_of, settings_of
 from fastrnn.nn.cache import PackedCache
 from fastrnn.nn.stepper import InferenceParts, Layout, NativeCall
 
@@ -32,14 +32,17 @@ def _tensors(module: Any) -> list[Any]:
 
 
 class InferenceCall(NativeCall):
-    """A call of a module with these ``settings``; its weights are ``_tensors``."""
+    """A call of a module with these ``settings``; its weights are ``_tensors``, of the shapes of
+    these, which were checked."""
 
-    def __init__(self, settings: tuple[Any, ...], *args: Any) -> None:
+    def __init__(self, settings: tuple[Any, ...], tensors: list[Any], *args: Any) -> None:
         super().__init__(*args)
-        self.settings = settings
+        self.settings, self._tensors = settings, layouts_of(tensors)
 
     def _plan(self, x: Tensor, weights: list[Tensor]) -> str | None:
-        """As of ``NativeCall``, but that the weights were checked before."""
+        """As of ``NativeCall``, but that the general way says which weights do not fit."""
+        if layouts_of(weights) != self._tensors:
+            return None
         hidden, _, directions, layers = self.sizes
         problem = describe_problem(
             x, x.dtype, self.batch, hidden, directions, layers, False, False, False
@@ -127,7 +130,7 @@ def _run(
     )  # fmt: skip
     sizes = (module.hidden_size, 0, directions, module.num_layers)
     layout = Layout.step(x) if step else Layout.sequence(x, module.batch_first)
-    call = InferenceCall(settings, "bnlstm", sizes, x, layout)
+    call = InferenceCall(settings, tensors, "bnlstm", sizes, x, layout)
     done = call(x, h, c, tensors, module, first)
     if done is None:
         return None
