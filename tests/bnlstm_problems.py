@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrnn import ops
 from fastrnn.backends import reference_bnlstm
 from tests.problems import Case, Problem, Result
+from tests.solved_once import once_per_state
 from tests.tolerances import assert_close_by_rule
 
 UPSTREAM = ("y", "h_n", "c_n", "cells")
@@ -111,6 +112,7 @@ def names(case: BNCase) -> list[str]:
     return [name + "_reverse" * d for d in range(case.directions) for name in own]
 
 
+@once_per_state(BNProblem.inputs)
 def solve_reference(p: BNProblem, dtype: torch.dtype) -> Result:
     """Outputs, statistics and gradients of the reference on the inputs of p, in ``dtype``."""
     c, plain = p.case, p.plain

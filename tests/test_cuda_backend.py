@@ -15,6 +15,8 @@ from fastrnn.backends import SERVES, Problem, cuda_missing, cuda_native
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.name for path in (Path(__file__).parent / "emulated").glob("test_*.py"))
+# No test there draws examples, and the plugin of hypothesis takes seconds to start.
+QUICK = ("-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
 
 def _library() -> str:
@@ -50,7 +52,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("name", FILES)
 def test_on_the_emulator(name: str) -> None:
     path = f"tests/emulated/{name}"
-    done = _run("-m", "pytest", "-q", "-p", "no:cacheprovider", path, FASTRNN_EMULATED=LIBRARY)
+    done = _run("-m", "pytest", *QUICK, path, FASTRNN_EMULATED=LIBRARY)
     assert done.returncode == 0, f"{path}:\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
     assert "passed" in done.stdout
 

@@ -56,7 +56,8 @@ class Checked:
             given: Tensor | PackedSequence = x
             if packed:
                 given = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
-            torch.manual_seed(5)
+            # torch.manual_seed keeps the stack for a GPU to come: this is called per element.
+            torch.default_generator.manual_seed(5)
             weights = dict(zip(names, rest, strict=True))
             output, h_n = functional_call(module, weights, (given, h0), call)
             return output.data if packed else output, h_n
@@ -74,10 +75,14 @@ def test_gradcheck(coupled: bool, name: str) -> None:
 
 @pytest.mark.parametrize(("coupled", "name"), CASES)
 def test_gradgradcheck(coupled: bool, name: str) -> None:
-    """Along random directions; element by element for the two smallest sets of options."""
+    """Along random directions; element by element for masks of all kinds. What is not there is
+    each layer's own matter, however layers are put together."""
     checked = Checked(coupled, name)
-    thorough = name in ("depth 2", "recompute")
-    assert gradgradcheck(checked.function, checked.inputs, fast_mode=not thorough)
+    alone = name in ("depth 1", "depth 2", "recompute")
+    fast = name != "recompute"
+    assert gradgradcheck(
+        checked.function, checked.inputs, check_undefined_grad=alone, fast_mode=fast
+    )
 
 
 @pytest.mark.parametrize("wanted", ["x", "state", "weights"])

@@ -23,6 +23,8 @@ from fastrnn.backends.triton.plan import (
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
+# No test there draws examples, and the plugin of hypothesis takes seconds to start.
+QUICK = ("-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -44,7 +46,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("name", FILES)
 def test_under_the_interpreter(name: str) -> None:
     path = f"tests/interpreted/{name}"
-    done = _run("-m", "pytest", "-q", "-p", "no:cacheprovider", path, TRITON_INTERPRET="1")
+    done = _run("-m", "pytest", *QUICK, path, TRITON_INTERPRET="1")
     assert done.returncode == 0, f"{path}:\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
 
 
