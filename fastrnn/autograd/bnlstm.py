@@ -11,7 +11,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, hooked, unpacked
+from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, layouts, unpacked
 from fastrnn.backends import reference, reference_bnlstm
 from fastrnn.backends.cpu_bnlstm import BNLSTMCall
 
@@ -58,7 +58,7 @@ class BNLSTMLayer(Function):
         ctx.mark_non_differentiable(*used)
         saved = (x, h0, c0, y, cells, tape, *used, batch_sizes, lengths, reset, *weights)
         ctx.save_for_backward(*saved)
-        ctx.expected = hooked(saved)
+        ctx.expected = layouts(saved)
         ctx.eps, ctx.options, ctx.rest = eps, options, len(tensors) - count
         return y, h_n, c_n, cells, *used
 
@@ -95,7 +95,7 @@ class PreparedBNLSTMLayer(Function):
         ctx.set_materialize_grads(False)
         saved = (x, h0, c0, y, cells, tape, *found, None, None, None, *weights)
         ctx.save_for_backward(*saved)
-        ctx.expected = hooked(saved)
+        ctx.expected = layouts(saved)
         ctx.eps, ctx.options = call.eps, (True, call.sequence, call.batch_first, "")
         return y, h_n, c_n
 
@@ -189,7 +189,7 @@ class BNLSTMLayerBackward(Function):
         ctx.set_materialize_grads(False)
         saved = (dy, dh_n, dc_n, dcells, x, h0, c0, *used, batch_sizes, lengths, reset, *weights)
         ctx.save_for_backward(*saved)
-        ctx.expected = hooked(saved)
+        ctx.expected = layouts(saved)
         ctx.eps, ctx.options = eps, options
         return dx, dh0, dc0, *dweights
 

@@ -23,8 +23,6 @@ from fastrnn.backends.cpu_prepared import LayerCall
 __all__ = ["Layer", "LayerBackward", "PreparedLayer", "distinct"]
 
 _Grad = Tensor | None
-# torch before 2.7 does not say whether there are hooks on saved tensors.
-_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class Layer(Function):
@@ -61,7 +59,7 @@ class Layer(Function):
         kept = (cells, gates) if is_compiling() else (_present(cells), _present(gates))
         saved = (x, h0, c0, y, *kept, batch_sizes, lengths, reset, seed, *weights)
         ctx.save_for_backward(*saved)
-        ctx.expected = hooked(saved)
+        ctx.expected = layouts(saved)
         ctx.options = (cell, batch_first, plan, noise)
         return y, h_n, c_n, cells
 
@@ -124,7 +122,7 @@ class PreparedLayer(Function):
         ctx.set_materialize_grads(False)
         saved = (x, h0, c0, y, cells, gates, *weights)
         ctx.save_for_backward(*saved)
-        ctx.expected = hooked(saved)
+        ctx.expected = layouts(saved)
         ctx.options = (call, cell, batch_first)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
@@ -224,7 +222,7 @@ class LayerBackward(Function):
         ctx.set_materialize_grads(False)
         saved = (dy, dh_n, dc_n, dcells, x, h0, c0, batch_sizes, lengths, reset, seed, *weights)
         ctx.save_for_backward(*saved)
-        ctx.expected = hooked(saved)
+        ctx.expected = layouts(saved)
         ctx.options = (cell, batch_first, noise)
         return dx, dh0, dc0, *dweights
 
@@ -249,25 +247,28 @@ class LayerBackward(Function):
         return *dgrads_out, *dinputs[:3], *([None] * 14), *dinputs[3:]
 
 
-def hooked(saved: Sequence[_Grad]) -> list[Any] | None:
-    """Dtype, shape and device of what is saved where hooks on saved tensors may change it."""
-    if is_compiling() or (_top_hooks is not None and _top_hooks(True) is None):
+def layouts(saved: Sequence[_Grad]) -> list[Any] | None:
+    """Dtype, shape and device of what is saved. Hooks on saved tensors may change them, and so does
+    who assigns to ``.data``, which no version counter shows."""
+    if is_compiling():
         return None
     return [None if t is None else (t.dtype, t.shape, t.device) for t in saved]
 
 
 def unpacked(ctx: Any) -> Any:
-    """``ctx.saved_tensors``, which must be like those that ``hooked`` saw: kernels take their
+    """``ctx.saved_tensors``, which must be like those that ``layouts`` saw: kernels take their
     sizes from the call."""
     saved = ctx.saved_tensors
-    if not is_compiling() and ctx.expected is not None:
-        for t, expected in zip(saved, ctx.expected, strict=True):
-            found = None if t is None else (t.dtype, t.shape, t.device)
-            if found != expected:
-                raise RuntimeError(
-                    f"saved-tensor hooks: unpack returned {found}, expected {expected}, the dtype, "
-                    "shape and device of the tensor that pack was given; convert it back in unpack"
-                )
+    if ctx.expected is not None and not is_compiling():
+        found = layouts(saved)
+        if found != ctx.expected:
+            pairs = zip(found or [], ctx.expected, strict=True)
+            got, expected = next(pair for pair in pairs if pair[0] != pair[1])
+            raise RuntimeError(
+                f"saved tensors: the backward got {got}, expected {expected}, the dtype, shape and "
+                "device in the forward; assign to .data after the backward, and in saved-tensor "
+                "hooks convert back in unpack"
+            )
     return saved
 
 

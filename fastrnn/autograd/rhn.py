@@ -14,7 +14,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, hooked, unpacked
+from fastrnn.autograd.layer import _alias, _gradients, batched, by_reference, layouts, unpacked
 from fastrnn.backends import reference
 from fastrnn.backends.cpu_rhn import RhnCall
 
@@ -94,7 +94,7 @@ def _save(ctx: Any, saved: tuple[_Grad, ...], options: tuple[bool, str, RhnCall 
     """For ``_layer_gradients``; options: batch_first, the plan, and a call that was prepared."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)
-    ctx.expected = hooked(saved)
+    ctx.expected = layouts(saved)
     ctx.options = options
 
 
@@ -168,7 +168,7 @@ class RhnLayerBackward(Function):
         ctx.set_materialize_grads(False)
         saved = (dy, dh_n, x, h0, x_mask, s_mask, batch_sizes, lengths, reset, *weights)
         ctx.save_for_backward(*saved)
-        ctx.expected = hooked(saved)
+        ctx.expected = layouts(saved)
         ctx.batch_first = batch_first
         return dx, dh0, *dweights
 
