@@ -428,7 +428,7 @@ def test_a_parameter_changed_before_the_backward(backwards: list[Any]) -> None:
         y.sum().backward()
     y, _ = module(x)
     module.weight_hh_l0.data = module.weight_hh_l0.data.double()  # moves no version
-    with pytest.raises(RuntimeError, match=r"saved tensors: the backward got \(torch.float64"):
+    with pytest.raises(RuntimeError, match=r"the backward got .*torch\.float64"):
         y.sum().backward()
     assert backwards == []
 

@@ -147,6 +147,23 @@ PyObject* resemble(PyObject*, Arguments a, Py_ssize_t count) {
   });
 }
 
+// footprint(tensors): dtype and shape of each as bytes, None among them; None where a tensor has to be asked itself.
+PyObject* footprint(PyObject*, Arguments a, Py_ssize_t count) {
+  return guarded(count, 1, [&]() -> PyObject* {
+    if (!PyTuple_Check(a[0])) Py_RETURN_NONE;
+    std::vector<int64_t> found;
+    found.reserve(4 * PyTuple_GET_SIZE(a[0]));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[0]); i++) {
+      const View view(PyTuple_GET_ITEM(a[0], i));
+      if (view.given && (!view.cpu || !view.data || view.dims > 3)) Py_RETURN_NONE;
+      found.push_back(view.given ? view.dtype : -2);
+      found.insert(found.end(), view.shape.begin(), view.shape.end());
+    }
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(found.data()),
+                                     found.size() * sizeof(int64_t));
+  });
+}
+
 // The tensors of one origin after the other.
 bool same_weights(const Inference& call, PyObject* weights) {
   if (!PyList_Check(weights)) return false;
@@ -292,11 +309,9 @@ void bind_inference(py::module_& m) {
       delete static_cast<Likes*>(PyCapsule_GetPointer(capsule, Likes::kName));
     });
   });
-  static PyMethodDef functions[] = {fast("infer", infer),
-                                    fast("resemble", resemble),
-                                    fast("unchanged", unchanged),
-                                    fast("unobserved", unobserved),
-                                    {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef functions[] = {fast("footprint", footprint),   fast("infer", infer),
+                                    fast("resemble", resemble),     fast("unchanged", unchanged),
+                                    fast("unobserved", unobserved), {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), functions) < 0) throw py::error_already_set();
 }
 

@@ -48,6 +48,7 @@ struct View {
   void* data = nullptr;
   int dtype = -1;  // bits, more by kBrain for bfloat16
   bool given = false, cpu = false, dense = false;
+  Py_ssize_t dims = 0;
   std::array<int64_t, 3> shape{-1, -1, -1};
   static constexpr int kBrain = 1000;
 
@@ -75,7 +76,8 @@ struct View {
     data = static_cast<char*>(t.data) + t.byte_offset;
     cpu = t.device.type == 1;
     dtype = t.dtype.code == 2 ? t.dtype.bits : t.dtype.code == 4 ? kBrain + t.dtype.bits : -1;
-    dense = t.ndim <= 3;
+    dims = t.ndim;
+    dense = dims <= 3;
     int64_t expected = 1;
     for (int i = std::min(t.ndim, 3) - 1; i >= 0; i--) {
       shape[i] = t.shape[i];
@@ -87,7 +89,7 @@ struct View {
   void of_attributes(PyObject* tensor) {
     const Names& n = names();
     const auto sizes = attribute(tensor, n.shape), type = attribute(tensor, n.dtype);
-    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
+    dims = PyTuple_GET_SIZE(sizes.ptr());
     for (Py_ssize_t i = 0; i < std::min<Py_ssize_t>(dims, 3); i++)
       shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
     const int known[] = {32, 64, kBrain + 16};

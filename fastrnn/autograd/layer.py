@@ -17,7 +17,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 
 from fastrnn import ops
-from fastrnn.backends import reference
+from fastrnn.backends import cpu, reference
 from fastrnn.backends.cpu_prepared import LayerCall
 
 __all__ = ["Layer", "LayerBackward", "PreparedLayer", "distinct"]
@@ -247,28 +247,28 @@ class LayerBackward(Function):
         return *dgrads_out, *dinputs[:3], *([None] * 14), *dinputs[3:]
 
 
-def layouts(saved: Sequence[_Grad]) -> list[Any] | None:
+def layouts(saved: tuple[_Grad, ...]) -> Any:
     """Dtype, shape and device of what is saved. Hooks on saved tensors may change them, and so does
     who assigns to ``.data``, which no version counter shows."""
     if is_compiling():
         return None
-    return [None if t is None else (t.dtype, t.shape, t.device) for t in saved]
+    return cpu.footprint(saved) or [_layout(t) for t in saved]
+
+
+def _layout(t: _Grad) -> Any:
+    return None if t is None else (t.dtype, t.shape, t.device)
 
 
 def unpacked(ctx: Any) -> Any:
     """``ctx.saved_tensors``, which must be like those that ``layouts`` saw: kernels take their
     sizes from the call."""
     saved = ctx.saved_tensors
-    if ctx.expected is not None and not is_compiling():
-        found = layouts(saved)
-        if found != ctx.expected:
-            pairs = zip(found or [], ctx.expected, strict=True)
-            got, expected = next(pair for pair in pairs if pair[0] != pair[1])
-            raise RuntimeError(
-                f"saved tensors: the backward got {got}, expected {expected}, the dtype, shape and "
-                "device in the forward; assign to .data after the backward, and in saved-tensor "
-                "hooks convert back in unpack"
-            )
+    if ctx.expected is not None and not is_compiling() and layouts(saved) != ctx.expected:
+        raise RuntimeError(
+            f"saved tensors: the backward got {[_layout(t) for t in saved]}, of which one had "
+            "another dtype, shape or device in the forward; assign to .data after the backward, "
+            "and in saved-tensor hooks convert back in unpack"
+        )
     return saved
 
 

@@ -465,6 +465,12 @@ def unchanged(weights: Sequence[Tensor], origin: Any) -> bool:
     return bool(_cpu.unchanged(weights, origin))
 
 
+def footprint(tensors: tuple[Tensor | None, ...]) -> bytes | None:
+    """Dtype and shape of each of these, where all that are there lie on the CPU with at most three
+    dimensions and the library is loaded; else None."""
+    return _cpu.footprint(tensors) if LOADED else None
+
+
 def unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether these are torch's own tensors on the CPU, with their signs carried out, and no mode,
     transform, tracer or profiler would see an operator."""
