@@ -97,12 +97,16 @@ bool unseen() {
   return true;
 }
 
-// Of torch.Tensor exactly, or of another of torch's own classes, and with its sign carried out.
-bool ordinary(PyObject* tensor, Py_ssize_t classes) {
+// Of torch.Tensor exactly, or of another of torch's own classes.
+bool own_class(PyObject* tensor, Py_ssize_t classes) {
   const PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
   for (Py_ssize_t i = 0; i < classes; i++)
-    if (type == PyTuple_GET_ITEM(watch.types, i)) return method(tensor, names().is_neg).ptr() == Py_False;
+    if (type == PyTuple_GET_ITEM(watch.types, i)) return true;
   return false;
+}
+// The same, and with its sign carried out.
+bool ordinary(PyObject* tensor, Py_ssize_t classes) {
+  return own_class(tensor, classes) && method(tensor, names().is_neg).ptr() == Py_False;
 }
 
 bool fits(PyObject* tensor, const View& view, const View& like) {
@@ -154,7 +158,9 @@ PyObject* footprint(PyObject*, Arguments a, Py_ssize_t count) {
     std::vector<int64_t> found;
     found.reserve(4 * PyTuple_GET_SIZE(a[0]));
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a[0]); i++) {
-      const View view(PyTuple_GET_ITEM(a[0], i));
+      PyObject* const each = PyTuple_GET_ITEM(a[0], i);
+      if (each != Py_None && !own_class(each, PyTuple_GET_SIZE(watch.types))) Py_RETURN_NONE;
+      const View view(each);
       if (view.given && (!view.cpu || !view.data || view.dims > 3)) Py_RETURN_NONE;
       found.push_back(view.given ? view.dtype : -2);
       found.insert(found.end(), view.shape.begin(), view.shape.end());
