@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 from torch import nn
@@ -19,9 +17,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from tests.quartet import H, draws, names, tensors
 from tests.stateful_calls import BOOLS, Calls
 from tests.tolerances import assert_same_bits
-
-DEFAULT = 1000
-COUNT = int(os.environ.get("FASTRNN_HYPOTHESIS_CASES", DEFAULT))
 
 
 class Changes(Calls):
@@ -256,19 +251,6 @@ class Changes(Calls):
     @rule()
     def collect(self) -> None:
         gc.collect(0)
-
-
-def profile(examples: int, steps: int) -> settings:
-    return settings(
-        max_examples=max(1, examples * COUNT // DEFAULT),
-        stateful_step_count=steps,
-        derandomize=COUNT == DEFAULT,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # Changes, each after prepared calls: what the draws above reach now and then.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrnn import ops
@@ -23,6 +22,7 @@ from tests.bnlstm_problems import (
     forward,
     solve_ops,
 )
+from tests.drawn import drawn
 from tests.tolerances import assert_same_bits
 
 LAYOUTS = {  # name -> layout, lengths, reset
@@ -229,10 +229,6 @@ def test_opcheck() -> None:
         torch.library.opcheck(ops.bnlstm_backward, args)
 
 
-DEFAULT = 125
-COUNT = int(os.environ.get("FASTRNN_HYPOTHESIS_CASES", DEFAULT))
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> BNCase:
     """A valid case, small enough that two reference runs take milliseconds."""
@@ -258,15 +254,7 @@ def cases(draw: st.DrawFn) -> BNCase:
     )
 
 
-@settings(
-    max_examples=COUNT,
-    derandomize=COUNT == DEFAULT,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),
-)
+@drawn(125)
 @given(case=cases())
 def test_random_case(case: BNCase) -> None:
     p = BNProblem(case)

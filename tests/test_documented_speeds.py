@@ -29,6 +29,13 @@ def quoted(words: str, documents: tuple[str, ...] = BOTH) -> None:
         assert words in text, f"{name} lacks: {words}"
 
 
+def beside_torch_and_onnx(grid: list[Record]) -> dict[str, float]:
+    """Cases slower than ONNX Runtime, of a grid whose least speed beside torch.nn's is quoted."""
+    assert not any(record.handed_over for record in grid)
+    quoted(f"({min(vs_torch(r) or 0 for r in grid):.2f} times as fast at least)")
+    return {r.case.id: ratio for r in grid if (ratio := vs_onnx(r)) is not None and ratio < 1}
+
+
 def rate(case: Case) -> str:
     return f"{case.T} steps of {case.N} rows, H = {case.H}"
 
@@ -97,9 +104,7 @@ def test_large_layers() -> None:
 def test_with_avx2() -> None:
     found = held(EPYC)
     grid = [record for record in found.values() if record.case.group == "grid"]
-    assert not any(record.handed_over for record in grid)
-    quoted(f"({min(vs_torch(r) or 0 for r in grid):.2f} times as fast at least)")
-    behind = {r.case.id: ratio for r in grid if (ratio := vs_onnx(r)) is not None and ratio < 1}
+    behind = beside_torch_and_onnx(grid)
     one, eight, seventeen, gru, rnn, wide_rnn = (
         behind.pop(f"{cell}/forward/{shape}")
         for cell, shape in (
@@ -172,9 +177,7 @@ def test_one_tiny_call(mode: str) -> None:
 def test_zen_5() -> None:
     found = held(ZEN5)
     grid = [record for record in found.values() if record.case.group == "grid"]
-    assert not any(record.handed_over for record in grid)
-    quoted(f"({min(vs_torch(r) or 0 for r in grid):.2f} times as fast at least)")
-    behind = {r.case.id: ratio for r in grid if (ratio := vs_onnx(r)) is not None and ratio < 1}
+    behind = beside_torch_and_onnx(grid)
     rnn, gru = behind.pop("rnn/forward/T1-N1-H128"), behind.pop("gru/forward/T1-N1-H128")
     assert not behind
     quoted(f"one call of an RNN ({rnn:.2f}) and of a GRU ({gru:.2f})", BOTH[:1])

@@ -1,24 +1,19 @@
 """Random shapes and options, drawn by hypothesis, against the float64 reference with gradients.
 
-FASTRNN_HYPOTHESIS_CASES sets the number of cases (1,000); any other number than the default also
-draws anew at each run, where the default always draws the same.
+How many, and that they are the same ones each time: tests/drawn.py.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.drawn import drawn
 from tests.problems import CELLS, NORMED, UPSTREAM, Case, Problem, check, forward, solve_ops
 from tests.test_regularisers_kernels import noises
 from tests.tolerances import assert_same_bits
-
-DEFAULT = 1000
-COUNT = int(os.environ.get("FASTRNN_HYPOTHESIS_CASES", DEFAULT))
 
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16])
 # Widths of a vector and their neighbours come up as often as any number.
@@ -70,15 +65,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @pytest.mark.first
-@settings(
-    max_examples=COUNT,
-    derandomize=COUNT == DEFAULT,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),
-)
+@drawn()
 @given(case=cases())
 def test_random_case(case: Case) -> None:
     # Fixtures run once, not per example: seeds are the case's own.

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fastrnn
 from fastrnn import ops
+from tests.drawn import drawn
 from tests.rhn_problems import (
     Case,
     Problem,
@@ -27,7 +28,6 @@ from tests.rhn_problems import (
     solve_ops,
     verify,
 )
-from tests.test_hypothesis import COUNT, DEFAULT
 from tests.tolerances import assert_same_bits
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -349,15 +349,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(
-    max_examples=COUNT // 4,
-    derandomize=COUNT == DEFAULT,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),
-)
+@drawn(250)
 @given(case=cases())
 def test_random_case(case: Case) -> None:
     # Fixtures run once, not per example: seeds are the case's own.

@@ -2,7 +2,7 @@
 
 From the second call of a shape on modules go prepared ways with packed weights, which have to
 notice whatever would change torch.nn's results. Modules of both live through the same, drawn by
-hypothesis. FASTRNN_HYPOTHESIS_CASES widens it as in test_hypothesis.py.
+hypothesis. FASTRNN_HYPOTHESIS_CASES widens it (tests/drawn.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 
+from tests.drawn import drawn
 from tests.quartet import LAYERS, H, Quartet
 from tests.stateful_calls import BOOLS
-from tests.stateful_changes import CHANGES, Changes, each_after_prepared_calls, profile
+from tests.stateful_changes import CHANGES, Changes, each_after_prepared_calls
 
 # torch's own, of what its LSTM does not hand on.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
@@ -52,7 +53,7 @@ class Machine(Changes):
 
 @pytest.mark.first
 def test_any_order_of_calls_and_changes() -> None:
-    run_state_machine_as_test(Machine, settings=profile(12, 24))
+    run_state_machine_as_test(Machine, settings=drawn(12, stateful_step_count=24))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 from torch import Tensor, nn
 
+from tests.drawn import drawn
 from tests.quartet import H, OwnCells, names
 from tests.stateful_calls import BOOLS, SHAPES, TIMES
-from tests.stateful_changes import CHANGES, Changes, each_after_prepared_calls, profile
+from tests.stateful_changes import CHANGES, Changes, each_after_prepared_calls
 from tests.tolerances import assert_same_bits
 
 LOOKS = st.sampled_from(["infer", "infer", "train", "train", "step"])
@@ -335,7 +336,7 @@ MACHINES: dict[str, type[Own]] = {"RHN": Highway, "BNLSTM": Normalised}
 @pytest.mark.first
 @pytest.mark.parametrize("kind", MACHINES)
 def test_any_order_of_calls_and_changes(kind: str) -> None:
-    run_state_machine_as_test(MACHINES[kind], settings=profile(4, 24))
+    run_state_machine_as_test(MACHINES[kind], settings=drawn(4, stateful_step_count=24))
 
 
 OWN_CHANGES: dict[str, dict[str, Callable[[Any], Any]]] = {

@@ -49,6 +49,23 @@ def test_unpacking_another_tensor(module: torch.nn.Module, unpack: Callable[...,
             y.sum().backward()
 
 
+class Subclass(Tensor):
+    pass
+
+
+def test_unpacking_another_class(module: torch.nn.Module) -> None:
+    """Of the same values, in the first call of a shape and in a prepared one."""
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    for _ in range(4):
+        (expected,) = torch.autograd.grad(module(x)[0].sum(), x)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t, lambda t: t.as_subclass(Subclass)
+        ):
+            y = module(x)[0]
+        (found,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(found, expected)
+
+
 VARIANTS: dict[str, Callable[[], torch.nn.Module]] = MODULES | {
     "bidirectional": lambda: fastrnn.GRU(3, 5, bidirectional=True, reset_after=False),
     "projected": lambda: fastrnn.LSTM(3, 5, proj_size=2),
