@@ -92,8 +92,9 @@ class Backward : protected BackwardInput<E, C> {
   void direction(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H;
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
-    begin(d, lane, unit_range(share), i0, i1);
+    const int64_t i0 = share.first(N), i1 = share.last(N);
+    lane.division.begin(dir.claims, share, args_);
+    begin(d, lane, unit_range(lane), i0, i1);
     dir.barrier.wait(share.count);
 
     bool add = false;
@@ -150,7 +151,7 @@ class Backward : protected BackwardInput<E, C> {
   // Masked copies of the previous states: this thread's share, complete for all at the next barrier.
   void mask_states(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
     const int64_t M = lane.list.rows, O = args_.O;
-    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    const int64_t m0 = share.first(M), m1 = share.last(M);
     for (int64_t i = 0; i < steps; i++)
       for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
         IO* copy = dir_[d].h_in + m * O;
@@ -161,8 +162,8 @@ class Backward : protected BackwardInput<E, C> {
   }
 
   void recompute(Direction& dir, const Share& share, Lane& lane) {
-    const int64_t m0 = lane.list.rows * share.id / share.count;
-    const int64_t m1 = lane.list.rows * (share.id + 1) / share.count;
+    const int64_t m0 = share.first(lane.list.rows);
+    const int64_t m1 = share.last(lane.list.rows);
     for (int64_t m = m0; m < m1; m++) {
       lane.a_rows[m] = operand_row(lane.x[m], dir.x_cast + m * args_.I, args_.I);
       lane.b_rows[m] = operand_row(lane.h_in[m], dir.h_cast + m * args_.O, args_.O);
@@ -224,7 +225,7 @@ class Backward : protected BackwardInput<E, C> {
     first = lane.list.start[i];
     last = lane.list.start[i + 1];
     if (plan_.units || share.count == 1) return;
-    const int64_t n0 = args_.N * share.id / share.count, n1 = args_.N * (share.id + 1) / share.count;
+    const int64_t n0 = share.first(args_.N), n1 = share.last(args_.N);
     while (first < last && lane.list.n[first] < n0) first++;
     while (first < last && lane.list.n[last - 1] >= n1) last--;
   }
@@ -237,7 +238,7 @@ class Backward : protected BackwardInput<E, C> {
     const int64_t count = last - first, H = args_.H;
     gather(d, lane, begin + i, first, count);
     sweep(
-        split_units, share, hh_, dir.w_hh, gates_ * H, count, i, lane,
+        split_units, hh_, dir.w_hh, gates_ * H, count, i, lane,
         [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
           for (int q = 0; far_ && q < panels * r; q++)
             prefetch_row<E, C>(lane.rows[m + q % r], hh_.first(b + q / r), hh_.units(b + q / r), H);
@@ -250,7 +251,7 @@ class Backward : protected BackwardInput<E, C> {
       const T* w = args_.projected ? dir.w_hr : dir.w_hh;
       const int64_t K = args_.projected ? args_.O : gates_ * H, k0 = args_.projected ? 0 : 2 * H;
       sweep(
-          split_units, share, p, w, K, count, i, lane,
+          split_units, p, w, K, count, i, lane,
           [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
             const T* a[kMaxRows];
             for (int q = 0; q < r; q++)
@@ -296,20 +297,22 @@ class Backward : protected BackwardInput<E, C> {
 
   // Over this thread's blocks, back and forth: multiply(block, blocks, first row, rows, what is coming) into lane.tile, then use(block, row, its part).
   template <class M, class F>
-  void sweep(bool split_units, const Share& share, const Panels<E>& p, const T* w, int64_t K, int64_t count,
-             int64_t i, Lane& lane, M&& multiply, F&& use) {
-    const int64_t b0 = split_units ? p.blocks * share.id / share.count : 0;
-    const int64_t b1 = split_units ? p.blocks * (share.id + 1) / share.count : p.blocks;
-    const bool ahead = w && asks_ahead(p, b0, b1, K, count);  // a lone step has none where it meets zeros
-    panel_runs(p, b0, b1, i % 2, count, [&](int64_t b, int panels) {
-      const int64_t next = i % 2 ? b - 1 : b + panels, cols = p.columns(b);
-      const T* coming = ahead && next >= b0 && next < b1 ? w + p.stream(next, K) : nullptr;
-      const Coming<E> next_panel{coming, coming ? p.columns(next) * K : 0, count};
-      row_blocks(count, p.vectors(b), [&](int64_t m, int r) {
-        multiply(b, panels, m, r, next_panel);
-        for (int q = 0; q < panels * r; q++) use(b + q / r, m + q % r, lane.tile + q * cols);
-      });
-    });
+  void sweep(bool split_units, const Panels<E>& p, const T* w, int64_t K, int64_t count, int64_t i,
+             Lane& lane, M&& multiply, F&& use) {
+    const PanelRuns own = lane.division.own(p, split_units);
+    const bool ahead =
+        w && asks_ahead(p, own.b0, own.b1, K, count);  // a lone step has none where it meets zeros
+    lane.division.panels(p, K, count, {split_units, split_units && !noise_.on, i % 2 != 0},
+                         [&](int64_t b, int panels, int64_t next) {
+                           const int64_t cols = p.columns(b);
+                           const T* coming = ahead && next >= 0 ? w + p.stream(next, K) : nullptr;
+                           const Coming<E> next_panel{coming, coming ? p.columns(next) * K : 0, count};
+                           row_blocks(count, p.vectors(b), [&](int64_t m, int r) {
+                             multiply(b, panels, m, r, next_panel);
+                             for (int q = 0; q < panels * r; q++)
+                               use(b + q / r, m + q % r, lane.tile + q * cols);
+                           });
+                         });
   }
 
   // Rows whose latest gate gradients lie in the chunk buffer, which the next chunk overwrites, are saved.
@@ -320,7 +323,7 @@ class Backward : protected BackwardInput<E, C> {
     if (whole_) return;
     for (int64_t n = 0; n < N; n++) {
       if (!lane.next[n] || lane.next[n] == dir.carry + n * S) continue;
-      if (n >= N * share.id / share.count && n < N * (share.id + 1) / share.count)
+      if (n >= share.first(N) && n < share.last(N))
         std::memcpy(dir.carry + n * S, lane.next[n], S * sizeof(T));
       lane.next[n] = dir.carry + n * S;
     }
@@ -359,8 +362,8 @@ class Backward : protected BackwardInput<E, C> {
     operands[0] = {args_.I, lane.x, nullptr, dir.operand[0]};
     operands[1] = {args_.O, lane.h_in, nullptr, dir.operand[1]};
     operands[2] = {H, nullptr, dir.mid, dir.operand[2]};
-    outer_products<E>(jobs, count, operands, dir.mid ? 3 : 2, lane.list.rows, dir.outer, add, share.id,
-                      share.count, dir.barrier);
+    outer_products<E>(jobs, count, operands, dir.mid ? 3 : 2, lane.list.rows, dir.outer, add, lane.division,
+                      dir.barrier);
   }
 
   // dh0 and dc0 of rows [i0, i1): one more step of the recurrent matmul, cut where the first step resets.
@@ -426,7 +429,7 @@ class Backward : protected BackwardInput<E, C> {
     const int64_t H = args_.H, G = gates_ * H;
     if constexpr (kCast) {
       auto part = [&](void* dst, const T* src, int64_t n) {
-        const int64_t a = n * share.id / share.count, b = n * (share.id + 1) / share.count;
+        const int64_t a = share.first(n), b = share.last(n);
         if (dst) convert_row(static_cast<IO*>(dst) + a, src + a, b - a);
       };
       part(out.w_ih, dir.d_ih, G * args_.I);

@@ -8,6 +8,7 @@ namespace FASTRNN_ISA {
 template <class E, class C>
 class BackwardInput : protected BackwardState<E, C> {
  protected:
+  static constexpr int64_t kInputRows = 8 * kMaxRows;  // that a thread takes at a time
   using State = BackwardState<E, C>;
   using typename State::Direction;
   using typename State::Lane;
@@ -22,19 +23,27 @@ class BackwardInput : protected BackwardState<E, C> {
     const int64_t M = lane.list.rows;
     for (int64_t m = 0; m < M; m++) lane.a_rows[m] = dg + m * stride;
     if (direct_) return direct_input_grad(d, share, lane);
-    if (!lane.panels)
-      return input_columns(d, lane, ih_, dir_[d].w_ih, 0, M * share.id / share.count,
-                           M * (share.id + 1) / share.count);
+    if (!lane.panels) {
+      return lane.division.run(
+          true,
+          [&](int id) { return ceil_div(M * (id + 1) / share.count - M * id / share.count, kInputRows); },
+          [&](int id, int64_t i) {
+            const int64_t m = M * id / share.count + i * kInputRows;
+            input_columns(d, lane, ih_, dir_[d].w_ih, 0, m, imin(m + kInputRows, M * (id + 1) / share.count));
+          });
+    }
     // Wide weights are packed a few blocks at a time, by the thread whose columns of dx they make.
     const auto* w = static_cast<const IO*>(args_.weights[d].w_ih);
-    const int64_t last = ih_.blocks * (share.id + 1) / share.count;
-    for (int64_t b = ih_.blocks * share.id / share.count, n; b < last; b += n) {
-      n = imin(this->stream_, last - b);
-      const int64_t u0 = ih_.first(b);
-      const Panels<E> part(1, imin(n * ih_.unit, args_.I - u0), kNarrow);
-      pack_rows<E, IO>(part, w + u0, args_.I, gates_ * args_.H, lane.panels, 0, n);
-      input_columns(d, lane, part, lane.panels, u0, 0, M);
-    }
+    const auto first = [&](int id) { return ih_.blocks * id / share.count; };
+    lane.division.run(
+        true, [&](int id) { return ceil_div(first(id + 1) - first(id), this->stream_); },
+        [&](int id, int64_t i) {
+          const int64_t b = first(id) + i * this->stream_, n = imin(this->stream_, first(id + 1) - b);
+          const int64_t u0 = ih_.first(b);
+          const Panels<E> part(1, imin(n * ih_.unit, args_.I - u0), kNarrow);
+          pack_rows<E, IO>(part, w + u0, args_.I, gates_ * args_.H, lane.panels, 0, n);
+          input_columns(d, lane, part, lane.panels, u0, 0, M);
+        });
   }
 
   // Columns of dx from `column` on, which the panels p of w make, of rows [m0, m1).

@@ -2,6 +2,7 @@
 #pragma once
 #include "ahead.h"
 #include "cells_cpu_backward.h"
+#include "claims.h"
 #include "direct.h"
 #include "norm.h"
 #include "plan.h"
@@ -36,6 +37,7 @@ struct BackwardState {
     void** dx;
     MaskBits<E> masks;
     UnitRange units;
+    Division division;
     T* panels;  // of the blocks of weight_ih in use, where they are packed when their turn comes
     Lane(Arena& a, const BackwardState& b)
         : list(a, b.steps_, b.args_.N),
@@ -61,6 +63,7 @@ struct BackwardState {
     T *dx_row = nullptr,
       *dh_row = nullptr;  // what a product with unpacked weights makes, before it is rounded
     T *outer = nullptr, *operand[3] = {};
+    Claim* claims;
     Barrier barrier;
   };
 
@@ -112,6 +115,7 @@ struct BackwardState {
     if (arena.base) std::memset(zero_, 0, zeros);
     for (int d = 0; d < args.directions; d++) {
       Direction& r = dir_[d];
+      r.claims = Division::room(arena, plan_.threads);
       if (recompute_) r.gates = arena.take<char>(layout_.bytes);
       if (args.want_weights) {
         r.sums = arena.take<T>(S);
@@ -172,13 +176,12 @@ struct BackwardState {
   int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
 
   // The units that a thread computes where units are split.
-  UnitRange unit_range(const Share& share) const {
-    const bool split = plan_.units && share.count > 1;
+  UnitRange unit_range(const Lane& lane) const {
+    const bool split = plan_.units && lane.division.count > 1;
     auto range = [&](const Panels<E>& p, int64_t& first, int64_t& last) {
-      const int64_t b0 = split ? p.blocks * share.id / share.count : 0;
-      const int64_t b1 = split ? p.blocks * (share.id + 1) / share.count : p.blocks;
-      first = p.first(b0);
-      last = b1 > b0 ? p.first(b1 - 1) + p.units(b1 - 1) : first;
+      const PanelRuns own = lane.division.own(p, split);
+      first = p.first(own.b0);
+      last = own.b1 > own.b0 ? p.first(own.b1 - 1) + p.units(own.b1 - 1) : first;
     };
     UnitRange r;
     range(hh_, r.o_first, r.o_last);

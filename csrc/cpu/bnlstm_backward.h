@@ -12,6 +12,7 @@
 #include "bnlstm_ahead.h"
 #include "bnlstm_gradients.h"
 #include "bnlstm_outer.h"
+#include "claims.h"
 #include "plan.h"
 #include "team.h"
 
@@ -52,6 +53,7 @@ class BnLstmBackward {
     T** dx;
     T *dh, *tile;
     const char** wanted;
+    Division division;
     typename BnGradients<E, Linear>::Scratch scratch;
     Lane(Arena& a, const BnLstmBackward& b)
         : list(a, b.steps_, b.args_.N),
@@ -71,6 +73,7 @@ class BnLstmBackward {
     T* dx = nullptr;
     BnSums<T> sum;
     T* operand[2] = {};
+    Claim* claims;
     Barrier barrier;
     struct {
       alignas(64) std::atomic<int64_t> pieces{0};  // of the chunk's dx
@@ -111,6 +114,7 @@ class BnLstmBackward {
     if (arena.base) std::memset(zero_, 0, G * sizeof(T));
     for (int d = 0; d < args.directions; d++) {
       Direction& r = dir_[d];
+      r.claims = Division::room(arena, plan_.threads);
       r.w_hh = arena.take<T>(hh_.elements(G));
       if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(G));
       r.da = arena.take<T>(M * stride_);
@@ -176,8 +180,9 @@ class BnLstmBackward {
   void direction(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H, G = 4 * H;
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
-    const int64_t b0 = hh_.blocks * share.id / share.count, b1 = hh_.blocks * (share.id + 1) / share.count;
+    const int64_t i0 = share.first(N), i1 = share.last(N);
+    lane.division.begin(dir.claims, share, args_);
+    const PanelRuns own = lane.division.own(hh_, true);
     const T* dc_n = static_cast<const T*>(args_.dc_n);
     if (dc_n)
       std::memcpy(dir.dc + i0 * H, dc_n + (d * N + i0) * H, (i1 - i0) * H * sizeof(T));
@@ -199,20 +204,20 @@ class BnLstmBackward {
       // What the weight gradients meet is known: the steps' barriers come before them.
       pack_operands(d, share, lane, true, !deferred_);
       for (int64_t i = steps; i-- > 0;) {
-        step(d, lane, b0, b1, begin, i);
+        step(d, lane, begin, i);
         // Rows of dx that are due anyway fill the time until the others have come: of steps that all have left.
         dir.barrier.wait(share.count,
                          [&] { return take_input_piece(d, lane, taken, lane.list.start[i + 1]); });
       }
       while (take_input_piece(d, lane, taken, 0)) continue;
-      weight_grads(d, share, lane, dir.da, deferred_ ? nullptr : dir.db, add);
+      weight_grads(d, lane, dir.da, deferred_ ? nullptr : dir.db, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       keep_boundary(dir, lane, i0, i1);
       dir.barrier.wait(share.count);
     }
     if (args_.dh0) initial_grads(d, lane, i0, i1);
     if (deferred_) {
-      for (int64_t k = b0; k < b1; k++)
+      for (int64_t k = own.b0; k < own.b1; k++)
         for (int64_t u = 0; u < hh_.units(k); u += grad_.blocks.unit)
           grad_.share(d, dir.sum, (hh_.first(k) + u) / grad_.blocks.unit, dir.db, stride_);
       dir.barrier.wait(share.count);
@@ -223,7 +228,7 @@ class BnLstmBackward {
         pack_operands(d, share, lane, false, true);
         dir.barrier.wait(share.count);
         input_grad(d, share, lane, db);
-        weight_grads(d, share, lane, nullptr, db, add);
+        weight_grads(d, lane, nullptr, db, add);
         dir.barrier.wait(share.count);
         add = true;
       }
@@ -283,16 +288,16 @@ class BnLstmBackward {
   // Chunks are cut from the end, so the first may be short.
   int64_t chunk_steps(int64_t begin) const { return begin == 0 ? (args_.T - 1) % steps_ + 1 : steps_; }
 
-  void step(int d, Lane& lane, int64_t b0, int64_t b1, int64_t begin, int64_t i) {
+  void step(int d, Lane& lane, int64_t begin, int64_t i) {
     Direction& dir = dir_[d];
     const int64_t G = 4 * args_.H, count = lane.list.count(i);
     gather(d, lane, begin, i, lane.a_rows);
-    const bool ahead = asks_ahead(hh_, b0, b1, G, count);
+    const PanelRuns own = lane.division.own(hh_, true);
+    const bool ahead = asks_ahead(hh_, own.b0, own.b1, G, count);
     const int64_t first = steps_of_.start[begin] + lane.list.start[i];
-    for (int64_t k = b0; k < b1; k++) {
-      const int64_t b = i % 2 ? b1 - 1 - (k - b0) : k, next = i % 2 ? b - 1 : b + 1;
+    lane.division.panels(hh_, G, count, {true, true, i % 2 != 0, true}, [&](int64_t b, int, int64_t next) {
       const int64_t cols = hh_.columns(b);
-      const T* coming = ahead && k + 1 < b1 ? dir.w_hh + hh_.stream(next, G) : nullptr;
+      const T* coming = ahead && next >= 0 ? dir.w_hh + hh_.stream(next, G) : nullptr;
       const Coming<E> next_panel{coming, coming ? hh_.columns(next) * G : 0, count};
       const int nv = hh_.vectors(b);
       const bool asks = far_ && count > 0;
@@ -308,7 +313,7 @@ class BnLstmBackward {
       for (int64_t u = 0; u < hh_.units(b); u += grad_.blocks.unit)
         grad_.block(d, lane.scratch, lane.rows, dir.sum, begin + i, count, first,
                     (hh_.first(b) + u) / grad_.blocks.unit, lane.dh + u, cols);
-    }
+    });
   }
 
   // Pieces of all that the passes over a block meet.
@@ -405,7 +410,7 @@ class BnLstmBackward {
   void input_grad(int d, const Share& share, Lane& lane, const T* db) {
     const int64_t whole = lane.list.rows / kPieceRows, rest = lane.list.rows % kPieceRows;
     const int64_t all = whole * pieces(kPieceRows) + pieces(rest);
-    for (int64_t p = all * share.id / share.count; p < all * (share.id + 1) / share.count; p++)
+    for (int64_t p = share.first(all); p < share.last(all); p++)
       input_piece(d, lane, db, p, 0, [] { return true; });
   }
 
@@ -437,7 +442,7 @@ class BnLstmBackward {
   }
 
   // The chunk's share of dW_hh = dA^T H_prev and dW_ih = dB^T X; either gradient may be null.
-  void weight_grads(int d, const Share& share, Lane& lane, const T* da, const T* db, bool add) {
+  void weight_grads(int d, Lane& lane, const T* da, const T* db, bool add) {
     if (!args_.want_weights) return;
     const int64_t G = 4 * args_.H;
     OuterJob<E> jobs[2];
@@ -452,8 +457,7 @@ class BnLstmBackward {
     };
     job(da, 0, args_.grads[d].w_hh, args_.H);
     job(db, 1, args_.grads[d].w_ih, args_.I);
-    outer_products_rows<E>(jobs, count, operands(d, lane, da, db).of, lane.list.rows, add, share.id,
-                           share.count);
+    outer_products_rows<E>(jobs, count, operands(d, lane, da, db).of, lane.list.rows, add, lane.division);
   }
 
   // dh0 and dc0 of rows [i0, i1): one more step of the recurrent matmul, cut where the first step resets.

@@ -9,6 +9,7 @@
 #include "../cells/bnlstm.h"
 #include "bnlstm_ahead.h"
 #include "bnlstm_columns.h"
+#include "claims.h"
 #include "plan.h"
 #include "team.h"
 
@@ -45,15 +46,15 @@ class BnLstmForward {
     const T** x_rows;
     const T** h_rows;
     Row* rows;
-    T *input, *recurrent, *gate, *cell;
+    T *recurrent, *gate, *cell;
     Columns<E>* columns;
     const char** wanted;
+    Division division;
     Lane(Arena& a, const BnLstmForward& f)
         : list(a, f.steps_, f.args_.N),
           x_rows(a.take<const T*>(f.steps_ * f.args_.N)),
           h_rows(a.take<const T*>(f.args_.N)),
           rows(a.take<Row>(f.args_.N)),
-          input(a.take<T>(f.whole_ ? 0 : f.steps_ * f.args_.N * f.panels_.total())),
           recurrent(a.take<T>(f.args_.tape ? 0 : f.args_.N * kBlockColumns<E>)),
           gate(a.take<T>(f.args_.N * W)),
           cell(a.take<T>(f.args_.N * W)),
@@ -64,14 +65,11 @@ class BnLstmForward {
   };
   struct Direction {
     char* packed;
-    T *c, *input = nullptr;
+    T *c, *input;                  // input: terms of the whole sequence, or of a chunk
     Columns<E>* shared = nullptr;  // of each block's input term, where all steps share it
+    Claim* claims;
     Barrier barrier;
   };
-  struct Blocks {  // a thread's own
-    int64_t first, last;
-  };
-
   const BnLstmForwardArgs& args_;
   const Plan plan_;
   const PackedLayout<E> layout_;
@@ -108,8 +106,9 @@ class BnLstmForward {
       dir_[d].c = arena.take<T>(args.N * H);
       if (args.tape)
         dir_[d].input = static_cast<T*>(args.tape) + d * stored_ * bnlstm_tape_width(H);
-      else if (whole_)
-        dir_[d].input = arena.take<T>(stored_ * panels_.total());
+      else
+        dir_[d].input = arena.take<T>((whole_ ? stored_ : steps_ * args.N) * panels_.total());
+      dir_[d].claims = Division::room(arena, plan_.threads);
       if (args.sequence) dir_[d].shared = arena.take<Columns<E>>(panels_.blocks);
     }
     Arena sizing;
@@ -145,8 +144,9 @@ class BnLstmForward {
   void direction(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H;
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
-    const Blocks own{panels_.blocks * share.id / share.count, panels_.blocks * (share.id + 1) / share.count};
+    const int64_t i0 = share.first(N), i1 = share.last(N);
+    lane.division.begin(dir.claims, share, args_);
+    const PanelRuns own = lane.division.own(panels_, true);
     std::memcpy(dir.c + i0 * H, static_cast<const T*>(args_.c0) + (d * N + i0) * H,
                 (i1 - i0) * H * sizeof(T));
     clear_frozen(d, i0, i1);
@@ -156,15 +156,18 @@ class BnLstmForward {
     if (ahead)
       for (int64_t s0 = 0; s0 < args_.T; s0 += steps_) {
         list_rows(lane, s0);
-        input_term(d, own, lane, s0);
+        input_term(d, share, lane, s0);
       }
     if (args_.sequence) shared_statistics(d, own);
     for (int64_t s0 = 0; s0 < args_.T; s0 += steps_) {
       const int64_t steps = list_rows(lane, s0);
-      if (!ahead) input_term(d, own, lane, s0);
-      if (args_.sequence) normalise_input(d, own, lane, s0);
+      if (!ahead) input_term(d, share, lane, s0);
+      if (args_.sequence) {
+        normalise_input(d, own, lane, s0);
+        dir.barrier.wait(share.count);
+      }
       for (int64_t i = 0; i < steps; i++) {
-        step(d, own, lane, s0, i);
+        step(d, share, lane, s0, i);
         dir.barrier.wait(share.count);
       }
     }
@@ -189,13 +192,12 @@ class BnLstmForward {
   }
 
   // Block b's input term, from row m of the chunk that starts at step s0.
-  T* input_at(int d, const Blocks& own, Lane& lane, int64_t b, int64_t s0, int64_t m) {
-    const int64_t cols = panels_.columns(b);
-    if (whole_) return dir_[d].input + stored_ * panels_.offset(b) + (steps_of_.start[s0] + m) * cols;
-    return lane.input + steps_ * args_.N * (panels_.offset(b) - panels_.offset(own.first)) + m * cols;
+  T* input_at(int d, int64_t b, int64_t s0, int64_t m) {
+    const int64_t first = whole_ ? steps_of_.start[s0] : 0, rows = whole_ ? stored_ : steps_ * args_.N;
+    return dir_[d].input + rows * panels_.offset(b) + (first + m) * panels_.columns(b);
   }
 
-  void input_term(int d, const Blocks& own, Lane& lane, int64_t s0) {
+  void input_term(int d, const Share& share, Lane& lane, int64_t s0) {
     const int64_t M = lane.list.rows, I = args_.I;
     int64_t i = 0;
     for (int64_t m = 0; m < M; m++) {
@@ -208,22 +210,24 @@ class BnLstmForward {
     const int64_t wide = pieces_of<E>(I);
     const char** wanted = lane.wanted;
     for (int64_t m = 0; kWanting && m < M; m++) want<E>(wanted, lane.x_rows[m], I);
-    for (int64_t b = own.first; b < own.last; b++) {
+    const int64_t first = lane.division.own(panels_, true).b0;
+    lane.division.panels(panels_, I, M, {true, true, false, true}, [&](int64_t b, int, int64_t after) {
       const int nv = panels_.vectors(b);
       const int64_t cols = panels_.columns(b);
       const T* at = w + panels_.stream(b, I);
-      T* out = input_at(d, own, lane, b, s0, 0);
-      const T* next = M >= kAheadRows && b + 1 < own.last ? w + panels_.stream(b + 1, I) : nullptr;
-      const Coming<E> coming{next, next ? panels_.columns(b + 1) * I : 0, M};
+      T* out = input_at(d, b, s0, 0);
+      const T* next = M >= kAheadRows && after >= 0 ? w + panels_.stream(after, I) : nullptr;
+      const Coming<E> coming{next, next ? panels_.columns(after) * I : 0, M};
       row_blocks(M, nv, [&](int64_t m, int r) {
-        if (kWanting && b == own.first)
+        if (kWanting && b == first)
           return multiply_wanting<E>(
               lane.x_rows + m, r, at, I, nv, out + m * cols, cols,
               {lane.wanted, M * wide, (m + r) * wide, imin(M, m + 2 * r + 1) * wide, 0});
         multiply_tile<E>(coming, m, lane.x_rows + m, r, at, I, nv, nullptr, 0, out + m * cols, cols);
       });
-      if (!args_.sequence) normalise_steps(d, own, lane, b, s0);
-    }
+      if (!args_.sequence) normalise_steps(d, lane, b, s0);
+    });
+    dir_[d].barrier.wait(share.count);
   }
 
   // Where the statistics of a term are given, those of step s.
@@ -242,9 +246,9 @@ class BnLstmForward {
     from.write(mean, mean + size, gates, args_.H, units);
   }
 
-  void shared_statistics(int d, const Blocks& own) {
+  void shared_statistics(int d, const PanelRuns& own) {
     const int64_t rows = steps_of_.start[args_.T];
-    for (int64_t b = own.first; b < own.last; b++) {
+    for (int64_t b = own.b0; b < own.b1; b++) {
       Columns<E>& columns = dir_[d].shared[b];
       const int nv = panels_.vectors(b), units = panels_.units(b);
       const int64_t cols = panels_.columns(b), u0 = panels_.first(b);
@@ -258,27 +262,27 @@ class BnLstmForward {
   }
 
   // The chunk's input term by the statistics that all steps share ...
-  void normalise_input(int d, const Blocks& own, Lane& lane, int64_t s0) {
-    for (int64_t b = own.first; b < own.last; b++)
-      dir_[d].shared[b].normalise(panels_.vectors(b), input_at(d, own, lane, b, s0, 0), lane.list.rows,
+  void normalise_input(int d, const PanelRuns& own, Lane& lane, int64_t s0) {
+    for (int64_t b = own.b0; b < own.b1; b++)
+      dir_[d].shared[b].normalise(panels_.vectors(b), input_at(d, b, s0, 0), lane.list.rows,
                                   panels_.columns(b));
   }
   // ... or block b's by those of each step, as soon as it is there.
-  void normalise_steps(int d, const Blocks& own, Lane& lane, int64_t b, int64_t s0) {
+  void normalise_steps(int d, Lane& lane, int64_t b, int64_t s0) {
     const int n = panels_.units(b);
     if (n == W)
-      normalise_steps(d, own, lane, b, s0, std::integral_constant<int, W>{});
+      normalise_steps(d, lane, b, s0, std::integral_constant<int, W>{});
     else
-      normalise_steps(d, own, lane, b, s0, n);
+      normalise_steps(d, lane, b, s0, n);
   }
   template <class N>
-  void normalise_steps(int d, const Blocks& own, Lane& lane, int64_t b, int64_t s0, N units) {
+  void normalise_steps(int d, Lane& lane, int64_t b, int64_t s0, N units) {
     const int nv = panels_.vectors(b);
     const int64_t cols = panels_.columns(b), u0 = panels_.first(b), steps = imin(steps_, args_.T - s0);
     Columns<E>& columns = *lane.columns;
     for (int64_t i = 0; i < steps; i++) {
       const int64_t count = lane.list.count(i);
-      T* x = input_at(d, own, lane, b, s0, lane.list.start[i]);
+      T* x = input_at(d, b, s0, lane.list.start[i]);
       if (steps_of_.input_measured(count))
         columns.measure(nv, x, count, cols);
       else
@@ -309,43 +313,44 @@ class BnLstmForward {
     }
   }
 
-  void step(int d, const Blocks& own, Lane& lane, int64_t s0, int64_t i) {
+  void step(int d, const Share& share, Lane& lane, int64_t s0, int64_t i) {
     const int64_t s = s0 + i, first = lane.list.start[i], count = lane.list.count(i), H = args_.H;
     gather(d, lane, s, first, count);
     const T* w = reinterpret_cast<const T*>(dir_[d].packed + layout_.stage[0].h);
-    const bool ahead = asks_ahead(panels_, own.first, own.last, H, count) || (i == 0 && count >= kAheadRows);
-    for (int64_t k = own.first; k < own.last; k++) {
-      // Every other step walks the blocks backwards: what the last step left in cache comes first.
-      const int64_t b = s % 2 ? own.last - 1 - (k - own.first) : k, next = s % 2 ? b - 1 : b + 1;
-      const int64_t cols = panels_.columns(b);
-      const int nv = panels_.vectors(b);
-      const T* coming = ahead && k + 1 < own.last ? w + panels_.stream(next, H) : nullptr;
-      T* a = lane.recurrent;
-      if (args_.tape)
-        a = dir_[d].input + stored_ * (bnlstm_tape_width(H) / 2 + panels_.offset(b)) +
-            (steps_of_.start[s0] + first) * cols;
-      const Coming<E> next_panel{coming, coming ? panels_.columns(next) * H : 0, count};
-      const T* x = input_at(d, own, lane, b, s0, first);
-      const bool asks = kWanting && far_ && count > 0;
-      Wanted wants;
-      if (asks) {  // the normalised input term, perhaps the next panel, and the tape that is written
-        const char** at = lane.wanted;
-        want<E>(at, x, count * cols);
-        want<E>(at, next_panel.panel, next_panel.elements);
-        const int64_t reads = at - lane.wanted;
-        want<E>(at, a, count * cols);
-        wants = {lane.wanted, reads, 0, at - lane.wanted, kPieceLines<E>};
-      }
-      row_blocks(count, nv, [&](int64_t m, int r) {
-        if (asks)
-          multiply_wanting<E>(lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, a + m * cols, cols,
-                              wants.part(m, r, count));
-        else
-          multiply_tile<E>(next_panel, m, lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, nullptr, 0,
-                           a + m * cols, cols);
-      });
-      block(d, lane, s, count, b, a, x);
-    }
+    const PanelRuns own = lane.division.own(panels_, true);
+    const bool ahead = asks_ahead(panels_, own.b0, own.b1, H, count) || (i == 0 && count >= kAheadRows);
+    // Every other step walks the blocks backwards: what the last step left in cache comes first.
+    lane.division.panels(
+        panels_, H, count, {true, true, s % 2 != 0, true}, [&](int64_t b, int, int64_t next) {
+          const int64_t cols = panels_.columns(b);
+          const int nv = panels_.vectors(b);
+          const T* coming = ahead && next >= 0 ? w + panels_.stream(next, H) : nullptr;
+          T* a = lane.recurrent;
+          if (args_.tape)
+            a = dir_[d].input + stored_ * (bnlstm_tape_width(H) / 2 + panels_.offset(b)) +
+                (steps_of_.start[s0] + first) * cols;
+          const Coming<E> next_panel{coming, coming ? panels_.columns(next) * H : 0, count};
+          const T* x = input_at(d, b, s0, first);
+          const bool asks = kWanting && far_ && count > 0;
+          Wanted wants;
+          if (asks) {  // the normalised input term, perhaps the next panel, and the tape that is written
+            const char** at = lane.wanted;
+            want<E>(at, x, count * cols);
+            want<E>(at, next_panel.panel, next_panel.elements);
+            const int64_t reads = at - lane.wanted;
+            want<E>(at, a, count * cols);
+            wants = {lane.wanted, reads, 0, at - lane.wanted, kPieceLines<E>};
+          }
+          row_blocks(count, nv, [&](int64_t m, int r) {
+            if (asks)
+              multiply_wanting<E>(lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, a + m * cols, cols,
+                                  wants.part(m, r, count));
+            else
+              multiply_tile<E>(next_panel, m, lane.h_rows + m, r, w + panels_.stream(b, H), H, nv, nullptr, 0,
+                               a + m * cols, cols);
+          });
+          block(d, lane, s, count, b, a, x);
+        });
   }
 
   // Statistics, gates and cell of block b: a and x are its recurrent and its normalised input term.

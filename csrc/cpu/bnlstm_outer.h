@@ -130,45 +130,41 @@ static void pack_outer_operands(const OuterOperand<E>* operands, int operand_cou
 // The chunk's share of all jobs, each with one operand, by a group of `count` threads; `add` is false on the first chunk.
 template <class E>
 static void outer_products_rows(const OuterJob<E>* jobs, int job_count, const OuterOperand<E>* operands,
-                                int64_t rows, bool add, int id, int count) {
+                                int64_t rows, bool add, Division& division) {
   using T = typename E::T;
   constexpr int kWide = kOuterVectors * E::W;
-  const auto cost = [&](const OuterJob<E>& job) { return operands[job.to[0].operand].width; };
-  int64_t total = 0;
-  for (int j = 0; j < job_count; j++) total += jobs[j].panels() * cost(jobs[j]);
-  for (int64_t k0 = 0; k0 < rows; k0 += kOuterK, add = true) {
-    const int64_t K = imin(kOuterK, rows - k0);
-    int64_t before = 0;
-    for (int j = 0; j < job_count; before += jobs[j].panels() * cost(jobs[j]), j++) {
-      const OuterJob<E>& job = jobs[j];
-      const auto panel_of = [&](int thread) {
-        return imin(job.panels(), imax(0, ceil_div(total * thread / count - before, cost(job))));
-      };
-      const auto& to = job.to[0];
-      const T* packed = outer_packed(operands[to.operand], k0);
-      const int64_t width = cost(job), last = panel_of(id + 1), blocks = ceil_div(width, kWide);
-      for (int64_t p0 = panel_of(id); p0 < last; p0 += kOuterRun) {
-        const int64_t p1 = imin(last, p0 + kOuterRun), p2 = imin(last, p1 + kOuterRun);
-        const auto at = [&](int64_t q) { return job.a + k0 * job.lda + q * kOuterRows; };
-        // All blocks of B but the first meet a run that has come near; theirs is the time to ask for the next.
-        const int64_t tiles = (blocks - 1) * (p1 - p0);
-        for (int64_t b = 0; b < blocks; b++)
-          for (int64_t q = p0; q < p1; q++) {
-            OuterComing<T> coming;
-            if (p1 < p2 && b > 0) {
-              const int64_t i = (b - 1) * (p1 - p0) + q - p0, first = K * i / tiles;
-              coming = {at(p1), ((p2 - p1) * kOuterRows * int64_t(sizeof(T)) + 127) / 64, first,
-                        K * (i + 1) / tiles - first};
-            }
-            const int n = static_cast<int>(imin(kWide, width - b * kWide));
-            outer_rows_any<E>(static_cast<int>(ceil_div(n, E::W)), at(q), job.lda,
-                              at(q + 1 < p1 ? q + 1 : p0), coming, packed + b * kWide * K, K,
-                              to.c + q * kOuterRows * to.ldc + b * kWide, to.ldc,
-                              static_cast<int>(imin(kOuterRows, job.columns - q * kOuterRows)), n, add);
+  const OuterShares<E> shares(jobs, job_count, operands, division.count);
+  division.run(
+      true, [&](int of) { return shares.pieces(of); },
+      [&](int of, int64_t piece) {
+        shares.at(of, piece, [&](const OuterJob<E>& job, int64_t p0, int64_t p1, int64_t end) {
+          const auto& to = job.to[0];
+          const int64_t width = operands[to.operand].width, blocks = ceil_div(width, kWide);
+          const int64_t p2 = imin(end, p1 + kOuterRun);
+          bool more = add;
+          for (int64_t k0 = 0; k0 < rows; k0 += kOuterK, more = true) {
+            const int64_t K = imin(kOuterK, rows - k0);
+            const T* packed = outer_packed(operands[to.operand], k0);
+            const auto at = [&](int64_t q) { return job.a + k0 * job.lda + q * kOuterRows; };
+            // All blocks of B but the first meet a run that has come near; theirs is the time to ask for the next.
+            const int64_t tiles = (blocks - 1) * (p1 - p0);
+            for (int64_t b = 0; b < blocks; b++)
+              for (int64_t q = p0; q < p1; q++) {
+                OuterComing<T> coming;
+                if (p1 < p2 && b > 0) {
+                  const int64_t i = (b - 1) * (p1 - p0) + q - p0, first = K * i / tiles;
+                  coming = {at(p1), ((p2 - p1) * kOuterRows * int64_t(sizeof(T)) + 127) / 64, first,
+                            K * (i + 1) / tiles - first};
+                }
+                const int n = static_cast<int>(imin(kWide, width - b * kWide));
+                outer_rows_any<E>(static_cast<int>(ceil_div(n, E::W)), at(q), job.lda,
+                                  at(q + 1 < p1 ? q + 1 : p0), coming, packed + b * kWide * K, K,
+                                  to.c + q * kOuterRows * to.ldc + b * kWide, to.ldc,
+                                  static_cast<int>(imin(kOuterRows, job.columns - q * kOuterRows)), n, more);
+              }
           }
-      }
-    }
-  }
+        });
+      });
 }
 
 }  // namespace FASTRNN_ISA

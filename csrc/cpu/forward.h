@@ -7,6 +7,7 @@
 // the batch, with none.
 #pragma once
 #include "cells_cpu.h"
+#include "claims.h"
 #include "norm.h"
 #include "plan.h"
 #include "sequence.h"
@@ -54,7 +55,8 @@ class Forward {
     A* x_copy;
     MaskBits<E> masks;
     UnitRange units;  // what this thread computes of a row
-    A* panel;         // the block of weights in use, where each is used once
+    Division division;
+    A* panel;  // the block of weights in use, where each is used once
     InputsAhead inputs;
     Lane(Arena& a, const Forward& f)
         : list(a, f.steps_, f.args_.N),
@@ -62,7 +64,7 @@ class Forward {
           h_rows(a.take<const A*>(f.args_.N)),
           mid_rows(a.take<const A*>(f.args_.N)),
           states(a.take<RowState<E>>(f.args_.N)),
-          scratch(a.take<T>(f.scratch_)),
+          scratch(f.plan_.units ? nullptr : a.take<T>(f.scratch_)),
           x_copy(kShadow ? a.take<A>(f.steps_ * f.args_.N * f.args_.I) : nullptr),
           masks(a, f.noise_, f.args_.N),
           panel(f.once_ ? a.take<A>(f.panel_elements()) : nullptr) {}
@@ -71,6 +73,8 @@ class Forward {
     char* packed;
     T *c, *z;
     A *mid, *shadow;
+    T* scratch;  // input terms of a chunk, where threads divide the units
+    Claim* claims;
     Barrier barrier;
   };
 
@@ -114,6 +118,10 @@ class Forward {
     // The team may come out smaller than asked for, so every thread could need all the units.
     for (int i = 0; i < layout_.stages && !kWholeRows<C>; i++)
       if (layout_.stage[i].from_x) scratch_ += steps_ * args.N * layout_.stage[i].panels.total();
+    for (int d = 0; d < args.directions; d++) {
+      dir_[d].scratch = plan_.units ? arena.take<T>(scratch_) : nullptr;
+      dir_[d].claims = Division::room(arena, plan_.threads);
+    }
     Arena sizing;
     Lane measure(sizing, *this);
     lane_bytes_ = sizing.used;
@@ -138,14 +146,16 @@ class Forward {
     Direction& dir = dir_[d];
     const bool split_units = plan_.units && share.count > 1;
     const int64_t N = args_.N;
-    const int64_t n0 = split_units ? 0 : N * share.id / share.count;
-    const int64_t n1 = split_units ? N : N * (share.id + 1) / share.count;
+    const int64_t n0 = split_units ? 0 : share.first(N);
+    const int64_t n1 = split_units ? N : share.last(N);
     // Initial states in compute type; rows split over the group either way.
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
-    lane.units = unit_range(share, split_units);
+    const int64_t i0 = share.first(N), i1 = share.last(N);
+    lane.division.begin(dir.claims, share, args_);
+    lane.units = unit_range(lane, split_units);
     lane.masks.begin(d, n0, n1, lane.units);
     init_states(d, i0, i1, lane);
     clear_frozen(d, i0, i1);
+    if (plan_.units) lane.scratch = dir.scratch;
     if (split_units) dir.barrier.wait(share.count);
 
     for (int64_t s0 = 0; s0 < args_.T; s0 += steps_) {
@@ -173,13 +183,14 @@ class Forward {
   int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
 
   // The units of the blocks that a thread computes, over all stages.
-  UnitRange unit_range(const Share& share, bool split) const {
+  UnitRange unit_range(const Lane& lane, bool split) const {
     UnitRange r{args_.H, 0, args_.O, 0};
     for (int j = 0; j < layout_.stages; j++) {
       const Stage<E>& st = layout_.stage[j];
-      const int64_t b0 = first_block(st, share, split), b1 = last_block(st, share, split);
-      if (b0 == b1) continue;
-      const int64_t u0 = st.panels.first(b0), u1 = st.panels.first(b1 - 1) + st.panels.units(b1 - 1);
+      const PanelRuns own = lane.division.own(st.panels, split);
+      if (own.b0 == own.b1) continue;
+      const int64_t u0 = st.panels.first(own.b0),
+                    u1 = st.panels.first(own.b1 - 1) + st.panels.units(own.b1 - 1);
       const bool h = j == 0 || !args_.projected, o = j == 1 || !args_.projected;
       if (h) r.h_first = imin(r.h_first, u0), r.h_last = imax(r.h_last, u1);
       if (o) r.o_first = imin(r.o_first, u0), r.o_last = imax(r.o_last, u1);
@@ -223,15 +234,18 @@ class Forward {
       const Stage<E>& st = layout_.stage[j];
       if (!st.from_x) continue;
       const T* bias = reinterpret_cast<const T*>(dir_[d].packed + st.bias);
-      const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
-      for (int64_t b = b0; b < b1; b++) {
-        const int64_t cols = st.panels.columns(b);
-        panel<E>(lane.x_rows, M, weights(d, st, true, b, lane), st.Kx, st.panels.vectors(b),
-                 bias + st.panels.offset(b), 0, out, cols);
-        out += M * cols;
-      }
+      lane.division.panels(
+          st.panels, st.Kx, M, {split_units, shares(split_units), false, true}, [&](int64_t b, int, int64_t) {
+            panel<E>(lane.x_rows, M, weights(d, st, true, b, lane), st.Kx, st.panels.vectors(b),
+                     bias + st.panels.offset(b), 0, out + M * st.panels.offset(b), st.panels.columns(b));
+          });
+      out += M * st.panels.total();
+      if (split_units) dir_[d].barrier.wait(share.count);
     }
   }
+
+  // Masks are drawn for a thread's own units.
+  bool shares(bool split) const { return split && !noise_.on; }
 
   // Block b of a stage's input or recurrent matrix, as the micro-kernel reads it.
   const A* weights(int d, const Stage<E>& st, bool input, int64_t b, Lane& lane) const {
@@ -248,13 +262,6 @@ class Forward {
       most = imax(most, layout_.stage[j].panels.columns(0) * K);
     }
     return most;
-  }
-
-  static int64_t first_block(const Stage<E>& s, const Share& share, bool split) {
-    return split ? s.panels.blocks * share.id / share.count : 0;
-  }
-  static int64_t last_block(const Stage<E>& s, const Share& share, bool split) {
-    return split ? s.panels.blocks * (share.id + 1) / share.count : s.panels.blocks;
   }
 
   void gather(int d, Lane& lane, int64_t s, int64_t first, int64_t count) {
@@ -309,21 +316,26 @@ class Forward {
     return lines;
   }
 
-  // f(block, how many from it on, their recurrent weights, first row, rows, what is coming) over blocks [b0, b1) of a stage at step
-  // s, tile by tile.
+  // f(block, how many from it on, the next block or -1, their recurrent weights, first row, rows, what is coming) over this thread's
+  // blocks of a stage at step s, tile by tile.
   template <class F>
-  void sweep(int d, const Stage<E>& st, int64_t b0, int64_t b1, int64_t s, int64_t count, Lane& lane, F&& f) {
-    const bool ahead = !once_ && asks_ahead(st.panels, b0, b1, st.Kh, count);
+  void sweep(int d, const Stage<E>& st, bool split, int64_t s, int64_t count, Lane& lane, F&& f) {
+    const bool ahead = comes_far(st, split, count, lane);
     // Every other step walks the blocks backwards: what the last step left in cache comes first.
-    panel_runs(st.panels, b0, b1, s % 2, once_ ? kMaxRows : count, [&](int64_t b, int n) {
-      const int64_t next = s % 2 ? b - 1 : b + n;
-      const A* w = weights(d, st, false, b, lane);
-      const A* coming = ahead && next >= b0 && next < b1 ? weights(d, st, false, next, lane) : nullptr;
-      row_blocks(count, st.panels.vectors(b), [&](int64_t m, int r) {
-        const int64_t elements = coming ? st.panels.columns(next) * st.Kh : 0;
-        f(b, n, w, m, r, Coming<E>{coming, elements, count});
-      });
-    });
+    lane.division.panels(st.panels, st.Kh, count, {split, shares(split), s % 2 != 0, once_},
+                         [&](int64_t b, int n, int64_t next) {
+                           const A* w = weights(d, st, false, b, lane);
+                           const A* coming = ahead && next >= 0 ? weights(d, st, false, next, lane) : nullptr;
+                           row_blocks(count, st.panels.vectors(b), [&](int64_t m, int r) {
+                             const int64_t elements = coming ? st.panels.columns(next) * st.Kh : 0;
+                             f(b, n, next, w, m, r, Coming<E>{coming, elements, count});
+                           });
+                         });
+  }
+  // Whether a step of `count` rows asks for its weights ahead.
+  bool comes_far(const Stage<E>& st, bool split, int64_t count, const Lane& lane) const {
+    const PanelRuns own = lane.division.own(st.panels, split);
+    return !once_ && asks_ahead(st.panels, own.b0, own.b1, st.Kh, count);
   }
 
   // Whether a stage's tiles are woven; `ahead`: its weights come from beyond L2, where a tape must be waited for to gain by it.
@@ -364,19 +376,17 @@ class Forward {
       const Stage<E>& st = layout_.stage[j];
       const T* h_bias = reinterpret_cast<const T*>(dir_[d].packed + st.h_bias);
       const A* const* rows = j == 0 ? lane.h_rows : lane.mid_rows;
-      const int64_t b0 = first_block(st, share, split_units), b1 = last_block(st, share, split_units);
-      const int64_t base = st.panels.offset(b0), M = lane.list.rows;
-      const bool weaves = weaves_steps(st, count, asks_ahead(st.panels, b0, b1, st.Kh, count));
-      sweep(d, st, b0, b1, s0 + i, count, lane,
-            [&](int64_t b, int panels, const A* w, int64_t m, int r, const Coming<E>& coming) {
+      const int64_t M = lane.list.rows;
+      const bool weaves = weaves_steps(st, count, comes_far(st, split_units, count, lane));
+      sweep(d, st, split_units, s0 + i, count, lane,
+            [&](int64_t b, int panels, int64_t next, const A* w, int64_t m, int r, const Coming<E>& coming) {
               const int64_t cols = st.panels.columns(b);
-              const T* gx = term + M * (st.panels.offset(b) - base) + (first + m) * cols;
+              const T* gx = term + M * st.panels.offset(b) + (first + m) * cols;
               // The next block's products start from its input terms, which the scratch has lost from L1.
               Lines near;
-              const int64_t next = (s0 + i) % 2 ? b - 1 : b + panels;
-              if (st.from_x && !C::kApart && next >= b0 && next < b1) {
+              if (st.from_x && !C::kApart && next >= 0) {
                 const int64_t wide = st.panels.columns(next);
-                const T* at = term + M * (st.panels.offset(next) - base) + (first + m) * wide;
+                const T* at = term + M * st.panels.offset(next) + (first + m) * wide;
                 near = {reinterpret_cast<const char*>(at), r * wide * int64_t(sizeof(T)) / 64};
               }
               const T* init = !st.from_x ? nullptr : C::kApart ? h_bias + st.panels.offset(b) : gx;
@@ -410,7 +420,7 @@ class Forward {
               for (int p = 0; p < panels; p++) finish(b + p, tile_out + p * r * cols, gx + p * M * cols);
             });
       if (waiting.rows) C::finish(j, false, waiting, args_.H, Quiet{});
-      if (st.from_x && b1 > b0) term += M * (st.panels.offset(b1 - 1) + st.panels.columns(b1 - 1) - base);
+      if (st.from_x) term += M * st.panels.total();
       if (split_units) dir_[d].barrier.wait(share.count);
     }
   }

@@ -66,6 +66,8 @@ struct Problem {
   Type type = Type::f32;
   Partition partition = Partition::automatic;
   bool linear = false;  // activations replaced by straight lines: tests only
+  bool scattered =
+      false;  // threads take over from one another whatever they can, before their own: tests only
   int threads = 1;
   int directions = 1;
   int64_t T = 0, N = 0, I = 0, H = 0, O = 0;

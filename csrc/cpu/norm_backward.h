@@ -85,7 +85,8 @@ class NormBackward : Backward<E, C> {
   void direction(int d, const Share& share, Lane& lane, T* scratch) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, size = C::Sums::size(args_.H);
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
+    const int64_t i0 = share.first(N), i1 = share.last(N);
+    lane.division.begin(dir.claims, share, args_);
     Base::begin(d, lane, {0, args_.H, 0, args_.O}, i0, i1);
     T *sums = terms_[d].sums + i0 * size, *totals = terms_[d].totals + i0 * size;
     const int64_t own = (i1 - i0) * size;
@@ -119,7 +120,7 @@ class NormBackward : Backward<E, C> {
 
   // Raw terms of the chunk's rows from inputs and previous states: the forward's matmuls in the forward's order.
   void recompute(int d, const Share& share, Lane& lane) {
-    const int64_t M = lane.list.rows, m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    const int64_t M = lane.list.rows, m0 = share.first(M), m1 = share.last(M);
     T* out = terms_[d].again + 2 * m0 * width_;
     for (int64_t b = 0; b < stage_.panels.blocks; b++) {
       const int nv = stage_.panels.vectors(b);
@@ -139,11 +140,11 @@ class NormBackward : Backward<E, C> {
     Base::own_rows(share, lane, i, first, last);
     const int64_t count = last - first, O = args_.O, H = args_.H;
     // Rows of a thread lie apart from those of others.
-    const int64_t at = split ? 0 : args_.N * share.id / share.count;
+    const int64_t at = split ? 0 : share.first(args_.N);
     T *product = terms_[d].product + at * O, *hidden = args_.projected ? terms_[d].hidden + at * H : product;
     Base::gather(d, lane, begin + i, first, count);
     Base::sweep(
-        split, share, hh_, dir.w_hh, G_, count, i, lane,
+        split, hh_, dir.w_hh, G_, count, i, lane,
         [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
           Base::state_product(dir, lane, b, panels, m, r, coming);
         },
@@ -151,8 +152,8 @@ class NormBackward : Backward<E, C> {
           std::memcpy(product + m * O + hh_.first(b), acc, hh_.units(b) * sizeof(T));
         });
     if (split) dir.barrier.wait(share.count);
-    const int64_t k0 = split ? count * share.id / share.count : 0;
-    const int64_t k1 = split ? count * (share.id + 1) / share.count : count;
+    const int64_t k0 = split ? share.first(count) : 0;
+    const int64_t k1 = split ? share.last(count) : count;
     if constexpr (C::kCellState)
       if (args_.projected) {
         for (int64_t k = k0; k < k1; k++)
@@ -160,7 +161,7 @@ class NormBackward : Backward<E, C> {
                      [&](const auto& masks) { C::state_row(lane.rows[k], product + k * O, O, masks); });
         if (split) dir.barrier.wait(share.count);
         Base::sweep(
-            split, share, hr_, dir.w_hr, O, count, i, lane,
+            split, hr_, dir.w_hr, O, count, i, lane,
             [&](int64_t b, int panels, int64_t m, int r, const Coming<E>& coming) {
               const T* a[kMaxRows];
               for (int q = 0; q < r; q++) a[q] = lane.rows[m + q].dh;

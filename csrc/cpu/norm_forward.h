@@ -70,12 +70,13 @@ class NormForward : Forward<E, C> {
   void direction(int d, const Share& share, Lane& lane, T* scratch) {
     const bool split = plan_.units && share.count > 1;
     const int64_t N = args_.N;
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
+    const int64_t i0 = share.first(N), i1 = share.last(N);
     const int64_t n0 = split ? 0 : i0, n1 = split ? N : i1;
     lane.units = {0, args_.H, 0, args_.O};
     lane.masks.begin(d, n0, n1, lane.units);
     Base::init_states(d, i0, i1, lane);
     Base::clear_frozen(d, i0, i1);
+    lane.division.begin(dir_[d].claims, share, args_);
     if (split) dir_[d].barrier.wait(share.count);
     // Rows of a thread lie apart from those of others.
     T *x = terms_[d].x + steps_ * n0 * width_, *h = terms_[d].h + n0 * width_;
@@ -83,8 +84,8 @@ class NormForward : Forward<E, C> {
       const int64_t steps = imin(steps_, args_.T - s0);
       lane.list.fill(seq_, steps, n0, n1, [&](int64_t i) { return time(d, s0 + i); });
       Base::input_rows(d, lane, s0, steps);
-      const int64_t b0 = Base::first_block(gates_, share, split), b1 = Base::last_block(gates_, share, split);
-      for (int64_t b = b0; b < b1; b++)
+      const PanelRuns own = lane.division.own(gates_.panels, split);
+      for (int64_t b = own.b0; b < own.b1; b++)
         panel<E>(lane.x_rows, lane.list.rows, Base::weights(d, gates_, true, b, lane), gates_.Kx,
                  gates_.panels.vectors(b), nullptr, 0, x + gates_.panels.offset(b), width_);
       for (int64_t i = 0; i < steps; i++)
@@ -99,9 +100,8 @@ class NormForward : Forward<E, C> {
             const T* x, T* h, T* scratch) {
     Base::gather(d, lane, s, first, count);
     const Panels<E>& p = gates_.panels;
-    Base::sweep(d, gates_, Base::first_block(gates_, share, split), Base::last_block(gates_, share, split), s,
-                count, lane,
-                [&](int64_t b, int panels, const T* w, int64_t m, int r, const Coming<E>& coming) {
+    Base::sweep(d, gates_, split, s, count, lane,
+                [&](int64_t b, int panels, int64_t, const T* w, int64_t m, int r, const Coming<E>& coming) {
                   T* out = h + m * width_ + p.offset(b);
                   if (panels == 1)
                     multiply_tile<E>(coming, m, lane.h_rows + m, r, w, gates_.Kh, p.vectors(b), nullptr, 0,
@@ -111,8 +111,8 @@ class NormForward : Forward<E, C> {
                                        nullptr, 0, 0, out, width_, p.columns(b));
                 });
     if (split) dir_[d].barrier.wait(share.count);
-    const int64_t k0 = split ? count * share.id / share.count : 0;
-    const int64_t k1 = split ? count * (share.id + 1) / share.count : count;
+    const int64_t k0 = split ? share.first(count) : 0;
+    const int64_t k1 = split ? share.last(count) : count;
     for (int64_t k = k0; k < k1; k++) {
       const NormTerms<E> terms(x + k * width_, h + k * width_, p, terms_[d].params);
       const RowState<E>& st = lane.states[k];
@@ -137,8 +137,8 @@ class NormForward : Forward<E, C> {
     const Panels<E>& p = st.panels;
     alignas(64) T out[kMaxRows * kMaxVectors * E::W];
     Base::sweep(
-        d, st, Base::first_block(st, share, split), Base::last_block(st, share, split), s, count, lane,
-        [&](int64_t b, int panels, const T* w, int64_t m, int r, const Coming<E>& coming) {
+        d, st, split, s, count, lane,
+        [&](int64_t b, int panels, int64_t, const T* w, int64_t m, int r, const Coming<E>& coming) {
           const int64_t cols = p.columns(b);
           if (panels == 1)
             multiply_tile<E>(coming, m, lane.mid_rows + m, r, w, st.Kh, p.vectors(b), nullptr, 0, out, cols);

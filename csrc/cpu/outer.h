@@ -5,7 +5,7 @@
 // gradients) on the way, kOuterRun panels at a time; B into panels of up to kOuterVectors vectors. Every output is one
 // FMA chain per kOuterK rows and the chains are added in the order of the rows, whatever the thread count.
 #pragma once
-#include "sequence.h"
+#include "claims.h"
 #include "team.h"
 
 namespace fastrnn {
@@ -14,7 +14,7 @@ namespace FASTRNN_ISA {
 constexpr int kOuterVectors = kNarrow;
 constexpr int kOuterRows = max_rows(kOuterVectors);
 constexpr int64_t kOuterK = 512;
-constexpr int64_t kOuterRun = 16;           // panels of A that stay in L2 while all of B passes
+constexpr int64_t kOuterRun = 8;            // panels of A that stay in L2 while all of B passes
 constexpr int64_t kOuterStays = 512 << 10;  // bytes of packed operands that stay in L2
 
 template <class E>
@@ -159,26 +159,71 @@ FASTRNN_INLINE int64_t outer_elements(int threads, int64_t rows) {
   return threads * kOuterRun * kOuterRows * imin(kOuterK, rows);
 }
 
-// The chunk's share of all jobs, by a group of `count` threads; `add` is false on the first chunk. Nothing is written to
+// Who multiplies which panels of the jobs: threads get equal shares of the products (a panel of one job may meet one operand, of
+// another two), in pieces of kOuterRun panels.
+template <class E>
+class OuterShares {
+ public:
+  OuterShares(const OuterJob<E>* jobs, int job_count, const OuterOperand<E>* operands, int count)
+      : jobs_(jobs), job_count_(job_count), operands_(operands), count_(count) {
+    for (int j = 0; j < job_count; j++) total_ += jobs[j].panels() * cost(jobs[j]);
+  }
+  int64_t pieces(int id) const {
+    int64_t sum = 0;
+    each_job(id, [&](const OuterJob<E>&, int64_t first, int64_t last) {
+      sum += ceil_div(last - first, kOuterRun);
+    });
+    return sum;
+  }
+  // f(job, first panel, one after the last, end of the thread's panels of the job) for a piece of thread id's.
+  template <class F>
+  void at(int id, int64_t piece, F&& f) const {
+    each_job(id, [&](const OuterJob<E>& job, int64_t first, int64_t last) {
+      const int64_t runs = ceil_div(last - first, kOuterRun), p = first + piece * kOuterRun;
+      if (piece >= 0 && piece < runs) f(job, p, imin(last, p + kOuterRun), last);
+      piece -= runs;
+    });
+  }
+
+ private:
+  int64_t cost(const OuterJob<E>& job) const {
+    int64_t sum = 1;  // packing it
+    for (const auto& to : job.to) sum += to.operand < 0 ? 0 : operands_[to.operand].width;
+    return sum;
+  }
+  template <class F>
+  void each_job(int id, F&& f) const {
+    int64_t before = 0;
+    for (int j = 0; j < job_count_; j++) {
+      const auto panel_of = [&](int thread) {
+        return imin(jobs_[j].panels(), imax(0, ceil_div(total_ * thread / count_ - before, cost(jobs_[j]))));
+      };
+      f(jobs_[j], panel_of(id), panel_of(id + 1));
+      before += jobs_[j].panels() * cost(jobs_[j]);
+    }
+  }
+  const OuterJob<E>* jobs_;
+  int job_count_;
+  const OuterOperand<E>* operands_;
+  int count_;
+  int64_t total_ = 0;
+};
+
+// The chunk's share of all jobs, by this thread of a group; `add` is false on the first chunk. Nothing is written to
 // the results before all threads have come here.
 template <class E>
 static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOperand<E>* operands,
-                           int operand_count, int64_t rows, typename E::T* panels, bool add, int id,
-                           int count, Barrier& barrier) {
+                           int operand_count, int64_t rows, typename E::T* panels, bool add,
+                           Division& division, Barrier& barrier) {
   constexpr int kWide = kOuterVectors * E::W;
-  int64_t widths = 0, total = 0;
+  const int id = division.id, count = division.count;
+  int64_t widths = 0;
   for (int o = 0; o < operand_count; o++) widths += operands[o].width;
-  // Threads get equal shares of the products: a panel of one job may meet one operand, of another two.
-  const auto cost = [&](const OuterJob<E>& job) {
-    int64_t sum = 1;  // packing it
-    for (const auto& to : job.to) sum += to.operand < 0 ? 0 : operands[to.operand].width;
-    return sum;
-  };
-  for (int j = 0; j < job_count; j++) total += jobs[j].panels() * cost(jobs[j]);
+  const OuterShares<E> shares(jobs, job_count, operands, count);
   for (int64_t k0 = 0; k0 < rows; k0 += kOuterK) {
     const int64_t K = imin(kOuterK, rows - k0), size = K * kOuterRows;
     typename E::T* own = panels + id * kOuterRun * size;
-    // Each thread packs a share of every B, and its own panels of A as it comes to them.
+    // Each thread packs a share of every B, and panels of A as it comes to them.
     for (int o = 0; o < operand_count; o++) {
       const int64_t blocks = ceil_div(operands[o].width, kWide);
       in_groups(blocks * id / count, blocks * (id + 1) / count, [&](auto group, int64_t b) {
@@ -187,34 +232,29 @@ static void outer_products(const OuterJob<E>* jobs, int job_count, const OuterOp
     }
     barrier.wait(count);
     const bool stays = widths * K * static_cast<int64_t>(sizeof(typename E::T)) <= kOuterStays;
-    int64_t before = 0;
-    for (int j = 0; j < job_count; before += jobs[j].panels() * cost(jobs[j]), j++) {
-      const OuterJob<E>& job = jobs[j];
-      const auto panel_of = [&](int thread) {
-        return imin(job.panels(), imax(0, ceil_div(total * thread / count - before, cost(job))));
-      };
-      const int64_t last = panel_of(id + 1);
-      for (int64_t p0 = panel_of(id); p0 < last; p0 += kOuterRun) {
-        const int64_t p1 = imin(last, p0 + kOuterRun);
-        in_groups(p0, p1, [&](auto group, int64_t p) {
-          pack_outer<E, decltype(group)::value>(job, p, k0, K, own + (p - p0) * size, add);
+    division.run(
+        true, [&](int of) { return shares.pieces(of); },
+        [&](int of, int64_t piece) {
+          shares.at(of, piece, [&](const OuterJob<E>& job, int64_t p0, int64_t p1, int64_t) {
+            in_groups(p0, p1, [&](auto group, int64_t p) {
+              pack_outer<E, decltype(group)::value>(job, p, k0, K, own + (p - p0) * size, add);
+            });
+            // C is met row after row where B stays in L2; else a block of B stays in L1 while the run's panels pass.
+            const int64_t step = stays ? 1 : p1 - p0;
+            for (int64_t p = p0; p < p1; p += step)
+              for (const auto& to : job.to) {
+                const int64_t width = to.operand < 0 ? 0 : operands[to.operand].width;
+                for (int64_t c = 0; c < width; c += kWide) {
+                  const int n = static_cast<int>(imin(kWide, width - c));
+                  for (int64_t q = p; q < p + step; q++)
+                    outer_any<E>(static_cast<int>(ceil_div(n, E::W)), own + (q - p0) * size,
+                                 operands[to.operand].packed + c * K, K, to.c + q * kOuterRows * to.ldc + c,
+                                 to.ldc, static_cast<int>(imin(kOuterRows, job.columns - q * kOuterRows)), n,
+                                 add);
+                }
+              }
+          });
         });
-        // C is met row after row where B stays in L2; else a block of B stays in L1 while the run's panels pass.
-        const int64_t step = stays ? 1 : p1 - p0;
-        for (int64_t p = p0; p < p1; p += step)
-          for (const auto& to : job.to) {
-            const int64_t width = to.operand < 0 ? 0 : operands[to.operand].width;
-            for (int64_t c = 0; c < width; c += kWide) {
-              const int n = static_cast<int>(imin(kWide, width - c));
-              for (int64_t q = p; q < p + step; q++)
-                outer_any<E>(static_cast<int>(ceil_div(n, E::W)), own + (q - p0) * size,
-                             operands[to.operand].packed + c * K, K, to.c + q * kOuterRows * to.ldc + c,
-                             to.ldc, static_cast<int>(imin(kOuterRows, job.columns - q * kOuterRows)), n,
-                             add);
-            }
-          }
-      }
-    }
     barrier.wait(count);
     add = true;
   }

@@ -37,19 +37,27 @@ struct Panels {
   }
 };
 
-// Blocks [b0, b1), from the last to the first if `back`: f(b, n) for the n from b on that a step of `rows` rows takes at once.
-template <class E, class F>
-FASTRNN_INLINE void panel_runs(const Panels<E>& p, int64_t b0, int64_t b1, bool back, int64_t rows, F&& f) {
-  const int most = b0 < b1 ? panels_at_once(rows, p.vectors(b0), p.gates) : 1;
-  for (int64_t left = b1 - b0; left > 0;) {
-    const bool run =
-        most > 1 && left >= most &&
-        p.vectors(back ? b0 + left - 1 : b1 - left + most - 1) == p.vectors(b0);  // the last may be narrower
-    const int n = run ? most : 1;
-    f(back ? b0 + left - n : b1 - left, n);
-    left -= n;
+// Blocks [b0, b1), from the last to the first if `back`, as a step of `rows` rows takes them: several at once where few rows meet them
+// (the matrix's last may be narrower, and is met alone then), else one by one.
+struct PanelRuns {
+  int64_t b0, b1, most, runs, narrow;
+  bool back;
+  template <class E>
+  PanelRuns(const Panels<E>& p, int64_t first, int64_t last, bool backwards, int64_t rows)
+      : b0(first), b1(last), back(backwards) {
+    most = b0 < b1 ? panels_at_once(rows, p.vectors(b0), p.gates) : 1;
+    narrow = b0 < b1 && p.vectors(b1 - 1) != p.vectors(b0);
+    runs = most == 1 ? b1 - b0 - narrow : (b1 - b0 - narrow) / most;
   }
-}
+  int64_t count() const { return b1 - b0 - runs * (most - 1); }
+  // f(b, n) for the i-th of them, which takes the n blocks from b on.
+  template <class F>
+  void at(int64_t i, F&& f) const {
+    if (back && narrow && i-- == 0) return f(b1 - 1, int(1));
+    const int64_t n = i < runs ? most : 1, done = i < runs ? i * most : runs * most + (i - runs);
+    f(back ? b1 - narrow - done - n : b0 + done, int(n));
+  }
+};
 
 template <class Dst, class Src>
 FASTRNN_INLINE Dst convert(Src x) {

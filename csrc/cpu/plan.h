@@ -31,15 +31,18 @@ inline int gate_count(Cell c) {
 
 // Rows read all recurrent weights on every core, units only their share. From four rows a core on a weight panel
 // is reused enough, as long as the weights stay in L2 at all; then rows win by not meeting at barriers, but for
-// a single step, which meets once.
+// a single step, which meets once. Threads that divide units, on the other hand, take over from one another (claims.h).
 constexpr double kStaysInL2 = 2 << 20;
+// Where vectors are short a step is long: so many bytes of weights, in blocks enough, are divided by units as well.
+constexpr double kLongStep = 448 << 10, kEnoughUnits = 64;
 inline double recurrent_bytes(const Problem& p) {
   const int size = p.type == Type::f64 ? 8 : p.type == Type::bf16 || p.type == Type::f32_bf16 ? 2 : 4;
   return double(size) * gate_count(p.cell) * p.H * p.O;
 }
 
-// per_step: operations of a time step; stages: matmuls after each other in it.
-inline Plan choose_plan(const Problem& p, double per_step, double weight_bytes, int stages = 1) {
+// per_step: operations of a time step; stages: matmuls after each other in it; `most` bytes of weights allow rows.
+inline Plan choose_plan(const Problem& p, double per_step, double weight_bytes, int stages = 1,
+                        double most = kStaysInL2) {
   const double total = per_step * p.T * p.directions;
   // A team costs about 2 us to start and a barrier 0.1-0.2 us per step.
   const bool side_by_side = p.directions == 2;
@@ -52,12 +55,16 @@ inline Plan choose_plan(const Problem& p, double per_step, double weight_bytes, 
   if (p.partition != Partition::automatic)
     plan.units = p.partition == Partition::units;
   else
-    plan.units = p.T == 1 || p.N < 4 * group || weight_bytes > kStaysInL2;
+    plan.units =
+        p.T == 1 || p.N < 4 * group || weight_bytes > (p.H < kEnoughUnits * group ? kStaysInL2 : most);
   return plan;
 }
 
 inline Plan choose_plan(const Problem& p) {
-  return choose_plan(p, 2.0 * p.N * gate_count(p.cell) * p.H * (p.I + p.O), recurrent_bytes(p));
+  const bool once =
+      !p.projected && !normalises(p.cell) && p.cell != Cell::gru_reset_before;  // a step meets once
+  return choose_plan(p, 2.0 * p.N * gate_count(p.cell) * p.H * (p.I + p.O), recurrent_bytes(p), 1,
+                     kRegisters == 16 && once ? kLongStep : kStaysInL2);
 }
 
 }  // namespace FASTRNN_ISA

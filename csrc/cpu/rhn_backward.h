@@ -5,16 +5,23 @@
 // recomputed upward from y_{t-1}: solving s_l for s_{l-1} would divide by 1 - t. Without a tape the chunk's gates
 // are recomputed too, one matmul per micro-step over all rows of the chunk.
 #pragma once
-#include "outer.h"
-#include "rhn_forward.h"
+#include "rhn_backward_state.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
 template <class E>
-class RhnBackward {
+class RhnBackward : RhnBackwardState<E> {
+  using State = RhnBackwardState<E>;
+  using typename State::Direction;
+  using typename State::Lane;
   using T = typename E::T;
   using V = typename E::V;
+  using State::all_, State::args_, State::capacity_, State::cell_, State::dir_, State::hh_, State::ih_,
+      State::kStateBlocks, State::kTile, State::lane_bytes_, State::lanes_, State::layout_, State::plan_,
+      State::recompute_, State::s_pieces_, State::seq_, State::steps_, State::tapes_, State::width_,
+      State::x_pieces_, State::zero_;
+  using State::mask_row, State::operands, State::recurrent, State::state_mask, State::time;
 
  public:
   static size_t workspace(const RhnBackwardArgs& args) {
@@ -29,119 +36,7 @@ class RhnBackward {
   }
 
  private:
-  static constexpr int64_t kTile = kMaxRows * kMaxVectors * E::W;
-  struct Lane {  // per thread
-    RowList list;
-    const T** next;  // first micro-step's gate gradients of each batch row's next step, or zeros
-    const T** a_rows;
-    const T** x;  // per row of the chunk
-    const T** first;
-    T** dx;
-    RhnGradRow<T>* rows;
-    RhnStateRow<T>* states;
-    RhnRow<T>* forward;  // only to recompute
-    const T** operand;
-    T* tile;
-    Lane(Arena& a, const RhnBackward& b)
-        : list(a, b.steps_, b.args_.N),
-          next(a.take<const T*>(b.args_.N)),
-          a_rows(a.take<const T*>(b.capacity_)),
-          x(a.take<const T*>(b.capacity_)),
-          first(a.take<const T*>(b.capacity_)),
-          dx(a.take<T*>(b.capacity_)),
-          rows(a.take<RhnGradRow<T>>(b.args_.N)),
-          states(a.take<RhnStateRow<T>>(b.args_.N)),
-          forward(a.take<RhnRow<T>>(b.recompute_ ? b.capacity_ : 0)),
-          operand(a.take<const T*>(b.recompute_ ? 2 * kMaxParts * b.capacity_ : 0)),
-          tile(a.take<T>(2 * kMaxParts * kTile)) {}
-  };
-  struct Direction {
-    char* packed = nullptr;  // forward packing, only to recompute
-    T *w_hh, *w_ih = nullptr;
-    int64_t lent = 0;  // micro-steps whose packed weights lie where their gradients will be
-    T* dz;             // (depth, rows, G H), recomputed gates until they are gradients
-    T *s, *u;  // states before each micro-step (depth, rows, H), their masked copies (depth, groups, rows, H)
-    T *carry, *ds;
-    T *x_masked, *dx = nullptr;
-    T *outer, *operand[2 * kMaxParts];
-    Barrier barrier;
-  };
-
-  const RhnBackwardArgs& args_;
-  const Plan plan_;
-  const RhnLayout<E> layout_;
-  const RhnCell<E> cell_;
-  const Sequence seq_;
-  const RhnTapes<const T> tapes_;
-  const int64_t width_;             // G H
-  const int64_t steps_, capacity_;  // of a chunk: steps, rows
-  const bool recompute_;
-  const int s_pieces_, x_pieces_;  // products apart, where each gate has its own mask
-  Panels<E> hh_, ih_;
-  T* zero_;
-  Direction dir_[2];
-  Arena lanes_;
-  size_t lane_bytes_ = 0;
-  Barrier all_;
-
-  RhnBackward(const RhnBackwardArgs& args, Arena& arena)
-      : args_(args),
-        plan_(rhn_plan(args)),
-        layout_(args),
-        cell_(RhnCell<E>::of(args.gates, args.linear)),
-        seq_(args, arena),
-        tapes_(args, seq_),
-        width_(args.gates * args.H),
-        steps_(rhn_chunk_steps(args, args.want_weights)),
-        capacity_(steps_ * args.N),
-        recompute_(!args.tape),
-        s_pieces_(args.s_groups > 1 ? args.gates : 1),
-        x_pieces_(args.x_groups > 1 ? args.gates : 1),
-        hh_(even_panels<E>(1, args.H, plan_.units ? imax(1, plan_.threads / args.directions) : 1)),
-        ih_(1, args.I, kNarrow) {
-    const int64_t N = args.N, H = args.H, I = args.I, L = args.depth;
-    zero_ = arena.take<T>(width_);
-    if (arena.base) std::memset(zero_, 0, width_ * sizeof(T));
-    for (int d = 0; d < args.directions; d++) {
-      Direction& r = dir_[d];
-      if (recompute_) r.packed = arena.take<char>(layout_.bytes);
-      // One chunk's weights have served before a gradient is written; padding may make them longer.
-      const int64_t packed = hh_.elements(width_);
-      if (args.want_weights && steps_ == args.T) r.lent = L * width_ * H / packed;
-      r.w_hh = arena.take<T>((L - r.lent) * packed);
-      if (args.dx.data) r.w_ih = arena.take<T>(ih_.elements(width_));
-      r.dz = arena.take<T>(L * capacity_ * width_);
-      r.s = arena.take<T>(L * capacity_ * H);
-      r.u = args.s_groups ? arena.take<T>(L * args.s_groups * capacity_ * H) : r.s;
-      r.carry = arena.take<T>(N * width_);
-      r.ds = arena.take<T>(N * H);
-      r.x_masked = arena.take<T>(args.x_groups * capacity_ * I);
-      // The second direction's dx is added when both are complete.
-      if (args.dx.data && d == 1) r.dx = arena.take<T>(args.T * N * I);
-      if (!args.want_weights) continue;
-      const int64_t K = imin(kOuterK, capacity_);
-      r.outer = arena.take<T>(outer_elements(plan_.threads, K));
-      for (int o = 0; o < operands(true); o++)
-        r.operand[o] = arena.take<T>(((o < x_pieces_ ? I : H) + kMaxVectors * E::W) * K);
-    }
-    Arena sizing;
-    Lane measure(sizing, *this);
-    lane_bytes_ = sizing.used;
-    lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
-  }
-
-  int operands(bool with_x) const { return s_pieces_ + (with_x ? x_pieces_ : 0); }
-  int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
-  const T* mask_row(const void* mask, int groups, int64_t width, int d, int64_t n, int p = 0) const {
-    return static_cast<const T*>(mask) + ((int64_t(d) * groups + p) * args_.N + n) * width;
-  }
-  T* recurrent(int d, int64_t l) const {  // packed weights of micro-step l
-    const int64_t lent = dir_[d].lent, size = hh_.elements(width_);
-    return l < lent ? static_cast<T*>(args_.grads[d].w_hh) + l * size : dir_[d].w_hh + (l - lent) * size;
-  }
-  const T* state_mask(int d, int64_t n) const {
-    return args_.s_groups ? mask_row(args_.s_mask, args_.s_groups, args_.H, d, n) : zero_;
-  }
+  using State::State;
 
   void work(int tid, int nt) {
     const bool past =
@@ -171,17 +66,18 @@ class RhnBackward {
   void direction(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H;
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
+    const int64_t i0 = share.first(N), i1 = share.last(N);
     if (args_.dh_n)
       std::memcpy(dir.ds + i0 * H, static_cast<const T*>(args_.dh_n) + (d * N + i0) * H,
                   (i1 - i0) * H * sizeof(T));
     else
       std::memset(dir.ds + i0 * H, 0, (i1 - i0) * H * sizeof(T));
     for (int64_t n = 0; n < N; n++) lane.next[n] = nullptr;
+    lane.division.begin(dir.claims, share, args_);
     if (d == 0 && args_.lengths && args_.dx.data)
       for (int64_t n = i0; n < i1; n++)
         for (int64_t t = seq_.length(n); t < args_.T; t++)
-          std::memset(seq_.at<T>(args_.dx, t, n), 0, args_.I * sizeof(T));
+          std::memset(seq_.template at<T>(args_.dx, t, n), 0, args_.I * sizeof(T));
     dir.barrier.wait(share.count);
 
     bool add = false;
@@ -209,18 +105,18 @@ class RhnBackward {
 
   void chunk_operands(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
     const int64_t M = lane.list.rows, I = args_.I;
-    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    const int64_t m0 = share.first(M), m1 = share.last(M);
     for (int64_t i = 0; i < steps; i++) {
       const int64_t s = begin + i, t = time(d, s), before = time(d, s - 1);
       for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
         const int64_t n = lane.list.n[m];
         const bool begins = s == 0 || (d && seq_.ragged() && t == seq_.length(n) - 1);
-        lane.x[m] = seq_.at<const T>(args_.x, t, n);
+        lane.x[m] = seq_.template at<const T>(args_.x, t, n);
         if (args_.dx.data)
-          lane.dx[m] = d == 0 ? seq_.at<T>(args_.dx, t, n) : dir_[d].dx + seq_.index(t, n) * I;
+          lane.dx[m] = d == 0 ? seq_.template at<T>(args_.dx, t, n) : dir_[d].dx + seq_.index(t, n) * I;
         lane.first[m] = seq_.resets(t, n) ? zero_
                         : begins          ? static_cast<const T*>(args_.h0) + (d * args_.N + n) * args_.H
-                                          : seq_.at<const T>(args_.y, before, n) + d * args_.H;
+                                          : seq_.template at<const T>(args_.y, before, n) + d * args_.H;
         if (m < m0 || m >= m1) continue;
         for (int p = 0; p < args_.x_groups; p++)
           scale_row<E>(dir_[d].x_masked + (p * capacity_ + m) * I, lane.x[m],
@@ -246,7 +142,7 @@ class RhnBackward {
     Direction& dir = dir_[d];
     const Panels<E>& panels = layout_.panels;
     const int64_t M = lane.list.rows, H = args_.H, I = args_.I, C = capacity_;
-    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
+    const int64_t m0 = share.first(M), m1 = share.last(M);
     auto weights = [&](size_t at) { return reinterpret_cast<const T*>(dir.packed + at); };
     const T** x_rows = lane.operand;
     const T** u_rows = lane.operand + kMaxParts * C;
@@ -300,13 +196,10 @@ class RhnBackward {
     const int64_t N = args_.N, H = args_.H, C = capacity_, t = time(d, begin + i);
     int64_t first = lane.list.start[i], last = lane.list.start[i + 1];
     if (!split_units && share.count > 1) {
-      const int64_t n0 = N * share.id / share.count, n1 = N * (share.id + 1) / share.count;
+      const int64_t n0 = share.first(N), n1 = share.last(N);
       while (first < last && lane.list.n[first] < n0) first++;
       while (first < last && lane.list.n[last - 1] >= n1) last--;
     }
-    const int64_t b0 = split_units ? hh_.blocks * share.id / share.count : 0;
-    const int64_t b1 = split_units ? hh_.blocks * (share.id + 1) / share.count : hh_.blocks;
-    const int64_t u0 = hh_.first(b0), u1 = b1 > b0 ? hh_.first(b1 - 1) + hh_.units(b1 - 1) : u0;
     const int64_t tape_stride = (recompute_ ? C : seq_.rows()) * width_;
     RhnTape<const T> tape = tapes_.at(args_.tape, d, 0, t);
     if (recompute_) tape = {dir.dz, kOneGroup, C, args_.gates, H};
@@ -317,7 +210,7 @@ class RhnBackward {
       lane.a_rows[q] = ends || cut ? zero_ : lane.next[n];
       lane.next[n] = dir.dz + m * width_;
       T* ds = dir.ds + n * H;
-      lane.rows[q] = {args_.dy.data ? seq_.at<const T>(args_.dy, t, n) + d * H : nullptr,
+      lane.rows[q] = {args_.dy.data ? seq_.template at<const T>(args_.dy, t, n) + d * H : nullptr,
                       cut ? zero_ : ds,
                       ds,
                       recompute_ ? m : n,
@@ -326,15 +219,27 @@ class RhnBackward {
                       state_mask(d, n)};
       lane.states[q] = state_row(d, lane, m, n);
     }
-    if (!recompute_)
-      cell_.states(states_of(lane.states, last - first, tape, tape_stride, args_.depth, u0, u1));
+    if (!recompute_) {
+      const auto runs = [&](int of) { return lane.division.runs(hh_, split_units, of); };
+      const auto pieces = [&](int of) { return ceil_div(runs(of).count(), kStateBlocks); };
+      const int64_t products =
+          (last - first) * args_.depth * kStateBlocks * hh_.unit * 16;  // as long as so many
+      lane.division.run(split_units && lane.division.worth_claiming(products), pieces,
+                        [&](int of, int64_t piece) {
+                          const int64_t b0 = runs(of).b0 + piece * kStateBlocks,
+                                        b1 = imin(b0 + kStateBlocks, runs(of).b1) - 1;
+                          cell_.states(states_of(lane.states, last - first, tape, tape_stride, args_.depth,
+                                                 hh_.first(b0), hh_.first(b1) + hh_.units(b1)));
+                        });
+      if (split_units) dir.barrier.wait(share.count);
+    }
     tape.data += (args_.depth - 1) * tape_stride;
     for (int64_t q = 0; q < last - first; q++) {  // to the last micro-step
       lane.rows[q].s += (args_.depth - 1) * C * H;
       lane.rows[q].dz += (args_.depth - 1) * C * width_;
     }
     for (int l = args_.depth - 1;; l--) {
-      micro_step(d, (l + 1) % args_.depth, b0, b1, last - first, tape, lane);
+      micro_step(d, (l + 1) % args_.depth, split_units, last - first, tape, lane);
       if (split_units) dir.barrier.wait(share.count);
       if (l == 0) return;
       tape.data -= tape_stride;
@@ -350,26 +255,28 @@ class RhnBackward {
   }
 
   // The product of lane.a_rows with the weights of micro-step `above`, then the pointwise part below it.
-  void micro_step(int d, int above, int64_t b0, int64_t b1, int64_t count, const RhnTape<const T>& tape,
+  void micro_step(int d, int above, bool split_units, int64_t count, const RhnTape<const T>& tape,
                   Lane& lane) {
     const T* w = recurrent(d, above);
-    const bool ahead = asks_ahead(hh_, b0, b1, args_.depth * width_, count);
-    const T* after = recurrent(d, (above + args_.depth - 1) % args_.depth);
-    panel_runs(hh_, b0, b1, false, count, [&](int64_t b, int run) {
-      const bool last = b + run == b1;
-      const int64_t cols = hh_.columns(b), next = last ? b0 : b + run;
-      const T* coming = (last ? after : w) + hh_.stream(next, width_);
-      row_blocks(count, hh_.vectors(b), [&](int64_t m, int r) {
-        if (ahead && s_pieces_ == 1)
-          multiply_ahead<E>(lane.a_rows + m, r, w + hh_.stream(b, width_), width_, hh_.vectors(b), nullptr, 0,
-                            lane.tile, cols, coming, hh_.columns(next) * width_, m, count);
-        else
-          product(lane.a_rows + m, r, w, b, run, lane.tile);
-        for (int q = 0; q < run; q++)
-          cell_.grad({lane.rows + m, r, lane.tile + q * r * cols, cols, kTile, hh_.first(b + q),
-                      hh_.units(b + q), args_.H, args_.s_groups, args_.N * args_.H, tape});
-      });
-    });
+    const PanelRuns own = lane.division.own(hh_, split_units);
+    const bool ahead = asks_ahead(hh_, own.b0, own.b1, args_.depth * width_, count);
+    const T* below = recurrent(d, (above + args_.depth - 1) % args_.depth);
+    lane.division.panels(
+        hh_, width_, count, {split_units, split_units}, [&](int64_t b, int run, int64_t after) {
+          // The panel after these; after the last, the next micro-step's first.
+          const int64_t cols = hh_.columns(b), next = after < 0 ? own.b0 : after;
+          const T* coming = (after < 0 ? below : w) + hh_.stream(next, width_);
+          row_blocks(count, hh_.vectors(b), [&](int64_t m, int r) {
+            if (ahead && s_pieces_ == 1)
+              multiply_ahead<E>(lane.a_rows + m, r, w + hh_.stream(b, width_), width_, hh_.vectors(b),
+                                nullptr, 0, lane.tile, cols, coming, hh_.columns(next) * width_, m, count);
+            else
+              product(lane.a_rows + m, r, w, b, run, lane.tile);
+            for (int q = 0; q < run; q++)
+              cell_.grad({lane.rows + m, r, lane.tile + q * r * cols, cols, kTile, hh_.first(b + q),
+                          hh_.units(b + q), args_.H, args_.s_groups, args_.N * args_.H, tape});
+          });
+        });
   }
 
   // Gate gradients times `run` blocks from b on of one micro-step's weights: one product, or one per gate.
@@ -389,7 +296,7 @@ class RhnBackward {
     for (int64_t m = lane.list.rows; m-- > 0;) lane.next[lane.list.n[m]] = dir.dz + m * width_;
     for (int64_t n = 0; n < N; n++) {
       if (!lane.next[n] || lane.next[n] == dir.carry + n * width_) continue;
-      if (n >= N * share.id / share.count && n < N * (share.id + 1) / share.count)
+      if (n >= share.first(N) && n < share.last(N))
         std::memcpy(dir.carry + n * width_, lane.next[n], width_ * sizeof(T));
       lane.next[n] = dir.carry + n * width_;
     }
@@ -398,10 +305,11 @@ class RhnBackward {
   void input_grad(int d, const Share& share, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t M = lane.list.rows, I = args_.I, K = width_ / x_pieces_;
-    const int64_t m0 = M * share.id / share.count, m1 = M * (share.id + 1) / share.count;
-    constexpr int64_t kRows = 16 * kMaxRows;
-    for (int64_t from = m0; from < m1; from += kRows) {
-      const int64_t to = imin(m1, from + kRows);
+    constexpr int64_t kRows = 8 * kMaxRows;
+    const auto first = [&](int id) { return M * id / share.count; };
+    const auto pieces = [&](int id) { return ceil_div(first(id + 1) - first(id), kRows); };
+    lane.division.run(true, pieces, [&](int id, int64_t piece) {
+      const int64_t from = first(id) + piece * kRows, to = imin(first(id + 1), from + kRows);
       for (int64_t b = 0; b < ih_.blocks; b++) {
         const int nv = ih_.vectors(b), units = ih_.units(b);
         const int64_t cols = ih_.columns(b), u0 = ih_.first(b);
@@ -425,7 +333,7 @@ class RhnBackward {
           }
         });
       }
-    }
+    });
   }
 
   // Micro-step l's: its gate gradients meet the (masked) states before it, the first one's also the inputs.
@@ -459,7 +367,7 @@ class RhnBackward {
                                dir.operand[x_pieces_ + p]};
       for (int p = 0; p < parts; p++) jobs[p].a = dir.dz + (l * C + m) * width_;
       outer_products<E>(jobs, parts, operand, inputs + s_pieces_, M * (i + 1) / pieces - m, dir.outer,
-                        add || i, share.id, share.count, dir.barrier);
+                        add || i, lane.division, dir.barrier);
     }
   }
 

@@ -5,6 +5,7 @@
 // each micro-step) or rows of the batch (none). Intermediate states live in two buffers that take turns.
 #pragma once
 #include "ahead.h"
+#include "claims.h"
 #include "rhn_cells.h"
 #include "rhn_pack.h"
 #include "sequence.h"
@@ -41,12 +42,13 @@ class RhnForward {
     RhnRow<T>* rows;
     T* scratch;
     T* x_copy;
+    Division division;
     Lane(Arena& a, const RhnForward& f)
         : list(a, f.steps_, f.args_.N),
           x_rows(a.take<const T*>(f.x_parts_ * f.steps_ * f.args_.N)),
           u_rows(a.take<const T*>(f.u_parts_ * f.args_.N)),
           rows(a.take<RhnRow<T>>(f.args_.N)),
-          scratch(a.take<T>(f.steps_ * f.args_.N * f.layout_.parts * f.layout_.panels.total())),
+          scratch(f.plan_.units ? nullptr : a.take<T>(f.scratch_size())),
           x_copy(a.take<T>(f.args_.x_groups * f.steps_ * f.args_.N * f.args_.I)) {}
   };
   struct Direction {
@@ -54,6 +56,8 @@ class RhnForward {
     T* s;        // two buffers (N, H)
     T* u;        // masked states: two buffers (groups, N, H)
     T* u_first;  // masked initial states (groups, N, H)
+    T* scratch;  // input terms of a chunk, where threads divide the units
+    Claim* claims;
     Barrier barrier;
   };
 
@@ -90,12 +94,16 @@ class RhnForward {
       dir_[d].s = arena.take<T>(2 * NH);
       dir_[d].u = arena.take<T>(2 * args.s_groups * NH);
       dir_[d].u_first = arena.take<T>(args.s_groups * NH);
+      dir_[d].scratch = plan_.units ? arena.take<T>(scratch_size()) : nullptr;
+      dir_[d].claims = Division::room(arena, plan_.threads);
     }
     Arena sizing;
     Lane measure(sizing, *this);
     lane_bytes_ = sizing.used;
     lanes_ = {arena.take<char>(lane_bytes_ * plan_.threads), 0};
   }
+
+  int64_t scratch_size() const { return steps_ * args_.N * layout_.parts * layout_.panels.total(); }
 
   void work(int tid, int nt) {
     if (!args_.packed) {
@@ -117,13 +125,15 @@ class RhnForward {
     Direction& dir = dir_[d];
     const bool split_units = plan_.units && share.count > 1;
     const int64_t N = args_.N, H = args_.H;
-    const int64_t i0 = N * share.id / share.count, i1 = N * (share.id + 1) / share.count;
+    const int64_t i0 = share.first(N), i1 = share.last(N);
     const int64_t n0 = split_units ? 0 : i0, n1 = split_units ? N : i1;
     for (int p = 0; p < args_.s_groups; p++)
       for (int64_t n = i0; n < i1; n++)
         scale_row<E>(dir.u_first + (p * N + n) * H, static_cast<const T*>(args_.h0) + (d * N + n) * H,
                      mask_row(args_.s_mask, args_.s_groups, H, d, p, n), H);
     clear_frozen(d, i0, i1);
+    if (plan_.units) lane.scratch = dir.scratch;
+    lane.division.begin(dir.claims, share, args_);
     if (split_units) dir.barrier.wait(share.count);
 
     for (int64_t s0 = 0; s0 < args_.T; s0 += steps_) {
@@ -151,14 +161,7 @@ class RhnForward {
         std::memset(seq_.at<T>(args_.y, t, n) + d * args_.H, 0, args_.H * sizeof(T));
   }
 
-  int64_t first_block(const Share& share, bool split) const {
-    return split ? layout_.panels.blocks * share.id / share.count : 0;
-  }
-  int64_t last_block(const Share& share, bool split) const {
-    return split ? layout_.panels.blocks * (share.id + 1) / share.count : layout_.panels.blocks;
-  }
-
-  // Into lane.scratch: for each part and each of this thread's blocks, (rows, columns).
+  // Into lane.scratch: for each part and block, (rows, columns).
   void input_term(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t steps) {
     const int64_t I = args_.I, M = lane.list.rows, stride = steps_ * args_.N;
     for (int64_t i = 0; i < steps; i++)
@@ -172,16 +175,17 @@ class RhnForward {
         }
       }
     const Panels<E>& panels = layout_.panels;
-    T* out = lane.scratch;
-    const int64_t b0 = first_block(share, split_units), b1 = last_block(share, split_units);
-    for (int part = 0; part < layout_.parts; part++)
-      for (int64_t b = b0; b < b1; b++) {
-        const int64_t cols = panels.columns(b);
-        panel<E>(lane.x_rows + (x_parts_ > 1 ? part : 0) * stride, M,
-                 weights(d, layout_.x(part)) + panels.stream(b, I), I, panels.vectors(b),
-                 weights(d, layout_.bias(0, part)) + panels.offset(b), 0, out, cols);
-        out += M * cols;
-      }
+    for (int part = 0; part < layout_.parts; part++) {
+      T* out = lane.scratch + part * M * panels.total();
+      lane.division.panels(panels, I, M, {split_units, split_units, false, true},
+                           [&](int64_t b, int, int64_t) {
+                             panel<E>(lane.x_rows + (x_parts_ > 1 ? part : 0) * stride, M,
+                                      weights(d, layout_.x(part)) + panels.stream(b, I), I, panels.vectors(b),
+                                      weights(d, layout_.bias(0, part)) + panels.offset(b), 0,
+                                      out + M * panels.offset(b), panels.columns(b));
+                           });
+      if (split_units) dir_[d].barrier.wait(share.count);
+    }
   }
 
   // Rows and operands of micro-step l of step s.
@@ -215,9 +219,10 @@ class RhnForward {
   void step(int d, const Share& share, bool split_units, Lane& lane, int64_t s0, int64_t i) {
     const Panels<E>& panels = layout_.panels;
     const int64_t first = lane.list.start[i], count = lane.list.count(i), H = args_.H, N = args_.N;
-    const int64_t b0 = first_block(share, split_units), b1 = last_block(share, split_units);
-    const int64_t base = panels.offset(b0), M = lane.list.rows;
-    const int64_t columns = b1 > b0 ? panels.offset(b1 - 1) + panels.columns(b1 - 1) - base : 0;
+    const PanelRuns own = lane.division.own(panels, split_units);
+    const int64_t M = lane.list.rows;
+    const int64_t columns =
+        own.b1 > own.b0 ? panels.offset(own.b1 - 1) + panels.columns(own.b1 - 1) - panels.offset(own.b0) : 0;
     const bool ahead = asks_ahead(args_.depth * layout_.parts * columns * H * int64_t(sizeof(T)), count);
     constexpr int64_t kTile = kMaxRows * kMaxVectors * E::W;
     alignas(64) T tile_out[kMaxParts * kTile];
@@ -225,35 +230,36 @@ class RhnForward {
       gather(d, lane, s0 + i, l, first, count);
       const RhnTape<T> tape = tapes_.at(args_.tape, d, l, time(d, s0 + i));
       const bool stream = tapes_.template streams<typename E::V>(tape);
-      panel_runs(panels, b0, b1, false, count, [&](int64_t b, int run) {
-        const int64_t cols = panels.columns(b);
-        const int nv = panels.vectors(b);
-        // The panel after these; after the last, the next micro-step's first.
-        const bool last = b + run == b1;
-        const int64_t next = last ? b0 : b + run;
-        const int next_l = (l + last) % args_.depth;
-        row_blocks(count, nv, [&](int64_t m, int r) {
-          for (int part = 0; part < layout_.parts; part++) {
-            const T* init =
-                l ? weights(d, layout_.bias(l, part)) + panels.offset(b)
-                  : lane.scratch + M * (part * columns + panels.offset(b) - base) + (first + m) * cols;
-            const T* const* operand = lane.u_rows + (u_parts_ > 1 ? part : 0) * N + m;
-            const T* w = weights(d, layout_.h(l, part)) + panels.stream(b, H);
-            const T* coming = weights(d, layout_.h(next_l, part)) + panels.stream(next, H);
-            T* out = tile_out + part * kTile;
-            if (ahead)
-              multiply_ahead<E>(operand, r, w, H, nv, init, l ? 0 : cols, out, cols, coming,
-                                panels.columns(next) * H, m, count);
-            else
-              multiply_panels<E>(run, operand, r, w, H, H, nv, init, l ? 0 : cols, l ? cols : M * cols, out,
-                                 cols, r * cols);
-          }
-          for (int q = 0; q < run; q++)
-            cell_.finish({lane.rows + m, r, tile_out + q * r * cols, cols,
-                          layout_.parts > 1 ? kTile : panels.units(b + q), panels.first(b + q),
-                          panels.units(b + q), H, args_.s_groups, N * H, N * H, tape, stream});
-        });
-      });
+      lane.division.panels(
+          panels, layout_.parts * H, count, {split_units, split_units},
+          [&](int64_t b, int run, int64_t after) {
+            // The panel after these; after the last, the next micro-step's first.
+            const int64_t next = after < 0 ? own.b0 : after;
+            const int next_l = (l + (after < 0)) % args_.depth;
+            const int64_t cols = panels.columns(b);
+            const int nv = panels.vectors(b);
+            row_blocks(count, nv, [&](int64_t m, int r) {
+              for (int part = 0; part < layout_.parts; part++) {
+                const T* init =
+                    l ? weights(d, layout_.bias(l, part)) + panels.offset(b)
+                      : lane.scratch + M * (part * panels.total() + panels.offset(b)) + (first + m) * cols;
+                const T* const* operand = lane.u_rows + (u_parts_ > 1 ? part : 0) * N + m;
+                const T* w = weights(d, layout_.h(l, part)) + panels.stream(b, H);
+                const T* coming = weights(d, layout_.h(next_l, part)) + panels.stream(next, H);
+                T* out = tile_out + part * kTile;
+                if (ahead)
+                  multiply_ahead<E>(operand, r, w, H, nv, init, l ? 0 : cols, out, cols, coming,
+                                    panels.columns(next) * H, m, count);
+                else
+                  multiply_panels<E>(run, operand, r, w, H, H, nv, init, l ? 0 : cols, l ? cols : M * cols,
+                                     out, cols, r * cols);
+              }
+              for (int q = 0; q < run; q++)
+                cell_.finish({lane.rows + m, r, tile_out + q * r * cols, cols,
+                              layout_.parts > 1 ? kTile : panels.units(b + q), panels.first(b + q),
+                              panels.units(b + q), H, args_.s_groups, N * H, N * H, tape, stream});
+            });
+          });
       if (split_units) dir_[d].barrier.wait(share.count);
     }
   }

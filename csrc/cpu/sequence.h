@@ -98,6 +98,10 @@ struct Share {
   int direction_first, direction_last;  // directions this thread works on
   int id, count;                        // its place in that direction's group
 
+  // Its share of n: [first(n), last(n)).
+  int64_t first(int64_t n) const { return n * id / count; }
+  int64_t last(int64_t n) const { return n * (id + 1) / count; }
+
   Share(int directions, int tid, int nt) {
     if (directions == 1 || nt == 1) {
       direction_first = 0;

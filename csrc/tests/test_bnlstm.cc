@@ -35,6 +35,7 @@ BnOptions draw(Random& random, Type type) {
   o.reset = random.coin();
   o.prepacked = random.coin();
   o.cells = random.coin();
+  o.scattered = random.coin();
   return o;
 }
 
@@ -123,6 +124,7 @@ TEST(results_do_not_depend_on_threads) {
         alone.run_training();
         for (int threads : {2, 4}) {
           o.threads = threads;
+          o.scattered = threads == 4;
           BnTrial other(o, 35);
           other.run_training();
           if (!alone.same_bits(other))

@@ -99,6 +99,7 @@ TEST(shapes_wide_enough_for_a_team) {
           o.I = 21;
           o.H = 49;
           o.threads = 3;
+          o.scattered = directions == 1;
           if (kThreadSanitizer) o.N = 9, o.H = 34;
           if (kSanitizer && directions == 2) continue;  // one direction is slow enough there
           check_training(o, 3);
@@ -133,6 +134,7 @@ TEST(where_the_backward_packs_weights) {
       large.I = 517;
       large.H = 170;
       large.threads = 2;
+      large.scattered = true;
       check_training(large, 14);
     }
   });
@@ -160,6 +162,7 @@ TEST(results_do_not_depend_on_threads_or_partition) {
             if (kThreadSanitizer && (threads != 2 || partition == Partition::automatic)) continue;
             o.partition = partition;
             o.threads = threads;
+            o.scattered = threads == 4 || kThreadSanitizer;
             Trial other(o, 5);
             other.run_training();
             if (!alone.same_bits(other))

@@ -37,6 +37,7 @@ RhnOptions draw(Random& random, Type type) {
   o.bias = random.between(0, 3) > 0;
   o.reset = random.coin();
   o.prepacked = o.x_groups < 2 && o.s_groups < 2 && random.coin();
+  o.scattered = random.coin();
   o.recompute = random.between(0, 2) == 0;
   return o;
 }
@@ -166,6 +167,7 @@ TEST(results_do_not_depend_on_threads_or_partition) {
             if (kThreadSanitizer && (threads != 4 || partition == Partition::automatic)) continue;
             o.partition = partition;
             o.threads = threads;
+            o.scattered = threads != 2;
             RhnTrial other(o, 24);
             other.run_training();
             if (!alone.same_bits(other))

@@ -262,6 +262,7 @@ Options draw(Random& random, Type type, const std::array<Cell, Count>& cells) {
   if (o.cell == Cell::rnn_relu && type == Type::bf16) o.cell = Cell::rnn_tanh;
   o.prepacked = random.coin();
   o.cells = random.coin();
+  o.scattered = random.coin();
   o.recompute = random.between(0, 2) == 0;
   return o;
 }

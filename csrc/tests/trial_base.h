@@ -124,7 +124,8 @@ struct Options {
   Partition partition = Partition::automatic;
   int64_t T = 5, N = 3, I = 7, H = 9, P = 0;
   int directions = 1, threads = 1;
-  bool bias = true, reset = false, linear = false, prepacked = false, cells = true, recompute = false;
+  bool bias = true, reset = false, linear = false, scattered = false, prepacked = false, cells = true,
+       recompute = false;
   Noise noise;  // its seed is the trial's
 
   std::string text() const {
@@ -132,8 +133,8 @@ struct Options {
     out << kernels().isa << " cell " << int(cell) << " type " << int(type) << " rows " << int(rows)
         << " partition " << int(partition) << " T" << T << " N" << N << " I" << I << " H" << H << " P" << P
         << " D" << directions << " threads " << threads << (bias ? " bias" : "") << (reset ? " reset" : "")
-        << (linear ? " linear" : "") << (prepacked ? " prepacked" : "") << (cells ? " cells" : "")
-        << (recompute ? " recompute" : "");
+        << (linear ? " linear" : "") << (scattered ? " scattered" : "") << (prepacked ? " prepacked" : "")
+        << (cells ? " cells" : "") << (recompute ? " recompute" : "");
     if (noise.any())
       out << " drop " << int(noise.mode) << " " << noise.drop << " zoneout " << noise.zoneout_h << " "
           << noise.zoneout_c << (noise.training ? " training" : "")
@@ -267,6 +268,7 @@ struct Layout {
     p.type = o.type;
     p.partition = o.partition;
     p.linear = o.linear;
+    p.scattered = o.scattered;
     p.threads = o.threads;
     p.directions = o.directions;
     p.T = T;
