@@ -145,11 +145,11 @@ def run_case(
     try:
         probes = ceiling.probes(case) if bounded and not settings.verify_only else {}
         if case.group == "isa":
-            _run_isa(record, settings, workers)
+            _run_isa(record, settings, workers, ceiling)
         elif case.group in ("loops", "regularised", "layer_norm"):
-            _run_loop(record, settings, probes)
+            _run_loop(record, settings, probes, ceiling)
         else:
-            _run_local(record, settings, probes)
+            _run_local(record, settings, probes, ceiling)
         if bounded:
             ceiling = ceiling.meanwhile(record.timings)
             shaken = any(t.disturbed for n, t in record.timings.items() if n in probes)
@@ -163,17 +163,27 @@ def run_case(
     return record
 
 
-def _run_local(record: Record, settings: Settings, probes: Mapping[str, Runner]) -> None:
+def _run_local(
+    record: Record,
+    settings: Settings,
+    probes: Mapping[str, Runner],
+    ceiling: roofline.Roofline,
+) -> None:
     case = record.case
     problem = Problem(case)
     contestants = [build(case, name, problem) for name in case.contestants]
     record.backends = {each.name: each.backend for each in contestants if each.backend}
     _verify(record, problem, contestants)
     if record.ok and not settings.verify_only:
-        record.timings = _time(contestants, settings, probes)
+        record.timings = _time(contestants, settings, probes, ceiling)
 
 
-def _run_loop(record: Record, settings: Settings, probes: Mapping[str, Runner]) -> None:
+def _run_loop(
+    record: Record,
+    settings: Settings,
+    probes: Mapping[str, Runner],
+    ceiling: roofline.Roofline,
+) -> None:
     """RHN, BN-LSTM, regularised and layer-normalised layers beside loops and plain layers."""
     case = record.case
     problem = loops.LoopProblem(case)
@@ -182,17 +192,20 @@ def _run_loop(record: Record, settings: Settings, probes: Mapping[str, Runner]) 
     for name, found in loops.check(case, problem, contestants).items():
         record.checks[name] = found.to_dict()
     if record.ok and not settings.verify_only:
-        record.timings = _time(contestants, settings, probes)
+        record.timings = _time(contestants, settings, probes, ceiling)
 
 
 def _time(
-    contestants: Sequence[Contestant], settings: Settings, probes: Mapping[str, Runner]
+    contestants: Sequence[Contestant],
+    settings: Settings,
+    probes: Mapping[str, Runner],
+    ceiling: roofline.Roofline,
 ) -> dict[str, Timing]:
     """All take turns, the probes of the ceilings (benchmarks/roofline.py) among them."""
     runners: dict[str, Runner] = {
         each.name: LocalRunner(each.call, each.context) for each in contestants
     }
-    return measure({**runners, **probes}, **settings.timing)
+    return measure({**runners, **probes}, **settings.timing, steady=ceiling.steady)
 
 
 def _verify(record: Record, problem: Problem, contestants: Sequence[Contestant]) -> None:
@@ -209,7 +222,9 @@ def _verify(record: Record, problem: Problem, contestants: Sequence[Contestant])
         ).to_dict()
 
 
-def _run_isa(record: Record, settings: Settings, workers: Workers) -> None:
+def _run_isa(
+    record: Record, settings: Settings, workers: Workers, ceiling: roofline.Roofline
+) -> None:
     """Both instruction sets, each verified and timed in its own worker."""
     case = record.case
     record.checks = {name: workers.get(name).ask(case, "check") for name in case.contestants}
@@ -220,7 +235,7 @@ def _run_isa(record: Record, settings: Settings, workers: Workers) -> None:
         runners: dict[str, Runner] = {
             name: RemoteRunner(workers.get(name), case) for name in case.contestants
         }
-        record.timings = measure(runners, **settings.timing)
+        record.timings = measure(runners, **settings.timing, steady=ceiling.steady)
 
 
 def _measure_memory(

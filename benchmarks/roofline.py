@@ -38,6 +38,7 @@ from benchmarks.timing import Runner, Timing, Turn, watched
 FLOAT_BYTES = 4
 TRIES = 3
 PROBE_SECONDS = 0.01
+STEADY_SECONDS, STEADY_SHARE = 0.0003, 0.7
 TABLE_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 
 
@@ -78,6 +79,18 @@ class Roofline:
         for size in bound:
             found[f"{BANDWIDTH}{size}"] = _Probe(native.measure_bandwidth, self.threads, size)
         return found
+
+    def steady(self) -> bool:
+        """Whether all threads compute at most of their speed right now, in one of a few tries: two
+        virtual cores on one real core have half of it. True without the native probes."""
+        native = _native()
+        if native is None or self.threads == 1:
+            return True
+        return any(
+            native.measure_peak_flops(self.threads, STEADY_SECONDS)
+            >= STEADY_SHARE * self.peak_flops
+            for _ in range(TRIES)
+        )
 
     def meanwhile(self, timings: Mapping[str, Timing]) -> Roofline:
         """The ceilings as the probes among the timings found them; ours for the others."""

@@ -10,6 +10,8 @@ Why it is done this way (docs/benchmarks.md has the numbers behind it):
   cores but not by this process is foreign; a turn with more of it than the clock's grain is thrown
   away and taken again. When the machine never gets quiet the disturbed samples are used and the
   result is marked.
+- The cores of a virtual machine may lie on one real core for seconds, which nobody accounts for:
+  a turn that does not begin and end with the speed of all cores is thrown away as well.
 """
 
 from __future__ import annotations
@@ -168,10 +170,12 @@ def measure(
     budget: float,
     min_rounds: int = 3,
     patience: float = 3.0,
+    steady: Callable[[], bool] = lambda: True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Lets the contestants take turns for `budget` seconds and `min_rounds` undisturbed turns.
 
+    `steady` says whether the machine is itself right now, and is asked before and after a turn.
     Gives up waiting for a quiet machine after `patience` times the budget (and at least
     `min_rounds` rounds) and then falls back on the disturbed samples, marked.
     """
@@ -181,10 +185,11 @@ def measure(
     while True:
         shift = rounds % len(names)
         for name in names[shift:] + names[:shift]:
-            turn = runners[name].turn()
+            before, turn = steady(), runners[name].turn()
+            disturbed = turn.disturbed or not (before and steady())
             into = collected[name]
-            (into.dirty if turn.disturbed else into.clean).extend(turn.samples)
-            into.clean_turns += not turn.disturbed
+            (into.dirty if disturbed else into.clean).extend(turn.samples)
+            into.clean_turns += not disturbed
             into.foreign += turn.foreign
         rounds += 1
         elapsed = clock() - start

@@ -8,7 +8,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.schema import Record, Results
-from benchmarks.timing import LocalRunner, Timing, Turn
+from benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"T": 5, "N": 3, "H": 7}
@@ -112,47 +111,6 @@ def test_flops_of_a_known_case() -> None:
     case = Case("lstm", "forward", 100, 32, 256)
     assert case.flops == 2 * 100 * 32 * 4 * 256 * 512
     assert replace(case, mode="training").flops == 3 * case.flops
-
-
-# ---- statistics
-
-
-def test_summarise_takes_percentiles() -> None:
-    assert timing.summarise([float(value) for value in range(11)]) == (5.0, 2.0, 8.0)
-    with pytest.raises(ValueError, match="samples is empty"):
-        timing.summarise([])
-
-
-class Scripted:
-    """A runner whose turns are written down; the last one repeats."""
-
-    def __init__(self, *turns: Turn) -> None:
-        self._turns = list(turns)
-
-    def turn(self) -> Turn:
-        return self._turns.pop(0) if len(self._turns) > 1 else self._turns[0]
-
-
-def test_disturbed_turns_are_thrown_away() -> None:
-    clean, dirty = Turn([1.0], 0.0, False), Turn([9.0], 1.0, True)
-    runners = {"a": Scripted(dirty, clean), "b": Scripted(clean)}
-    times = itertools.chain([0.0], itertools.repeat(1.0))
-    found = timing.measure(runners, budget=0.5, clock=lambda: next(times))
-    assert (found["a"].median, found["a"].discarded, found["a"].disturbed) == (1.0, 1, False)
-
-
-def test_a_machine_that_is_never_quiet_is_marked() -> None:
-    dirty = Turn([2.0], 1.0, True)
-    found = timing.measure({"a": Scripted(dirty)}, budget=0.0)
-    assert (found["a"].median, found["a"].disturbed, found["a"].samples) == (2.0, True, 3)
-
-
-def test_local_runner_counts_calls() -> None:
-    calls = []
-    turn = LocalRunner(lambda: calls.append(1)).turn()
-    assert turn.samples
-    assert len(calls) > len(turn.samples)
-    assert all(sample >= 0 for sample in turn.samples)
 
 
 # ---- verification
@@ -471,23 +429,3 @@ def test_peak_memory_sees_the_saved_activations() -> None:
     tape = 64 * 64 * 5 * 128 * 4  # gates and cells
     for name in ("fastrnn", "torch"):
         assert tape <= peaks[name] <= 10 * tape
-
-
-def test_disturbed_samples_do_not_move_the_median() -> None:
-    clean, dirty = Turn([1.0], 0.0, False), Turn([9.0] * 50, 1.0, True)
-    times = itertools.chain([0.0], itertools.repeat(1.0))
-    found = timing.measure({"a": Scripted(dirty, clean)}, budget=0.5, clock=lambda: next(times))
-    assert (found["a"].median, found["a"].samples) == (1.0, 3)
-
-
-def test_local_runner_gives_seconds_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only the call moves: short calls are timed many at once."""
-    now = [0.0]
-    clock = SimpleNamespace(
-        perf_counter=lambda: now[0], process_time=lambda: now[0], sleep=lambda _: None
-    )
-    monkeypatch.setattr(timing, "time", clock)
-    for seconds in (1e-5, 1e-3):
-        turn = LocalRunner(lambda: now.__setitem__(0, now[0] + seconds)).turn()  # noqa: B023
-        assert turn.samples == pytest.approx([seconds] * len(turn.samples))
-        assert len(turn.samples) > 1
