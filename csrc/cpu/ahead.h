@@ -116,6 +116,12 @@ FASTRNN_INLINE bool asks_ahead(const Panels<E>& p, int64_t b0, int64_t b1, int64
   return b1 > b0 && asks_ahead((p.offset(b1 - 1) - p.offset(b0)) * K * int64_t(sizeof(typename E::A)), count);
 }
 
+// The same where many rows meet a panel in one long run, an input term's or a dx's. With 32 registers it gains nothing.
+template <class E>
+FASTRNN_INLINE bool runs_ahead(const Panels<E>& p, int64_t b0, int64_t b1, int64_t K, int64_t count) {
+  return kRegisters == 16 && asks_ahead(p, b0, b1, K, count);
+}
+
 // Rows [m, m + r) times one panel, as tile(), with what is coming; `rows`: from m on.
 template <class E>
 FASTRNN_INLINE void multiply_tile(const Coming<E>& coming, int64_t m, const typename E::A* const* rows, int r,
@@ -126,6 +132,17 @@ FASTRNN_INLINE void multiply_tile(const Coming<E>& coming, int64_t m, const type
                       coming.count);
   else
     tile_for<E>(r, nv)(rows, b, K, init, init_stride, out, out_stride);
+}
+
+// As panel(), asking for the `elements` of the panel that comes next, or null.
+template <class E>
+static void panel_ahead(const typename E::A* const* a, int64_t M, const typename E::A* b, int64_t K, int nv,
+                        const typename E::T* init, typename E::T* out, int64_t out_stride,
+                        const typename E::A* next, int64_t elements) {
+  const Coming<E> coming{next, elements, M};
+  row_blocks(M, nv, [&](int64_t m, int r) {
+    multiply_tile<E>(coming, m, a + m, r, b, K, nv, init, 0, out + m * out_stride, out_stride);
+  });
 }
 
 // r rows, from m on, times rows [k0, k0 + k) of n blocks from b on, packed with K rows: densely into `out`, a block after the other.

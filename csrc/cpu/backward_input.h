@@ -52,12 +52,17 @@ class BackwardInput : protected BackwardState<E, C> {
     const int64_t G = gates_ * args_.H, kRows = 16 * kMaxRows;
     for (int64_t from = m0; from < m1; from += kRows) {
       const int64_t to = imin(m1, from + kRows);
+      const bool ahead = runs_ahead(p, 0, p.blocks, G, to - from);
       for (int64_t b = 0; b < p.blocks; b++) {
         const int nv = p.vectors(b), units = p.units(b);
         const int64_t cols = p.columns(b), u0 = column + p.first(b);
+        // After the last panel the next rows meet the first one.
+        const int64_t next = b + 1 < p.blocks ? b + 1 : 0;
+        const Coming<E> coming{ahead ? w + p.stream(next, G) : nullptr, p.columns(next) * G, to - from};
         row_blocks(to - from, nv, [&](int64_t first, int r) {
           const int64_t m = from + first;
-          tile_for<E>(r, nv)(lane.a_rows + m, w + p.stream(b, G), G, nullptr, 0, lane.tile, cols);
+          multiply_tile<E>(coming, first, lane.a_rows + m, r, w + p.stream(b, G), G, nv, nullptr, 0,
+                           lane.tile, cols);
           for (int q = 0; q < r; q++) put_input_grad(d, lane.dx[m + q], u0, lane.tile + q * cols, units);
         });
       }

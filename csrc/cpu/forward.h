@@ -234,10 +234,16 @@ class Forward {
       const Stage<E>& st = layout_.stage[j];
       if (!st.from_x) continue;
       const T* bias = reinterpret_cast<const T*>(dir_[d].packed + st.bias);
+      const PanelRuns own = lane.division.own(st.panels, split_units);
+      const bool ahead = !once_ && runs_ahead(st.panels, own.b0, own.b1, st.Kx, M);
       lane.division.panels(
-          st.panels, st.Kx, M, {split_units, shares(split_units), false, true}, [&](int64_t b, int, int64_t) {
-            panel<E>(lane.x_rows, M, weights(d, st, true, b, lane), st.Kx, st.panels.vectors(b),
-                     bias + st.panels.offset(b), 0, out + M * st.panels.offset(b), st.panels.columns(b));
+          st.panels, st.Kx, M, {split_units, shares(split_units), false, true},
+          [&](int64_t b, int, int64_t next) {
+            const A* w = weights(d, st, true, b, lane);
+            const A* coming = ahead && next >= 0 ? weights(d, st, true, next, lane) : nullptr;
+            panel_ahead<E>(lane.x_rows, M, w, st.Kx, st.panels.vectors(b), bias + st.panels.offset(b),
+                           out + M * st.panels.offset(b), st.panels.columns(b), coming,
+                           coming ? st.panels.columns(next) * st.Kx : 0);
           });
       out += M * st.panels.total();
       if (split_units) dir_[d].barrier.wait(share.count);

@@ -175,15 +175,18 @@ class RhnForward {
         }
       }
     const Panels<E>& panels = layout_.panels;
+    const PanelRuns own = lane.division.own(panels, split_units);
+    const bool ahead = runs_ahead(panels, own.b0, own.b1, I, M);
     for (int part = 0; part < layout_.parts; part++) {
+      const T *w = weights(d, layout_.x(part)), *bias = weights(d, layout_.bias(0, part));
       T* out = lane.scratch + part * M * panels.total();
-      lane.division.panels(panels, I, M, {split_units, split_units, false, true},
-                           [&](int64_t b, int, int64_t) {
-                             panel<E>(lane.x_rows + (x_parts_ > 1 ? part : 0) * stride, M,
-                                      weights(d, layout_.x(part)) + panels.stream(b, I), I, panels.vectors(b),
-                                      weights(d, layout_.bias(0, part)) + panels.offset(b), 0,
-                                      out + M * panels.offset(b), panels.columns(b));
-                           });
+      lane.division.panels(
+          panels, I, M, {split_units, split_units, false, true}, [&](int64_t b, int, int64_t next) {
+            const T* coming = ahead && next >= 0 ? w + panels.stream(next, I) : nullptr;
+            panel_ahead<E>(lane.x_rows + (x_parts_ > 1 ? part : 0) * stride, M, w + panels.stream(b, I), I,
+                           panels.vectors(b), bias + panels.offset(b), out + M * panels.offset(b),
+                           panels.columns(b), coming, coming ? panels.columns(next) * I : 0);
+          });
       if (split_units) dir_[d].barrier.wait(share.count);
     }
   }
