@@ -177,7 +177,7 @@ def measure(
 
     `steady` says whether the machine is itself right now, and is asked before and after a turn.
     Gives up waiting for a quiet machine after `patience` times the budget (and at least
-    `min_rounds` rounds) and then falls back on the disturbed samples, marked.
+    twice `min_rounds` rounds) and then falls back on the disturbed samples, marked.
     """
     names = list(runners)
     collected = {name: _Collected() for name in names}
@@ -195,7 +195,7 @@ def measure(
         elapsed = clock() - start
         enough = min(each.clean_turns for each in collected.values()) >= min_rounds
         if elapsed >= budget and (
-            enough or (rounds >= min_rounds and elapsed >= patience * budget)
+            enough or (rounds >= 2 * min_rounds and elapsed >= patience * budget)
         ):
             break
     return {name: _finish(each, min_rounds) for name, each in collected.items()}

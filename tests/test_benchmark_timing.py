@@ -66,7 +66,14 @@ def test_a_machine_is_steady_at_most_of_its_peak(monkeypatch: pytest.MonkeyPatch
 def test_a_machine_that_is_never_quiet_is_marked() -> None:
     dirty = Turn([2.0], 1.0, True)
     found = timing.measure({"a": Scripted(dirty)}, budget=0.0)
-    assert (found["a"].median, found["a"].disturbed, found["a"].samples) == (2.0, True, 3)
+    assert (found["a"].median, found["a"].disturbed, found["a"].samples) == (2.0, True, 6)
+
+
+def test_a_long_case_has_twice_the_rounds_to_find_quiet_ones() -> None:
+    clean, dirty = Turn([1.0], 0.0, False), Turn([9.0], 1.0, True)
+    runner = Scripted(dirty, clean, dirty, clean, dirty, clean)
+    found = timing.measure({"a": runner}, budget=0.0, min_rounds=3)
+    assert (found["a"].median, found["a"].discarded, found["a"].disturbed) == (1.0, 3, False)
 
 
 def test_local_runner_counts_calls() -> None:
