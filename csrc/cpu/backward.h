@@ -113,7 +113,7 @@ class Backward : protected BackwardInput<E, C> {
       keep_boundary(dir, share, lane);
       if (args_.dx.data) input_grad(d, share, lane, dir.dg, C::kSlots * H);
       if (begin == 0) initial_grads(d, share, lane, i0, i1);
-      if (args_.want_weights) weight_grads(d, share, lane, add);
+      if (args_.want_weights) weight_grads(d, lane, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
@@ -329,7 +329,7 @@ class Backward : protected BackwardInput<E, C> {
     }
   }
 
-  void weight_grads(int d, const Share& share, Lane& lane, bool add) {
+  void weight_grads(int d, Lane& lane, bool add) {
     Direction& dir = dir_[d];
     const int64_t H = args_.H, S = C::kSlots * H;
     OuterJob<E> jobs[kMaxSegments + 1];
@@ -344,11 +344,11 @@ class Backward : protected BackwardInput<E, C> {
       if (seg.x_gate >= 0) j.to[0] = {0, dir.d_ih + seg.x_gate * H * args_.I, args_.I};
       if (seg.h_gate >= 0) j.to[1] = {seg.mid ? 2 : 1, dir.d_hh + seg.h_gate * H * args_.O, args_.O};
     }
-    outer(d, share, lane, jobs, count, add);
+    outer(d, lane, jobs, count, add);
   }
 
   // The products of the jobs, which have room for one more, and that of a projection.
-  void outer(int d, const Share& share, Lane& lane, OuterJob<E>* jobs, int count, bool add) {
+  void outer(int d, Lane& lane, OuterJob<E>* jobs, int count, bool add) {
     Direction& dir = dir_[d];
     const int64_t H = args_.H;
     if (args_.projected) {

@@ -167,7 +167,7 @@ class BnLstmForward {
         dir.barrier.wait(share.count);
       }
       for (int64_t i = 0; i < steps; i++) {
-        step(d, share, lane, s0, i);
+        step(d, lane, s0, i);
         dir.barrier.wait(share.count);
       }
     }
@@ -313,7 +313,7 @@ class BnLstmForward {
     }
   }
 
-  void step(int d, const Share& share, Lane& lane, int64_t s0, int64_t i) {
+  void step(int d, Lane& lane, int64_t s0, int64_t i) {
     const int64_t s = s0 + i, first = lane.list.start[i], count = lane.list.count(i), H = args_.H;
     gather(d, lane, s, first, count);
     const T* w = reinterpret_cast<const T*>(dir_[d].packed + layout_.stage[0].h);

@@ -37,19 +37,31 @@ class Division {
   void run(bool shared, P&& pieces, F&& f) {
     const int32_t own = static_cast<int32_t>(pieces(id));
     shared = shared && count > 1;
+    const int set = stage_ % 2;
+    if (shared) {
+      stage_++;
+      new (&at(1 - set, id)) Claim;
+    }
     // The first half of its pieces stays a thread's own and needs no claim.
     const auto sure = [&](int32_t all) { return !shared ? all : scattered_ ? 0 : all / 2; };
     int32_t mine = 0;
-    for (; mine < sure(own); mine++) f(id, mine);
-    if (!shared) return;
-    const int set = stage_++ % 2;
-    new (&at(1 - set, id)) Claim;
-    for (int k = scattered_, last = k + count; k < last; k++) {
-      const int of = (id + k) % count;
-      const int32_t all = of == id ? own : static_cast<int32_t>(pieces(of));
-      for (Claim& claims = at(set, of); claim(claims, all - sure(all));)
-        f(of, of == id ? mine++ : all - 1 - claims.given.fetch_add(1, std::memory_order_relaxed));
-    }
+    int k = scattered_, last = shared ? k + count : k;
+    const auto take = [&](int& of, int64_t& piece) {
+      of = id;
+      piece = mine;
+      if (mine < sure(own)) return ++mine, true;
+      for (; k < last; k++) {
+        of = (id + k) % count;
+        const int32_t all = of == id ? own : static_cast<int32_t>(pieces(of));
+        Claim& claims = at(set, of);
+        if (!claim(claims, all - sure(all))) continue;
+        piece = of == id ? mine++ : all - 1 - claims.given.fetch_add(1, std::memory_order_relaxed);
+        return true;
+      }
+      return false;
+    };
+    int of;
+    for (int64_t piece; take(of, piece);) f(of, piece);  // the one place that calls it: what it does is large
   }
 
   // Thread `of`'s blocks of a matrix that the group divides, or all of them where it is not `split`.

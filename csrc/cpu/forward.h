@@ -3,8 +3,8 @@
 // The input term of about kChunkRows rows at a time goes through the same micro-kernel into a scratch
 // that the recurrent steps read back while it is in cache: the pre-activations of a whole sequence
 // never exist. A step is one or two stages (a matmul against packed weights plus the cell's pointwise
-// part, from an L1-resident tile). Threads own blocks of units, with one barrier per stage, or rows of
-// the batch, with none.
+// part, from an L1-resident tile). Threads own blocks of units, with one barrier per stage, and take over
+// from one another (claims.h), or rows of the batch, with none.
 #pragma once
 #include "cells_cpu.h"
 #include "claims.h"

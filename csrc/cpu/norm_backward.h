@@ -111,7 +111,7 @@ class NormBackward : Backward<E, C> {
       Base::keep_boundary(dir, share, lane);
       if (args_.dx.data) Base::input_grad(d, share, lane, terms_[d].dx, G_);
       if (begin == 0) Base::initial_grads(d, share, lane, i0, i1);
-      if (args_.want_weights) weight_grads(d, share, lane, add);
+      if (args_.want_weights) weight_grads(d, lane, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
@@ -193,7 +193,7 @@ class NormBackward : Backward<E, C> {
       f(Quiet{});
   }
 
-  void weight_grads(int d, const Share& share, Lane& lane, bool add) {
+  void weight_grads(int d, Lane& lane, bool add) {
     Direction& dir = dir_[d];
     OuterJob<E> jobs[3];
     for (int j = 0; j < 2; j++) {
@@ -202,7 +202,7 @@ class NormBackward : Backward<E, C> {
     }
     jobs[0].to[0] = {0, dir.d_ih, args_.I};
     jobs[1].to[0] = {1, dir.d_hh, args_.O};
-    Base::outer(d, share, lane, jobs, 2, add);
+    Base::outer(d, lane, jobs, 2, add);
   }
 
   // Gradients of gains and biases: the rows' sums, row after row.

@@ -94,10 +94,10 @@ class RhnBackward : RhnBackwardState<E> {
       for (int64_t i = steps; i-- > 0;) step(d, share, lane, begin, i);
       dir.barrier.wait(share.count);
       keep_boundary(dir, share, lane);
-      if (args_.dx.data) input_grad(d, share, lane);
+      if (args_.dx.data) input_grad(d, lane);
       if (begin == 0 && args_.dh0) initial_grads(d, lane, i0, i1);
       if (args_.want_weights)
-        for (int l = 0; l < args_.depth; l++) weight_grads(d, l, share, lane, add);
+        for (int l = 0; l < args_.depth; l++) weight_grads(d, l, lane, add);
       add = add || lane.list.rows > 0;  // steps past the end of every row write nothing
       dir.barrier.wait(share.count);
     }
@@ -302,11 +302,11 @@ class RhnBackward : RhnBackwardState<E> {
     }
   }
 
-  void input_grad(int d, const Share& share, Lane& lane) {
+  void input_grad(int d, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t M = lane.list.rows, I = args_.I, K = width_ / x_pieces_;
     constexpr int64_t kRows = 8 * kMaxRows;
-    const auto first = [&](int id) { return M * id / share.count; };
+    const auto first = [&](int id) { return M * id / lane.division.count; };
     const auto pieces = [&](int id) { return ceil_div(first(id + 1) - first(id), kRows); };
     lane.division.run(true, pieces, [&](int id, int64_t piece) {
       const int64_t from = first(id) + piece * kRows, to = imin(first(id + 1), from + kRows);
@@ -337,7 +337,7 @@ class RhnBackward : RhnBackwardState<E> {
   }
 
   // Micro-step l's: its gate gradients meet the (masked) states before it, the first one's also the inputs.
-  void weight_grads(int d, int l, const Share& share, Lane& lane, bool add) {
+  void weight_grads(int d, int l, Lane& lane, bool add) {
     Direction& dir = dir_[d];
     const auto& out = args_.grads[d];
     const int64_t H = args_.H, I = args_.I, C = capacity_;
