@@ -116,7 +116,7 @@ FASTRNN_INLINE bool asks_ahead(const Panels<E>& p, int64_t b0, int64_t b1, int64
   return b1 > b0 && asks_ahead((p.offset(b1 - 1) - p.offset(b0)) * K * int64_t(sizeof(typename E::A)), count);
 }
 
-// The same where many rows meet a panel in one long run, an input term's or a dx's. With 32 registers it gains nothing.
+// The same where many rows meet a panel in one long run, an input term's or a dx's. With 32 registers an RHN gained nothing by it.
 template <class E>
 FASTRNN_INLINE bool runs_ahead(const Panels<E>& p, int64_t b0, int64_t b1, int64_t K, int64_t count) {
   return kRegisters == 16 && asks_ahead(p, b0, b1, K, count);

@@ -8,7 +8,6 @@ namespace FASTRNN_ISA {
 template <class E, class C>
 class BackwardInput : protected BackwardState<E, C> {
  protected:
-  static constexpr int64_t kInputRows = 8 * kMaxRows;  // that a thread takes at a time
   using State = BackwardState<E, C>;
   using typename State::Direction;
   using typename State::Lane;

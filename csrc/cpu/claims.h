@@ -15,6 +15,9 @@ struct alignas(64) Claim {
   std::atomic<int32_t> taken{0}, given{0};
 };
 
+// Rows of dx in a piece. With 32 registers fewer were not measured.
+constexpr int64_t kInputRows = (kRegisters == 16 ? 8 : 16) * kMaxRows;
+
 // One thread's view of the claims of its group, whose room is common. Two sets of claims take turns: a thread clears its own of the
 // next stage before the barrier that ends this one.
 class Division {

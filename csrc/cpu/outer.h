@@ -14,7 +14,9 @@ namespace FASTRNN_ISA {
 constexpr int kOuterVectors = kNarrow;
 constexpr int kOuterRows = max_rows(kOuterVectors);
 constexpr int64_t kOuterK = 512;
-constexpr int64_t kOuterRun = 8;            // panels of A that stay in L2 while all of B passes
+// Panels of A that stay in L2 while all of B passes, and that threads take over from one another; with 32 registers half of them was
+// not measured.
+constexpr int64_t kOuterRun = kRegisters == 16 ? 8 : 16;
 constexpr int64_t kOuterStays = 512 << 10;  // bytes of packed operands that stay in L2
 
 template <class E>

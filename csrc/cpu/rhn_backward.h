@@ -305,11 +305,10 @@ class RhnBackward : RhnBackwardState<E> {
   void input_grad(int d, Lane& lane) {
     Direction& dir = dir_[d];
     const int64_t M = lane.list.rows, I = args_.I, K = width_ / x_pieces_;
-    constexpr int64_t kRows = 8 * kMaxRows;
     const auto first = [&](int id) { return M * id / lane.division.count; };
-    const auto pieces = [&](int id) { return ceil_div(first(id + 1) - first(id), kRows); };
+    const auto pieces = [&](int id) { return ceil_div(first(id + 1) - first(id), kInputRows); };
     lane.division.run(true, pieces, [&](int id, int64_t piece) {
-      const int64_t from = first(id) + piece * kRows, to = imin(first(id + 1), from + kRows);
+      const int64_t from = first(id) + piece * kInputRows, to = imin(first(id + 1), from + kInputRows);
       for (int64_t b = 0; b < ih_.blocks; b++) {
         const int nv = ih_.vectors(b), units = ih_.units(b);
         const int64_t cols = ih_.columns(b), u0 = ih_.first(b);
