@@ -26,7 +26,7 @@ class Backward : protected BackwardInput<E, C> {
   using Input::add_second_dx, Input::input_grad;
   using State::all_, State::args_, State::dir_, State::direct_, State::gates_, State::hh_, State::hr_,
       State::ih_;
-  using State::carry_h_, State::far_, State::first_time, State::noise_, State::unit_range;
+  using State::carry_h_, State::far_, State::first_time, State::noise_;
   using State::kCast, State::kMaxSegments, State::kTape, State::lane_bytes_, State::lanes_, State::layout_,
       State::plan_, State::whole_;
   using State::recompute_, State::seq_, State::steps_, State::time, State::zero_;
@@ -74,15 +74,14 @@ class Backward : protected BackwardInput<E, C> {
   }
 
   // Before the first chunk: gradients of the final states of rows [i0, i1), and what a lane keeps of a direction.
-  void begin(int d, Lane& lane, const UnitRange& units, int64_t i0, int64_t i1) {
+  void begin(int d, Lane& lane, int64_t i0, int64_t i1) {
     Direction& dir = dir_[d];
     const int64_t N = args_.N, H = args_.H, O = args_.O;
     init_grads(dir.dh, args_.dh_n, d, O, i0, i1);
     if (C::kCellState) init_grads(dir.dc, args_.dc_n, d, H, i0, i1);
     if (dir.c0) init_grads(dir.c0, args_.c0, d, H, i0, i1);
     for (int64_t n = 0; n < N; n++) lane.next[n] = nullptr;
-    lane.units = units;
-    lane.masks.begin(d, 0, N, lane.units);
+    lane.masks.begin(dir.masks, 0, d, i0, i1, [&](int64_t n) { return first_time(d, n); });
     if (d == 0 && args_.lengths && args_.dx.data)
       for (int64_t n = i0; n < i1; n++)
         for (int64_t t = seq_.length(n); t < args_.T; t++)
@@ -94,7 +93,7 @@ class Backward : protected BackwardInput<E, C> {
     const int64_t N = args_.N, H = args_.H;
     const int64_t i0 = share.first(N), i1 = share.last(N);
     lane.division.begin(dir.claims, share, args_);
-    begin(d, lane, unit_range(lane), i0, i1);
+    begin(d, lane, i0, i1);
     dir.barrier.wait(share.count);
 
     bool add = false;
@@ -103,11 +102,9 @@ class Backward : protected BackwardInput<E, C> {
       // Chunk rows in the forward direction's processing order, all of the batch.
       lane.list.fill(seq_, steps, 0, N, [&](int64_t i) { return time(d, begin + i); });
       chunk_operands(d, lane, begin, steps);
-      if (noise_.state()) mask_states(d, share, lane, begin, steps);
-      if (recompute_) {
-        recompute(dir, share, lane);
-        dir.barrier.wait(share.count);
-      }
+      if (noise_.draws()) draw_masks(d, share, lane, begin, steps);
+      if (recompute_) recompute(dir, share, lane);
+      if (recompute_ || noise_.draws()) dir.barrier.wait(share.count);
       for (int64_t i = steps; i-- > 0;) step(d, share, lane, begin, i);
       dir.barrier.wait(share.count);
       keep_boundary(dir, share, lane);
@@ -148,16 +145,19 @@ class Backward : protected BackwardInput<E, C> {
     }
   }
 
-  // Masked copies of the previous states: this thread's share, complete for all at the next barrier.
-  void mask_states(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
+  // Masks of the chunk's rows, and masked copies of their previous states: this thread's share, complete for all at the next barrier.
+  void draw_masks(int d, const Share& share, Lane& lane, int64_t begin, int64_t steps) {
     const int64_t M = lane.list.rows, O = args_.O;
     const int64_t m0 = share.first(M), m1 = share.last(M);
+    lane.masks.draw(lane.list, steps, m0, m1, d, [&](int64_t i) { return time(d, begin + i); });
+    if (!noise_.state()) return;
     for (int64_t i = 0; i < steps; i++)
       for (int64_t m = lane.list.start[i]; m < lane.list.start[i + 1]; m++) {
         IO* copy = dir_[d].h_in + m * O;
         lane.h_in[m] = copy;
-        if (m >= m0 && m < m1)
-          lane.masks.mask_state(copy, lane.h_prev[m], d, time(d, begin + i), lane.list.n[m]);
+        if (m < m0 || m >= m1) continue;
+        const uint64_t* bits = lane.masks.drop(d, time(d, begin + i), lane.list.n[m]);
+        lane.masks.mask_state(copy, lane.h_prev[m], bits);
       }
   }
 
@@ -217,7 +217,7 @@ class Backward : protected BackwardInput<E, C> {
       }
       g.dh = dir.dh_rows ? dir.dh_rows + m * O : nullptr;
       g.mid = dir.mid ? dir.mid + m * H : nullptr;
-      if (noise_.on) lane.masks.step(i, d, t, after, n, lane.units);
+      if (noise_.on) lane.masks.step(i, m);
     }
   }
   // The rows of step i of the chunk that this thread works on: all of them where units are split.
@@ -302,7 +302,7 @@ class Backward : protected BackwardInput<E, C> {
     const PanelRuns own = lane.division.own(p, split_units);
     const bool ahead =
         w && asks_ahead(p, own.b0, own.b1, K, count);  // a lone step has none where it meets zeros
-    lane.division.panels(p, K, count, {split_units, split_units && !noise_.on, i % 2 != 0},
+    lane.division.panels(p, K, count, {split_units, split_units, i % 2 != 0},
                          [&](int64_t b, int panels, int64_t next) {
                            const int64_t cols = p.columns(b);
                            const T* coming = ahead && next >= 0 ? w + p.stream(next, K) : nullptr;
@@ -377,8 +377,7 @@ class Backward : protected BackwardInput<E, C> {
         convert_row(static_cast<IO*>(args_.dc0) + (d * N + n) * H, cut_at_start(d, n) ? zero : dir.dc + n * H,
                     H);
     if (noise_.state())
-      for (int64_t n = direct_ ? 0 : i0; n < (direct_ ? N : i1); n++)
-        lane.masks.step(n, d, first_time(d, n), first_time(d, n), n, {0, H, 0, args_.O});
+      for (int64_t n = 0; n < N; n++) lane.masks.rows[n] = lane.masks.first(n);
     if (direct_) return direct_initial_grads(d, share, lane);
     for (int64_t n = i0; n < i1; n++) lane.a_rows[n] = cut_at_start(d, n) ? zero : lane.next[n];
     for (int64_t b = 0; b < hh_.blocks; b++) {

@@ -36,7 +36,6 @@ struct BackwardState {
     const IO** h_in;  // what the recurrent matmul took: h_prev, or its masked copy
     void** dx;
     MaskBits<E> masks;
-    UnitRange units;
     Division division;
     T* panels;  // of the blocks of weight_ih in use, where they are packed when their turn comes
     Lane(Arena& a, const BackwardState& b)
@@ -63,6 +62,7 @@ struct BackwardState {
     T *dx_row = nullptr,
       *dh_row = nullptr;  // what a product with unpacked weights makes, before it is rounded
     T *outer = nullptr, *operand[3] = {};
+    MaskRoom masks;
     Claim* claims;
     Barrier barrier;
   };
@@ -115,6 +115,7 @@ struct BackwardState {
     if (arena.base) std::memset(zero_, 0, zeros);
     for (int d = 0; d < args.directions; d++) {
       Direction& r = dir_[d];
+      r.masks = MaskRoom(arena, noise_, M, N);
       r.claims = Division::room(arena, plan_.threads);
       if (recompute_) r.gates = arena.take<char>(layout_.bytes);
       if (args.want_weights) {
@@ -174,20 +175,6 @@ struct BackwardState {
   int block_vectors(int64_t width) const { return plan_.units && width <= 8 * E::W ? 2 : kNarrow; }
   int64_t time(int d, int64_t s) const { return d ? args_.T - 1 - s : s; }
   int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
-
-  // The units that a thread computes where units are split.
-  UnitRange unit_range(const Lane& lane) const {
-    const bool split = plan_.units && lane.division.count > 1;
-    auto range = [&](const Panels<E>& p, int64_t& first, int64_t& last) {
-      const PanelRuns own = lane.division.own(p, split);
-      first = p.first(own.b0);
-      last = own.b1 > own.b0 ? p.first(own.b1 - 1) + p.units(own.b1 - 1) : first;
-    };
-    UnitRange r;
-    range(hh_, r.o_first, r.o_last);
-    range(args_.projected ? hr_ : hh_, r.h_first, r.h_last);
-    return r;
-  }
 };
 
 }  // namespace FASTRNN_ISA

@@ -47,15 +47,39 @@ struct TileRows {
   int units;
   typename E::T* row(int r) const { return acc + r * stride; }
   const typename E::T* input(int r) const { return gx + r * stride; }
+  // Where what is at row(r) belongs: the row of the step, and its first unit.
+  int index(int r) const { return r; }
+  int64_t unit(int) const { return first_unit; }
 };
 
-// Calls f(Q, row) for Q of the rows at a time, where registers allow it, so that their activations overlap.
+// Several blocks of as many units each that one row met at once, in the place of rows.
+template <class E>
+struct RowBlocks {
+  const RowState<E>* state;
+  int rows;
+  typename E::T* acc;
+  const typename E::T* gx;
+  int64_t stride, input_stride, first_unit;
+  int units;
+  typename E::T* row(int b) const { return acc + b * stride; }
+  const typename E::T* input(int b) const { return gx + b * input_stride; }
+  int index(int) const { return 0; }
+  int64_t unit(int b) const { return first_unit + b * units; }
+};
+
+// Calls f(Q, row) for Q of the rows at a time, so that their activations overlap.
+template <int Most, class F>
+FASTRNN_INLINE void groups_of(int rows, F&& f) {
+  int r = 0;
+  for (; r + Most <= rows; r += Most) f(std::integral_constant<int, Most>{}, r);
+  if constexpr (Most > 1)
+    for (; r < rows; r++) f(std::integral_constant<int, 1>{}, r);
+}
+// As many as the registers hold where a row has several.
 constexpr int kSideBySide = kRegisters == 32 ? 2 : 1;
 template <class F>
 FASTRNN_INLINE void side_by_side(int rows, F&& f) {
-  int r = 0;
-  for (; r + kSideBySide <= rows; r += kSideBySide) f(std::integral_constant<int, kSideBySide>{}, r);
-  for (; r < rows; r++) f(std::integral_constant<int, 1>{}, r);
+  groups_of<kSideBySide>(rows, f);
 }
 
 // Calls f(Q, row, u, n) for Q vectors at a time: the same units of Q rows.
@@ -64,14 +88,24 @@ FASTRNN_INLINE void each_rows(const TileRows<E>& t, F&& f) {
   each_vector<typename E::V>(
       t.units, [&](int u, auto n) { side_by_side(t.rows, [&](auto q, int r) { f(q, r, u, n); }); });
 }
+// Calls f(most, rows, u, n) for the same units of all rows, of which there are at most `most`: one, whose values then stay in
+// registers from one activation to those that need it, or several, whose independent activations follow each other in a loop.
+template <class E, class Tile, class F>
+FASTRNN_INLINE void in_phases(const Tile& t, F&& f) {
+  each_vector<typename E::V>(t.units, [&](int u, auto n) {
+    if (t.rows == 1)
+      f(std::integral_constant<int, 1>{}, 1, u, n);
+    else
+      f(std::integral_constant<int, kMaxRows>{}, t.rows, u, n);
+  });
+}
 
-// Writes h_t of row r; with noise, h is the new value, before zoneout.
+// Writes h_t of a row, the r-th that masks know of; with noise, h is the new value, before zoneout.
 template <class E, class Math, class M>
-FASTRNN_INLINE void put_state(const TileRows<E>& tile, int r, int64_t at, typename E::V h, int n,
+FASTRNN_INLINE void put_state(const RowState<E>& st, int r, int64_t at, typename E::V h, int n,
                               const M& masks) {
   using V = typename E::V;
   constexpr bool kShadow = !std::is_same<typename E::A, typename E::IO>::value;
-  const RowState<E>& st = tile.state[r];
   if constexpr (M::on) {
     if (masks.plan.zones_h()) h = zoneout<Math>(masks.zoneout_h(r, at), h, load_as<V>(st.h_prev + at, n));
     store_as<V>(st.y + at, h, n);
@@ -116,8 +150,8 @@ template <class E, class Math, class M>
 FASTRNN_INLINE void put_projected(const TileRows<E>& tile, const M& masks) {
   each_rows<E>(tile, [&](auto q, int r, int u, auto n) {
     for (int i = 0; i < q; i++)
-      put_state<E, Math>(tile, r + i, tile.first_unit + u, load_as<typename E::V>(tile.row(r + i) + u, n), n,
-                         masks);
+      put_state<E, Math>(tile.state[r + i], r + i, tile.first_unit + u,
+                         load_as<typename E::V>(tile.row(r + i) + u, n), n, masks);
   });
 }
 
@@ -127,6 +161,7 @@ struct LstmCpu {
   using T = typename E::T;
   using Math = Act<V, Linear>;
   static constexpr bool kCellState = true, kApart = false;
+  static constexpr bool kPhases = true;
   static constexpr int kSlots = 4, kStages = 1;
 
   static constexpr int kParts = 5, kWovenVectors = 4, kWovenUnits = 1;
@@ -148,7 +183,7 @@ struct LstmCpu {
         V::store(acc, c);
       }
     } else {
-      put_state<E, Math>(tile, r, at, V::load(acc + 3 * W) * Math::tanh(V::load(acc)), W, Quiet{});
+      put_state<E, Math>(st, 0, at, V::load(acc + 3 * W) * Math::tanh(V::load(acc)), W, Quiet{});
     }
   }
   template <int J>
@@ -162,27 +197,29 @@ struct LstmCpu {
     }
   }
 
-  template <class M>
-  static void finish(int stage, bool projected, const TileRows<E>& tile, int64_t H, const M& masks) {
+  template <class Tile, class M>
+  static void finish(int stage, bool projected, const Tile& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
-    if (stage == 1) return put_projected<E, Math>(tile, masks);
-    each_vector<V>(tile.units, [&](int u, auto n) {
-      const int64_t at = tile.first_unit + u;
+    if constexpr (std::is_same<Tile, TileRows<E>>::value)
+      if (stage == 1) return put_projected<E, Math>(tile, masks);
+    in_phases<E>(tile, [&](auto most, int rows, int u, auto n) {
       // Kept here as whole vectors: cells that are part of the output are cold lines, and what a masked store writes
       // there comes back only when the line is there.
-      V h[kMaxRows], o[kMaxRows];
+      V h[most], o[most];
       // A row's four gates fill the registers: eight side by side would spill.
-      for (int r = 0; r < tile.rows; r++) {
+      for (int r = 0; r < rows; r++) {
         const T* acc = tile.row(r) + u;
         V s[3] = {load_as<V>(acc, n), load_as<V>(acc + w, n), load_as<V>(acc + 3 * w, n)};
         V g[1] = {load_as<V>(acc + 2 * w, n)};
         Math::both(s, g);
-        const RowState<E>& st = tile.state[r];
+        const int k = tile.index(r);
+        const int64_t at = tile.unit(r) + u;
+        const RowState<E>& st = tile.state[k];
         const V c_prev = load_as<V>(st.c_prev + at, n);
         V c;
         if constexpr (M::on) {
-          h[r] = c = lstm_cell<Math>(s[0], s[1], g[0], c_prev, masks.update(r, at), masks.cell(r, at));
-          if (masks.plan.zones_c()) c = zoneout<Math>(masks.zoneout_c(r, at), c, c_prev);
+          h[r] = c = lstm_cell<Math>(s[0], s[1], g[0], c_prev, masks.update(k, at), masks.cell(k, at));
+          if (masks.plan.zones_c()) c = zoneout<Math>(masks.zoneout_c(k, at), c, c_prev);
         } else {
           h[r] = c = lstm_cell<Math>(s[0], s[1], g[0], c_prev);
         }
@@ -195,17 +232,19 @@ struct LstmCpu {
           store_as<V>(st.tape + 3 * H + at, s[2], n);
         }
       }
-      side_by_side(tile.rows, [&](auto q, int r) {
+      side_by_side(rows, [&](auto q, int r) {
         constexpr int Q = decltype(q)::value;
         V c[Q];
         FASTRNN_UNROLL for (int i = 0; i < Q; i++) c[i] = h[r + i];
         Math::tanhs(c);
         FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
           const V out = o[r + i] * c[i];
+          const int k = tile.index(r + i);
+          const int64_t at = tile.unit(r + i) + u;
           if (projected)
-            store_as<V>(tile.state[r + i].mid + at, out, n);
+            store_as<V>(tile.state[k].mid + at, out, n);
           else
-            put_state<E, Math>(tile, r + i, at, out, n, masks);
+            put_state<E, Math>(tile.state[k], k, at, out, n, masks);
         }
       });
     });
@@ -218,6 +257,7 @@ struct GruCpu {
   using T = typename E::T;
   using Math = Act<V, Linear>;
   static constexpr bool kCellState = false, kApart = true;
+  static constexpr bool kPhases = true;
   static constexpr int kSlots = 4, kStages = 1;
 
   static constexpr int kParts = 3, kWovenVectors = 3, kWovenUnits = 1;
@@ -236,7 +276,7 @@ struct GruCpu {
       const V un = V::load(acc + 2 * W);
       const V n = Math::tanh(gru_candidate<Math>(V::load(acc), un, V::load(gx + 2 * W)));
       const V h = gru_output<Math>(V::load(acc + W), n, load_as<V>(st.h_prev + at, W));
-      put_state<E, Math>(tile, r, at, h, W, Quiet{});
+      put_state<E, Math>(st, 0, at, h, W, Quiet{});
       if (st.tape) {
         V::store(st.tape + 2 * H + at, n);
         V::store(st.tape + 3 * H + at, un);
@@ -253,40 +293,51 @@ struct GruCpu {
     }
   }
 
-  template <class M>
-  static void finish(int, bool, const TileRows<E>& tile, int64_t H, const M& masks) {
+  template <class Tile, class M>
+  static void finish(int, bool, const Tile& tile, int64_t H, const M& masks) {
     const int64_t w = tile.units;
-    each_rows<E>(tile, [&](auto q, int r, int u, auto n) {
-      constexpr int Q = decltype(q)::value;
-      const int64_t at = tile.first_unit + u;
-      V s[2 * Q], c[Q];
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
-        const T *acc = tile.row(r + i) + u, *gx = tile.input(r + i) + u;
-        s[2 * i] = load_as<V>(acc, n) + load_as<V>(gx, n);
-        s[2 * i + 1] = load_as<V>(acc + w, n) + load_as<V>(gx + w, n);
-      }
-      Math::sigmoids(s);
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
-        V un = load_as<V>(tile.row(r + i) + 2 * w + u, n);
-        c[i] = gru_candidate<Math>(s[2 * i], un, load_as<V>(tile.input(r + i) + 2 * w + u, n));
-      }
-      Math::tanhs(c);
-      FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
-        const RowState<E>& st = tile.state[r + i];
-        const V h_prev = load_as<V>(st.h_prev + at, n);
-        V h;
-        if constexpr (M::on)
-          h = gru_output<Math>(s[2 * i + 1], c[i], h_prev, masks.update(r + i, at));
-        else
-          h = gru_output<Math>(s[2 * i + 1], c[i], h_prev);
-        put_state<E, Math>(tile, r + i, at, h, n, masks);
-        if (st.tape) {
-          store_as<V>(st.tape + at, s[2 * i], n);
-          store_as<V>(st.tape + H + at, s[2 * i + 1], n);
-          store_as<V>(st.tape + 2 * H + at, c[i], n);
-          store_as<V>(st.tape + 3 * H + at, load_as<V>(tile.row(r + i) + 2 * w + u, n), n);
+    in_phases<E>(tile, [&](auto most, int rows, int u, auto n) {
+      V z[most], c[most];
+      side_by_side(rows, [&](auto q, int r) {
+        constexpr int Q = decltype(q)::value;
+        V s[2 * Q];
+        FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
+          const T *acc = tile.row(r + i) + u, *gx = tile.input(r + i) + u;
+          s[2 * i] = load_as<V>(acc, n) + load_as<V>(gx, n);
+          s[2 * i + 1] = load_as<V>(acc + w, n) + load_as<V>(gx + w, n);
         }
-      }
+        Math::sigmoids(s);
+        FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
+          const V un = load_as<V>(tile.row(r + i) + 2 * w + u, n);
+          c[r + i] = gru_candidate<Math>(s[2 * i], un, load_as<V>(tile.input(r + i) + 2 * w + u, n));
+          z[r + i] = s[2 * i + 1];
+          T* const tape = tile.state[tile.index(r + i)].tape;
+          if (!tape) continue;
+          const int64_t at = tile.unit(r + i) + u;
+          store_as<V>(tape + at, s[2 * i], n);
+          store_as<V>(tape + H + at, s[2 * i + 1], n);
+          store_as<V>(tape + 3 * H + at, un, n);
+        }
+      });
+      groups_of<2>(rows, [&](auto q, int r) {
+        constexpr int Q = decltype(q)::value;
+        V t[Q];
+        FASTRNN_UNROLL for (int i = 0; i < Q; i++) t[i] = c[r + i];
+        Math::tanhs(t);
+        FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
+          const int k = tile.index(r + i);
+          const int64_t at = tile.unit(r + i) + u;
+          const RowState<E>& st = tile.state[k];
+          const V h_prev = load_as<V>(st.h_prev + at, n);
+          V h;
+          if constexpr (M::on)
+            h = gru_output<Math>(z[r + i], t[i], h_prev, masks.update(k, at));
+          else
+            h = gru_output<Math>(z[r + i], t[i], h_prev);
+          put_state<E, Math>(st, k, at, h, n, masks);
+          if (st.tape) store_as<V>(st.tape + 2 * H + at, t[i], n);
+        }
+      });
     });
   }
 };
@@ -298,6 +349,7 @@ struct GruResetBeforeCpu {
   using T = typename E::T;
   using Math = Act<V, Linear>;
   static constexpr bool kCellState = false, kApart = false;
+  static constexpr bool kPhases = false;
   static constexpr int kSlots = 3, kStages = 2;
 
   static constexpr int kParts = 0;
@@ -330,7 +382,7 @@ struct GruResetBeforeCpu {
             h_new = gru_output<Math>(z, c, h, masks.update(r + i, at));
           else
             h_new = gru_output<Math>(z, c, h);
-          put_state<E, Math>(tile, r + i, at, h_new, n, masks);
+          put_state<E, Math>(st, r + i, at, h_new, n, masks);
           if (st.tape) store_as<V>(st.tape + 2 * H + at, c, n);
         }
       }
@@ -344,13 +396,14 @@ struct RnnCpu {
   using T = typename E::T;
   using Math = Act<V, Linear>;
   static constexpr bool kCellState = false, kApart = false;
+  static constexpr bool kPhases = false;
   static constexpr int kSlots = 0, kStages = 1;
 
   static constexpr int kParts = 1, kWovenVectors = 4, kWovenUnits = 4;
   template <int J>
   FASTRNN_INLINE void part(const TileRows<E>& tile, int64_t r, int64_t u, int64_t) {
     const V x = V::load(tile.row(r) + u), h = Relu ? Math::relu(x) : Math::tanh(x);
-    put_state<E, Math>(tile, r, tile.first_unit + u, h, V::W, Quiet{});
+    put_state<E, Math>(tile.state[r], 0, tile.first_unit + u, h, V::W, Quiet{});
   }
   template <int J>
   FASTRNN_INLINE void ask(const RowState<E>& st, int64_t at, int64_t, bool writes) {
@@ -369,9 +422,10 @@ struct RnnCpu {
         Math::tanhs(h);
       FASTRNN_UNROLL for (int i = 0; i < Q; i++) {
         const int64_t at = tile.first_unit + u;
+        const RowState<E>& st = tile.state[r + i];
         if constexpr (M::on)
-          if (tile.state[r + i].tape) store_as<V>(tile.state[r + i].tape + at, h[i], n);
-        put_state<E, Math>(tile, r + i, at, h[i], n, masks);
+          if (st.tape) store_as<V>(st.tape + at, h[i], n);
+        put_state<E, Math>(st, r + i, at, h[i], n, masks);
       }
     });
   }

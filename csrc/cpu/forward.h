@@ -54,7 +54,6 @@ class Forward {
     T* scratch;
     A* x_copy;
     MaskBits<E> masks;
-    UnitRange units;  // what this thread computes of a row
     Division division;
     A* panel;  // the block of weights in use, where each is used once
     InputsAhead inputs;
@@ -74,6 +73,7 @@ class Forward {
     T *c, *z;
     A *mid, *shadow;
     T* scratch;  // input terms of a chunk, where threads divide the units
+    MaskRoom masks;
     Claim* claims;
     Barrier barrier;
   };
@@ -120,6 +120,7 @@ class Forward {
       if (layout_.stage[i].from_x) scratch_ += steps_ * args.N * layout_.stage[i].panels.total();
     for (int d = 0; d < args.directions; d++) {
       dir_[d].scratch = plan_.units ? arena.take<T>(scratch_) : nullptr;
+      dir_[d].masks = MaskRoom(arena, noise_, steps_ * args.N, args.N);
       dir_[d].claims = Division::room(arena, plan_.threads);
     }
     Arena sizing;
@@ -151,8 +152,7 @@ class Forward {
     // Initial states in compute type; rows split over the group either way.
     const int64_t i0 = share.first(N), i1 = share.last(N);
     lane.division.begin(dir.claims, share, args_);
-    lane.units = unit_range(lane, split_units);
-    lane.masks.begin(d, n0, n1, lane.units);
+    begin_masks(d, n0, i0, i1, lane);
     init_states(d, i0, i1, lane);
     clear_frozen(d, i0, i1);
     if (plan_.units) lane.scratch = dir.scratch;
@@ -176,26 +176,21 @@ class Forward {
     const IO* h0 = static_cast<const IO*>(args_.h0) + d * N * O;
     if (noise_.state())
       for (int64_t n = i0; n < i1; n++)
-        lane.masks.mask_state(dir_[d].shadow + (2 * N + n) * O, h0 + n * O, d, first_time(d, n), n);
+        lane.masks.mask_state(dir_[d].shadow + (2 * N + n) * O, h0 + n * O, lane.masks.first(n));
     else if constexpr (kShadow)
       convert_row(dir_[d].shadow + (2 * N + i0) * O, h0 + i0 * O, (i1 - i0) * O);
   }
   int64_t first_time(int d, int64_t n) const { return d && seq_.ragged() ? seq_.length(n) - 1 : time(d, 0); }
 
-  // The units of the blocks that a thread computes, over all stages.
-  UnitRange unit_range(const Lane& lane, bool split) const {
-    UnitRange r{args_.H, 0, args_.O, 0};
-    for (int j = 0; j < layout_.stages; j++) {
-      const Stage<E>& st = layout_.stage[j];
-      const PanelRuns own = lane.division.own(st.panels, split);
-      if (own.b0 == own.b1) continue;
-      const int64_t u0 = st.panels.first(own.b0),
-                    u1 = st.panels.first(own.b1 - 1) + st.panels.units(own.b1 - 1);
-      const bool h = j == 0 || !args_.projected, o = j == 1 || !args_.projected;
-      if (h) r.h_first = imin(r.h_first, u0), r.h_last = imax(r.h_last, u1);
-      if (o) r.o_first = imin(r.o_first, u0), r.o_last = imax(r.o_last, u1);
-    }
-    return r;
+  // A thread's chunks begin with batch row n0; it draws the own masks of [i0, i1).
+  void begin_masks(int d, int64_t n0, int64_t i0, int64_t i1, Lane& lane) const {
+    lane.masks.begin(dir_[d].masks, steps_ * n0, d, i0, i1, [&](int64_t n) { return first_time(d, n); });
+  }
+  // Masks of a chunk: of all rows of a thread's own, or its share of the group's, which are complete at the next barrier.
+  void draw_masks(int d, const Share& share, bool split, Lane& lane, int64_t s0, int64_t steps) const {
+    const int64_t M = lane.list.rows;
+    lane.masks.draw(lane.list, steps, split ? share.first(M) : 0, split ? share.last(M) : M, d,
+                    [&](int64_t i) { return time(d, s0 + i); });
   }
 
   // Outputs past the ends of rows [i0, i1) are zero.
@@ -237,8 +232,7 @@ class Forward {
       const PanelRuns own = lane.division.own(st.panels, split_units);
       const bool ahead = !once_ && runs_ahead(st.panels, own.b0, own.b1, st.Kx, M);
       lane.division.panels(
-          st.panels, st.Kx, M, {split_units, shares(split_units), false, true},
-          [&](int64_t b, int, int64_t next) {
+          st.panels, st.Kx, M, {split_units, split_units, false, true}, [&](int64_t b, int, int64_t next) {
             const A* w = weights(d, st, true, b, lane);
             const A* coming = ahead && next >= 0 ? weights(d, st, true, next, lane) : nullptr;
             panel_ahead<E>(lane.x_rows, M, w, st.Kx, st.panels.vectors(b), bias + st.panels.offset(b),
@@ -246,12 +240,11 @@ class Forward {
                            coming ? st.panels.columns(next) * st.Kx : 0);
           });
       out += M * st.panels.total();
+      // Before the products the same drawing cost a GRU 3 to 6% of its forward: what the steps before have written is still on its way.
+      if (j == 0) draw_masks(d, share, split_units, lane, s0, steps);
       if (split_units) dir_[d].barrier.wait(share.count);
     }
   }
-
-  // Masks are drawn for a thread's own units.
-  bool shares(bool split) const { return split && !noise_.on; }
 
   // Block b of a stage's input or recurrent matrix, as the micro-kernel reads it.
   const A* weights(int d, const Stage<E>& st, bool input, int64_t b, Lane& lane) const {
@@ -290,7 +283,7 @@ class Forward {
       } else if constexpr (!kShadow) {
         lane.h_rows[i] = st.h_prev;
       }
-      if (noise_.on) lane.masks.step(i, d, t, time(d, s + 1), n, lane.units);
+      if (noise_.on) lane.masks.step(i, first + i);
       if constexpr (C::kCellState) {
         st.c = dir.c + n * H;
         st.c_prev = st.c;
@@ -328,7 +321,7 @@ class Forward {
   void sweep(int d, const Stage<E>& st, bool split, int64_t s, int64_t count, Lane& lane, F&& f) {
     const bool ahead = comes_far(st, split, count, lane);
     // Every other step walks the blocks backwards: what the last step left in cache comes first.
-    lane.division.panels(st.panels, st.Kh, count, {split, shares(split), s % 2 != 0, once_},
+    lane.division.panels(st.panels, st.Kh, count, {split, split, s % 2 != 0, once_},
                          [&](int64_t b, int n, int64_t next) {
                            const A* w = weights(d, st, false, b, lane);
                            const A* coming = ahead && next >= 0 ? weights(d, st, false, next, lane) : nullptr;
@@ -423,6 +416,14 @@ class Forward {
               }
               multiply_panels<E>(panels, rows + m, r, w, st.Kh, st.Kh, st.panels.vectors(b), init,
                                  init_stride, C::kApart ? cols : M * cols, tile_out, cols, r * cols);
+              if constexpr (C::kPhases) {
+                const int units = st.panels.units(b);
+                if (r == 1 && !noise_.on && !args_.projected && st.panels.units(b + panels - 1) == units) {
+                  const RowBlocks<E> blocks{lane.states + m,    panels, tile_out, gx, cols, M * cols,
+                                            st.panels.first(b), units};
+                  return C::finish(j, false, blocks, args_.H, Quiet{});
+                }
+              }
               for (int p = 0; p < panels; p++) finish(b + p, tile_out + p * r * cols, gx + p * M * cols);
             });
       if (waiting.rows) C::finish(j, false, waiting, args_.H, Quiet{});

@@ -1,11 +1,12 @@
-// Recurrent dropout and zoneout inside the kernels. Masks are drawn when a step needs them, into a few bits a unit that stay
-// in L1, and again in the backward; nothing is stored between calls.
+// Recurrent dropout and zoneout inside the kernels. Masks are drawn chunk by chunk, into a few bits a unit that stay in
+// cache and that all threads of a group read, and again in the backward; nothing is stored between calls.
 //
 // A cell's `finish` takes its factors from a MaskRows, or a Quiet, with which it compiles to the plain cell.
 // Where expectations take the place of masks every bit is set, and the value of a set bit is 1 - p.
 #pragma once
 #include "pack.h"
 #include "random.h"
+#include "sequence.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -18,12 +19,7 @@ struct Quiet {
 // drop is that step's mask, drop_now this one's, which reset_before needs.
 enum MaskSlot { kDrop, kZoneoutH, kZoneoutC, kDropNow, kMaskSlots };
 
-// Which units of a row a thread needs bits of: [first, last) of H-wide and of O-wide values.
-struct UnitRange {
-  int64_t h_first = 0, h_last = 0, o_first = 0, o_last = 0;
-};
-
-// What to draw for a layer, and how a row's bits lie.
+// What to draw for a layer, and how a row's bits lie: those of kDrop first.
 template <class T>
 struct MaskPlan {
   Noise noise;
@@ -51,28 +47,27 @@ struct MaskPlan {
   bool draws() const { return on && noise.training; }
   bool zones_h() const { return noise.zoneout_h > 0; }
   bool zones_c() const { return noise.zoneout_c > 0; }
-  size_t bits(int64_t rows) const { return !on ? 0 : words * (draws() ? rows : 1); }
+  // Whether a batch row has a mask of its own beside those of its steps: that of its whole sequence, or of its first step's operand.
+  bool keeps_first() const { return draws() && noise.mode != Drop::none && (noise.per_sequence || state()); }
+  int64_t first_words() const { return ceil_div(state() ? O : H, kUnitsPerDraw); }
 
-  void draw(uint64_t* row, int slot, int d, int64_t t, int64_t n, int64_t first, int64_t last) const {
+  void draw(uint64_t* row, int slot, int d, int64_t t, int64_t n) const {
     const int kind = slot == kDropNow ? kDrop : slot;
     const uint32_t stream = random_stream(noise.layer, d, static_cast<Mask>(kind));
-    const int64_t from = first / kUnitsPerDraw;
-    keep_bits({*noise.seed, stream, t, n}, threshold[kind], from, ceil_div(last, kUnitsPerDraw),
-              row + offset[slot] + from);
+    const bool wide = slot == kZoneoutC || (slot != kZoneoutH && !state());
+    keep_bits({*noise.seed, stream, t, n}, threshold[kind], 0, ceil_div(wide ? H : O, kUnitsPerDraw),
+              row + offset[slot]);
   }
-  // The recurrent-dropout mask of step t.
-  void draw_drop(uint64_t* row, int slot, int d, int64_t t, int64_t n, const UnitRange& u) const {
-    draw(row, slot, d, noise.per_sequence ? 0 : t, n, state() ? u.o_first : u.h_first,
-         state() ? u.o_last : u.h_last);
-  }
-  // Bits of row n at step t; `next` is the step whose mask "state" needs now.
-  void draw_step(uint64_t* row, int d, int64_t t, int64_t next, int64_t n, const UnitRange& u) const {
-    if (noise.mode != Drop::none && !noise.per_sequence) {
-      draw_drop(row, kDrop, d, state() ? next : t, n, u);
-      if (state() && two_stage) draw_drop(row, kDropNow, d, t, n, u);
+  // Bits of row n at step t; `next` is the step whose mask "state" needs now, `first` the row's mask of its own.
+  void draw_step(uint64_t* row, int d, int64_t t, int64_t next, int64_t n, const uint64_t* first) const {
+    if (noise.mode != Drop::none && noise.per_sequence) {
+      std::memcpy(row + offset[kDrop], first, first_words() * sizeof(uint64_t));
+    } else if (noise.mode != Drop::none) {
+      draw(row, kDrop, d, state() ? next : t, n);
+      if (state() && two_stage) draw(row, kDropNow, d, t, n);
     }
-    if (zones_h()) draw(row, kZoneoutH, d, t, n, u.o_first, u.o_last);
-    if (zones_c()) draw(row, kZoneoutC, d, t, n, u.h_first, u.h_last);
+    if (zones_h()) draw(row, kZoneoutH, d, t, n);
+    if (zones_c()) draw(row, kZoneoutC, d, t, n);
   }
 
  private:
@@ -82,46 +77,68 @@ struct MaskPlan {
   }
 };
 
-// A thread's bits: of each batch row (one for all where nothing is drawn), and of the rows of the step.
+// Where the bits of a direction lie: of a chunk's rows, and of each batch row's own mask.
+struct MaskRoom {
+  uint64_t *chunk = nullptr, *first = nullptr;
+
+  MaskRoom() = default;
+  template <class T>
+  MaskRoom(Arena& a, const MaskPlan<T>& p, int64_t rows, int64_t batch) {
+    if (p.draws()) chunk = a.take<uint64_t>(rows * p.words);
+    if (p.keeps_first()) first = a.take<uint64_t>(batch * p.first_words());
+  }
+};
+
+// What a thread sees of them.
 template <class E>
 struct MaskBits {
   using T = typename E::T;
   using V = typename E::V;
   const MaskPlan<T>* plan;
-  uint64_t* bits;
+  uint64_t* own;          // all set where nothing is drawn, else room for a mask
   const uint64_t** rows;  // one per row of the step
+  MaskRoom room;
 
-  template <class Arena>
   MaskBits(Arena& a, const MaskPlan<T>& p, int64_t batch)
-      : plan(&p),
-        bits(a.template take<uint64_t>(p.bits(batch))),
-        rows(a.template take<const uint64_t*>(p.on ? batch : 0)) {}
+      : plan(&p), own(a.take<uint64_t>(p.words)), rows(a.take<const uint64_t*>(p.on ? batch : 0)) {}
 
-  uint64_t* row(int64_t n) const { return bits + (plan->draws() ? n * plan->words : 0); }
-  // What does not change from step to step; before any other use.
-  void begin(int d, int64_t n0, int64_t n1, const UnitRange& u) {
-    if (!plan->on) return;
-    if (!plan->draws()) {
-      for (int64_t i = 0; i < plan->words; i++) bits[i] = ~uint64_t(0);
-    } else if (plan->noise.mode != Drop::none && plan->noise.per_sequence) {
-      const UnitRange all{0, plan->H, 0, plan->O};
-      for (int64_t n = n0; n < n1; n++) plan->draw_drop(row(n), kDrop, d, 0, n, plan->state() ? all : u);
-    }
+  // Before any other use; a chunk's rows lie from the room's row `at` on. Own masks of batch rows [n0, n1) are drawn, for
+  // others to read after a barrier.
+  template <class Time>
+  void begin(const MaskRoom& common, int64_t at, int d, int64_t n0, int64_t n1, Time&& first_time) {
+    room = common;
+    if (room.chunk) room.chunk += at * plan->words;
+    if (!plan->draws()) std::fill(own, own + plan->words, ~uint64_t(0));
+    if (!plan->keeps_first()) return;
+    for (int64_t n = n0; n < n1; n++)
+      plan->draw(room.first + n * plan->first_words(), kDrop, d, plan->noise.per_sequence ? 0 : first_time(n),
+                 n);
   }
-  void step(int64_t i, int d, int64_t t, int64_t next, int64_t n, const UnitRange& u) {
-    uint64_t* r = row(n);
-    if (plan->draws()) plan->draw_step(r, d, t, next, n, u);
-    rows[i] = r;
+  // Bits of rows [m0, m1) of a chunk whose step i is at time(i).
+  template <class Time>
+  void draw(const RowList& list, int64_t steps, int64_t m0, int64_t m1, int d, Time&& time) const {
+    if (!plan->draws()) return;
+    for (int64_t i = 0; i < steps; i++)
+      for (int64_t m = imax(m0, list.start[i]); m < imin(m1, list.start[i + 1]); m++)
+        plan->draw_step(room.chunk + m * plan->words, d, time(i), time(i + 1), list.n[m], first(list.n[m]));
   }
-  // dst = the O values of row n's state as step t's matmul takes them under "state".
+  // Row i of a step is row m of the chunk.
+  void step(int64_t i, int64_t m) { rows[i] = plan->draws() ? room.chunk + m * plan->words : own; }
+  const uint64_t* first(int64_t n) const {
+    return room.first ? room.first + n * plan->first_words() : nullptr;
+  }
+  // The recurrent-dropout mask of row n at step t.
+  const uint64_t* drop(int d, int64_t t, int64_t n) const {
+    if (plan->noise.per_sequence) return first(n);
+    plan->draw(own, kDrop, d, t, n);
+    return own;
+  }
+  // dst = the O values of a state as a matmul takes them under "state".
   template <class Dst, class Src>
-  void mask_state(Dst* dst, const Src* src, int d, int64_t t, int64_t n) const {
-    uint64_t* r = row(n);
-    if (!plan->noise.per_sequence) plan->draw_drop(r, kDrop, d, t, n, {0, plan->H, 0, plan->O});
-    const MaskPlan<T>& p = *plan;
-    for (int64_t u = 0; u < p.O; u += V::W) {
-      const int w = static_cast<int>(imin(V::W, p.O - u));
-      const V m = where_set(r[p.offset[kDrop] + (u >> 6)] >> (u & 63), V::set1(p.value[kDrop]));
+  void mask_state(Dst* dst, const Src* src, const uint64_t* bits) const {
+    for (int64_t u = 0; u < plan->O; u += V::W) {
+      const int w = static_cast<int>(imin(V::W, plan->O - u));
+      const V m = where_set(bits[u >> 6] >> (u & 63), V::set1(plan->value[kDrop]));
       store_as<V>(dst + u, load_as<V>(src + u, w) * m, w);
     }
   }

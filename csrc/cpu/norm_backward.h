@@ -87,7 +87,7 @@ class NormBackward : Backward<E, C> {
     const int64_t N = args_.N, size = C::Sums::size(args_.H);
     const int64_t i0 = share.first(N), i1 = share.last(N);
     lane.division.begin(dir.claims, share, args_);
-    Base::begin(d, lane, {0, args_.H, 0, args_.O}, i0, i1);
+    Base::begin(d, lane, i0, i1);
     T *sums = terms_[d].sums + i0 * size, *totals = terms_[d].totals + i0 * size;
     const int64_t own = (i1 - i0) * size;
     std::memset(sums, 0, own * sizeof(T));
@@ -99,11 +99,9 @@ class NormBackward : Backward<E, C> {
       const int64_t begin = imax(0, end - steps_), steps = end - begin;
       lane.list.fill(seq_, steps, 0, N, [&](int64_t i) { return time(d, begin + i); });
       Base::chunk_operands(d, lane, begin, steps);
-      if (noise_.state()) Base::mask_states(d, share, lane, begin, steps);
-      if (recompute_) {
-        recompute(d, share, lane);
-        dir.barrier.wait(share.count);
-      }
+      if (noise_.draws()) Base::draw_masks(d, share, lane, begin, steps);
+      if (recompute_) recompute(d, share, lane);
+      if (recompute_ || noise_.draws()) dir.barrier.wait(share.count);
       for (int64_t i = steps; i-- > 0;) step(d, share, lane, begin, i, scratch);
       dir.barrier.wait(share.count);
       for (int64_t u = 0; u < own; u++) totals[u] += sums[u];

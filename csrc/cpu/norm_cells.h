@@ -108,7 +108,7 @@ struct NormLstm : LstmBiases {
         if (projected)
           store_as<V>(st.mid + at, h, n);
         else
-          put_state<E, Math>(TileRows<E>{&st, 1, nullptr, nullptr, 0, 0, 0}, 0, at, h, n, masks);
+          put_state<E, Math>(st, 0, at, h, n, masks);
       }
     });
   }
@@ -153,7 +153,7 @@ struct NormGru : GruBiases {
           h = gru_output<Math>(s[2 * i + 1], c[i], h_prev, masks.update(0, at));
         else
           h = gru_output<Math>(s[2 * i + 1], c[i], h_prev);
-        put_state<E, Math>(TileRows<E>{&st, 1, nullptr, nullptr, 0, 0, 0}, 0, at, h, n, masks);
+        put_state<E, Math>(st, 0, at, h, n, masks);
       }
     });
   }

@@ -72,8 +72,7 @@ class NormForward : Forward<E, C> {
     const int64_t N = args_.N;
     const int64_t i0 = share.first(N), i1 = share.last(N);
     const int64_t n0 = split ? 0 : i0, n1 = split ? N : i1;
-    lane.units = {0, args_.H, 0, args_.O};
-    lane.masks.begin(d, n0, n1, lane.units);
+    Base::begin_masks(d, n0, i0, i1, lane);
     Base::init_states(d, i0, i1, lane);
     Base::clear_frozen(d, i0, i1);
     lane.division.begin(dir_[d].claims, share, args_);
@@ -88,6 +87,7 @@ class NormForward : Forward<E, C> {
       for (int64_t b = own.b0; b < own.b1; b++)
         panel<E>(lane.x_rows, lane.list.rows, Base::weights(d, gates_, true, b, lane), gates_.Kx,
                  gates_.panels.vectors(b), nullptr, 0, x + gates_.panels.offset(b), width_);
+      Base::draw_masks(d, share, split, lane, s0, steps);
       for (int64_t i = 0; i < steps; i++)
         step(d, share, split, lane, s0 + i, lane.list.start[i], lane.list.count(i),
              x + lane.list.start[i] * width_, h, scratch);
