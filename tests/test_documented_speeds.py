@@ -77,8 +77,7 @@ def test_highway_network_with_avx2() -> None:
         rows.pop(f"rhn/training/{shape}/loops")
         for shape in ("T35-N20-H830-L10", "T100-N1-H512-L5", "T64-N8-H100-L2")
     )
-    assert deep.disturbed
-    assert not any(r.disturbed for r in (single, few, *rows.values()))
+    assert not any(r.disturbed for r in (deep, single, few, *rows.values()))
     ratios = sorted(vs_loop(record) or 0 for record in rows.values())
     quoted(
         f"{ratios[0]:.1f} to {ratios[-1]:.1f} times as fast as the fastest loop with 20 rows and "
@@ -105,20 +104,22 @@ def test_with_avx2() -> None:
     found = held(EPYC)
     grid = [record for record in found.values() if record.case.group == "grid"]
     behind = beside_torch_and_onnx(grid)
-    one, eight, seventeen, gru, rnn, wide_rnn = (
-        behind.pop(f"{cell}/forward/{shape}")
-        for cell, shape in (
-            ("lstm", "T1-N32-H512"), ("lstm", "T100-N8-H256"), ("lstm", "T100-N17-H200"),
-            ("gru", "T100-N4-H1024"), ("rnn", "T1-N1-H128"), ("rnn", "T1-N1-H1024"),
+    seventeen, more, rnn = (
+        behind.pop(case)
+        for case in (
+            "lstm/forward/T100-N17-H200", "lstm/forward/T100-N32-H256", "rnn/forward/T1-N1-H128",
         )
     )  # fmt: skip
     assert not behind
-    assert f"{rnn:.2f}" == f"{wide_rnn:.2f}"
     quoted(
-        f"one step of 32 rows at H = 512 ({one:.2f}), of 8 rows at H = 256 ({eight:.2f}) and 17 at "
-        f"H = 200 ({seventeen:.2f}), GRU inference of 4 rows at H = 1024 ({gru:.2f}), and one call "
-        f"of an RNN ({rnn:.2f} at H = 128 and 1024)"
+        f"LSTM inference of 17 rows at H = 200 ({seventeen:.2f}) and of 32 at H = 256 "
+        f"({more:.2f}), and one call of an RNN at H = 128 ({rnn:.2f})"
     )
+    eight, one = (
+        vs_onnx(found[f"lstm/forward/{shape}"]) or 0 for shape in ("T100-N8-H256", "T1-N32-H512")
+    )
+    quoted(f"8 rows at H = 256, where this one has {eight:.2f}", PAGE)
+    quoted(f"one step of 32 rows at H = 512 ({one:.2f})", PAGE)
     many = [r for r in grid if r.case.cell == "lstm" and r.case.N >= 8 and not r.disturbed]
     high, case = max(
         ((vs_onnx(r) or 0, r.case) for r in many if r.case.mode == "forward"), key=lambda r: r[0]
@@ -155,7 +156,7 @@ def test_bfloat16_weights_with_avx2() -> None:
         f"{gains[1, 512]:.1f} and {gains[1, 1024]:.1f} times our float32 with one row at H = 512 "
         f"and 1024, where the bytes count, {gains[2, 1024]:.1f} and {gains[4, 1024]:.1f} times "
         f"with two and four rows at H = 1024; "
-        f"from eight rows on hardly faster than float32 ({min(many):.2f} to {max(many):.2f})",
+        f"from eight rows on as fast as float32 ({min(many):.2f} to {max(many):.2f})",
         PAGE,
     )
 
