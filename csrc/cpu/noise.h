@@ -33,10 +33,11 @@ struct MaskPlan {
       : noise(p.noise), on(p.noise.any()), two_stage(two_stages), H(p.H), O(p.O) {
     if (!on) return;
     const double probability[] = {noise.drop, noise.zoneout_h, noise.zoneout_c};
+    const bool used[] = {noise.mode != Drop::none, zones_h(), zones_c()};
     for (int s = 0; s < 3; s++) {
       threshold[s] = drop_threshold(probability[s]);
       value[s] = noise.training ? T(1) : T(1 - probability[s]);
-      add(s, s == kZoneoutH || (s == kDrop && state()) ? O : H);
+      if (used[s]) add(s, s == kZoneoutH || (s == kDrop && state()) ? O : H);
     }
     if (state()) value[kDrop] = noise.drop < 1 ? T(1 / (1 - noise.drop)) : T(0);
     value[kDropNow] = value[kDrop];
