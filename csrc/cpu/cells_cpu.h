@@ -52,7 +52,8 @@ struct TileRows {
   int64_t unit(int) const { return first_unit; }
 };
 
-// Several blocks of as many units each that one row met at once, in the place of rows.
+// Several blocks of as many units each that one row met at once, in the place of rows, for cells with kPhases. A type of its own: indices
+// that know of rows and of blocks cost rows 2 to 6%.
 template <class E>
 struct RowBlocks {
   const RowState<E>* state;
