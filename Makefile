@@ -23,7 +23,8 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help same-python build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu docs lint format fuzz sanitize clean
+.PHONY: help same-python build test pytest cpp-test cuda cuda-all wheel wheel-test bench bench-full gpu docs lint format fuzz \
+        sanitize emulate-avx512 clean
 
 help:
 	@echo "make test        C++ tests, pytest, the wheel in an empty environment, with nvcc the CUDA gate"
@@ -36,6 +37,7 @@ help:
 	@echo "make gpu         on a machine with a GPU: build, test and measure there, in stages that resume"
 	@echo "make docs        the documentation site under build/site; needs Python 3.11"
 	@echo "make sanitize    C++ tests under ASan + UBSan, then TSan"
+	@echo "make emulate-avx512   the AVX-512 kernels tested on a machine that has AVX2 only, slowly"
 	@echo "make build       .venv with the library installed in place"
 
 # ---- environment -------------------------------------------------------------------------------------------
@@ -87,6 +89,10 @@ cuda-all: $(VENV)/.tools
 
 fuzz: build
 	FASTRNN_HYPOTHESIS_CASES=$(HYPOTHESIS_CASES) $(BIN)/python -m pytest -o faulthandler_timeout=0 tests/test_hypothesis.py $(ARGS)
+
+# On a machine with AVX2; where AVX-512 is, the tests above run its kernels.
+emulate-avx512: build
+	scripts/emulate_avx512.sh $(BIN)/python $(ARGS)
 
 sanitize: $(VENV)/.tools
 	scripts/sanitize.sh $(BIN)/cmake address,undefined

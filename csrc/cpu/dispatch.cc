@@ -92,11 +92,15 @@ struct Registry {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(FASTRNN_EMULATE_AVX512)
+    [[maybe_unused]] const bool avx512 = avx2, dot = avx2;
+#else
     [[maybe_unused]] const bool avx512 =
         avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     // vdpbf16ps pays on AMD; on Intel it measured up to 1.5 times slower than widening and two FMAs.
     [[maybe_unused]] const bool dot = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
     [[maybe_unused]] const bool dot_first = __builtin_cpu_is("amd");
 #if FASTRNN_HAVE_AVX512BF16
     add(avx512bf16(), dot && dot_first);

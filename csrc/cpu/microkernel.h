@@ -85,7 +85,7 @@ FASTRNN_INLINE void multiply_pair(Vec<typename E::T> (&acc)[R][NV], const typena
   __m512bh w[NV];
   FASTRNN_UNROLL for (int v = 0; v < NV; v++) w[v] =
       (__m512bh)_mm512_loadu_si512(b + v / S * far + v % S * 2 * W);
-  if constexpr (R > 1) FASTRNN_UNROLL for (int v = 0; v < NV; v++) asm("" : "+v"(w[v]));  // as held()
+  if constexpr (R > 1) FASTRNN_UNROLL for (int v = 0; v < NV; v++) FASTRNN_HOLD(w[v]);
   FASTRNN_UNROLL for (int r = 0; r < R; r++) {
     int pair;
     std::memcpy(&pair, a[r] + k, 4);

@@ -169,14 +169,19 @@ FASTRNN_INLINE Vec<S> operator/(Vec<S> a, Vec<S> b) {
   return {a.v / b.v};
 }
 
-// The same value, in a register from here on: g++ would else load it again for every use.
+// x lies in a register from here on: g++ would else load it again for every use.
+#if defined(FASTRNN_EMULATE_AVX512)  // csrc/tests/emulated/avx512.h: there is no such register
+#define FASTRNN_HOLD(x)
+#elif defined(__AVX512F__)
+#define FASTRNN_HOLD(x) asm("" : "+v"(x))
+#elif defined(__x86_64__)
+#define FASTRNN_HOLD(x) asm("" : "+x"(x))
+#else
+#define FASTRNN_HOLD(x)
+#endif
 template <class S>
 FASTRNN_INLINE Vec<S> held(Vec<S> a) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(a.v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(a.v));
-#endif
+  FASTRNN_HOLD(a.v);
   return a;
 }
 

@@ -18,10 +18,10 @@ namespace {
 constexpr int W = V::W;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr uint64_t kStride = W * 1009;  // a sample: sanitized code is slow and the arithmetic is the same
-#elif defined(__AVX512F__)
+#elif defined(__AVX512F__) && !defined(FASTRNN_EMULATE_AVX512)
 constexpr uint64_t kStride = W;
 #else
-constexpr uint64_t kStride = W * 61;  // a sample: these quotients are divisions
+constexpr uint64_t kStride = W * 61;  // a sample: these quotients are divisions, or emulated
 #endif
 
 struct Counts {
@@ -116,7 +116,7 @@ bool every_nan() {
 }  // namespace
 
 int main() {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(FASTRNN_EMULATE_AVX512)
   if (!__builtin_cpu_supports("avx512dq")) {
     std::printf("skipped: this CPU has no AVX-512\n");
     return 0;
